@@ -1,0 +1,275 @@
+"""The floor that every script stands on: flags, processes, the log, errors. Nothing here is worth an experiment.
+
+    cfg = parse(Config, argv, __doc__)   a dataclass becomes the command line; the comment behind each field is its help
+    env = setup(cfg.device)              ranks, device, threads, stop signals; works with `python` and with `torchrun`
+    log = Log(cfg.out, env, ...)         one readable line on the screen, one JSON object per event in metrics.jsonl
+    run(main)                            a UserError becomes one line on stderr and exit code 2
+"""
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import datetime
+import difflib
+import inspect
+import json
+import math
+import os
+import re
+import resource
+import signal
+import sys
+import time
+import typing
+
+import torch
+import torch.distributed as dist
+
+
+class UserError(Exception):
+    """Something the user can mend. One line: where, what was found, what was expected, what to change."""
+
+
+def run(main) -> None:
+    """Run `main()` as a program: UserError -> one line and exit 2; an integer result is the exit code."""
+    try:
+        code = main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        os._exit(2)  # not sys.exit: other ranks may wait in a collective, and a clean shutdown would wait for them
+    sys.exit(code or 0)
+
+
+# ---- flags --------------------------------------------------------------------------------------------------------
+
+def _number(kind, text: str):
+    """int or float from a flag. No hyper-parameter here is negative, and nan or inf would pass every later comparison."""
+    try:
+        value = kind(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"found {text!r}, expected a finite {kind.__name__} >= 0")
+    return value
+
+
+def _int(text: str) -> int:
+    return _number(int, text)
+
+
+def _float(text: str) -> float:
+    return _number(float, text)
+
+
+def _pair(text: str) -> tuple[float, ...]:
+    if text.count(",") != 1:
+        raise argparse.ArgumentTypeError(f"found {text!r}, expected two numbers with a comma between")
+    return tuple(_float(part) for part in text.split(","))
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):  # argparse would print the whole usage and exit by itself
+        raise UserError(f"{message} (see --help)")
+
+
+def parse(config_class, argv=None, doc: str | None = None):
+    """Command line -> an instance of the dataclass `config_class`.
+
+    Every field is a flag `--name`; its trailing comment is the help text, a comment on a line of its own starts a group.
+    bool fields also get `--no-name`; Literal[...] fields accept only their values. Unknown flags are an error.
+    """
+    parser = _Parser(description=doc, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    hints = typing.get_type_hints(config_class)
+    fields = {f.name: f for f in dataclasses.fields(config_class)}
+    group = parser
+    for line in inspect.getsource(config_class).splitlines():
+        if title := re.match(r"    # (.+)", line):
+            group = parser.add_argument_group(title[1])
+        match = re.match(r"    (\w+): .*?(?:  # (.*))?$", line)
+        if not match or match[1] not in fields:
+            continue
+        name, kind, default = match[1], hints[match[1]], fields[match[1]].default
+        shown = ",".join(map(str, default)) if isinstance(default, tuple) else default
+        options = {"default": default, "help": f"{match[2] or ''} [{shown}]".replace("%", "%%")}
+        if kind is bool:
+            options["action"] = argparse.BooleanOptionalAction
+        elif typing.get_origin(kind) is typing.Literal:
+            options["choices"] = typing.get_args(kind)
+            options["type"] = type(default)
+        else:
+            options["type"] = {int: _int, float: _float, tuple: _pair, str: str}[typing.get_origin(kind) or kind]
+            options["metavar"] = {int: "N", float: "X", tuple: "X,X", str: "TEXT"}[typing.get_origin(kind) or kind]
+        group.add_argument(f"--{name}", **options)
+    known, unknown = parser.parse_known_args(argv)
+    if unknown:
+        flag = unknown[0].split("=")[0]
+        near = difflib.get_close_matches(flag.lstrip("-"), [*fields, *("no-" + n for n in fields)], n=1)
+        raise UserError(f"unknown argument {flag}" + (f"; did you mean --{near[0]}?" if near else " (see --help)"))
+    return config_class(**vars(known))
+
+
+# ---- processes ----------------------------------------------------------------------------------------------------
+
+@dataclasses.dataclass
+class Env:
+    """Where this process stands. One process is rank 0 of world 1 and uses no torch.distributed at all."""
+    rank: int
+    world: int
+    local_rank: int
+    local_world: int
+    device: torch.device
+    stop_signal: int = 0           # the signal that asked us to stop (0: none); agree on it with `sum` before acting
+    old_handlers: dict = dataclasses.field(default_factory=dict)
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def exit_code(self) -> int:
+        """130 after Ctrl-C as a shell expects; 0 after SIGTERM, since a saved run that was asked to leave has not failed."""
+        return 130 if self.stop_signal == signal.SIGINT else 0
+
+    def sum(self, *numbers) -> list[float]:
+        """Sum each number (or 0-dim tensor) over all ranks, in float64, with a single collective."""
+        total = torch.stack([torch.as_tensor(n, dtype=torch.float64, device=self.device).detach() for n in numbers])
+        if self.world > 1:
+            dist.all_reduce(total)
+        return total.tolist()
+
+    def barrier(self) -> None:
+        if self.world > 1:
+            dist.barrier()
+
+    def close(self) -> None:
+        for number, handler in self.old_handlers.items():
+            signal.signal(number, handler)
+        if self.world > 1:
+            dist.barrier()  # leaving while a peer still talks to us is how gloo aborts at exit
+            dist.destroy_process_group()
+
+    def _on_signal(self, number, frame) -> None:
+        if self.stop_signal:
+            raise KeyboardInterrupt  # the second one means it
+        self.stop_signal = number
+
+
+def setup(device: str = "auto", timeout: float = 600.0) -> Env:
+    """Join the process group that torchrun describes in the environment (or none), pick device and thread count.
+
+    timeout: seconds after which a collective whose peer died or hangs becomes an error instead of waiting for ever.
+    """
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    local_rank, local_world = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError(f"--device {device}: this PyTorch sees no CUDA device; use --device cpu")
+    if device == "cuda":
+        device = f"cuda:{local_rank % torch.cuda.device_count()}"
+    try:
+        chosen = torch.device(device)
+    except RuntimeError:
+        raise UserError(f"--device {device}: expected auto, cpu, cuda or cuda:N") from None
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+    if local_world > 1:  # torchrun sets OMP_NUM_THREADS=1, which leaves most cores idle
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world))
+    env = Env(rank, world, local_rank, local_world, chosen)
+    if world > 1:
+        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=datetime.timedelta(seconds=timeout))
+    for number in (signal.SIGTERM, signal.SIGINT):
+        env.old_handlers[number] = signal.signal(number, env._on_signal)
+    return env
+
+
+# ---- the log ------------------------------------------------------------------------------------------------------
+
+def matmul_peak(device: torch.device, dtype: torch.dtype = torch.float32, size: int = 1024, repeats: int = 8) -> float:
+    """FLOP/s of a plain large square matrix product here and now: the yardstick behind the MFU that a run prints."""
+    size = size if device.type == "cpu" else 8192
+    a = torch.randn(size, size, device=device, dtype=dtype)
+    best = math.inf
+    for _ in range(repeats):
+        start = time.perf_counter()
+        a @ a
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best
+
+
+def peak_memory(device: torch.device) -> int:
+    """Most bytes this process has held at once: on the GPU for CUDA, resident in main memory otherwise."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def _show(value) -> str:
+    return f"{value:.4g}" if isinstance(value, float) and not 0.1 <= abs(value) < 100 else \
+        f"{value:.4f}" if isinstance(value, float) else str(value)
+
+
+class Log:
+    """One JSON object per event in out/metrics.jsonl, one line on the screen; only rank 0 writes.
+
+    steps: the last step of the run; start: the step it begins after (later events of an earlier life are dropped, so that
+    a resumed run has one curve); flops_per_token and peak_flops (per process): for MFU, 0 leaves it out.
+    """
+
+    def __init__(self, out: str, env: Env, *, steps: int, start: int = 0, flops_per_token=0.0, peak_flops=0.0):
+        self.env, self.steps, self.flops_per_token, self.peak_flops = env, steps, flops_per_token, peak_flops
+        self.live = env.is_main and sys.stdout.isatty()
+        self.path = os.path.join(out, "metrics.jsonl")
+        if env.is_main:
+            os.makedirs(out, exist_ok=True)
+            kept = []
+            if start and os.path.exists(self.path):
+                with open(self.path, encoding="utf-8") as file:
+                    kept = [line for line in file if line.endswith("\n") and json.loads(line)["step"] <= start]
+            with open(self.path + ".tmp", "w", encoding="utf-8") as file:
+                file.writelines(kept)
+            os.replace(self.path + ".tmp", self.path)
+        self.restart_clock()
+
+    def restart_clock(self) -> None:
+        """Call after evaluation and saving, so that tokens/s speaks of training alone."""
+        self.clock, self.tokens, self.counted_steps = time.perf_counter(), 0, 0
+
+    def count(self, tokens: float) -> None:
+        """Tokens (over all ranks) that the step just finished has processed."""
+        self.tokens, self.counted_steps = self.tokens + tokens, self.counted_steps + 1
+
+    def train(self, step: int, **numbers) -> None:
+        """A line about training; adds speed, MFU, memory and the time left."""
+        seconds = max(time.perf_counter() - self.clock, 1e-9)
+        rate = self.tokens / seconds
+        numbers["tokens_per_second"] = rate
+        if self.flops_per_token and self.peak_flops:
+            numbers["mfu"] = rate * self.flops_per_token / (self.peak_flops * self.env.world)
+        numbers["memory"] = peak_memory(self.env.device)
+        left = datetime.timedelta(seconds=round((self.steps - step) * seconds / max(1, self.counted_steps)))
+        self.event(step, live=True, left=str(left), **numbers)
+        self.restart_clock()
+
+    def event(self, step: int, live: bool = False, left: str = "", **numbers) -> None:
+        """Write one event; live: on a terminal the next live line overwrites this one."""
+        if not self.env.is_main:
+            return
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, **numbers}) + "\n")
+        shown = dict(numbers)
+        words = [f"step {step}/{self.steps}"]
+        speed, mfu, memory = (shown.pop(k, None) for k in ("tokens_per_second", "mfu", "memory"))
+        words += [f"{name} {_show(value)}" for name, value in shown.items()]
+        words += [f"{speed:,.0f} tok/s"] if speed else []
+        words += [f"mfu {mfu:.0%}"] if mfu else []
+        words += [f"{memory / 2**20:.0f} MiB"] if memory else []
+        words += [f"{left} left"] if left else []
+        self.say(" | ".join(words), live=live)
+
+    def say(self, text: str, live: bool = False) -> None:
+        """Print for the person at the screen (rank 0 only); not written to metrics.jsonl."""
+        if self.env.is_main:
+            print(f"\r\033[K{text}" if self.live else text, end="" if self.live and live else "\n", flush=True)
