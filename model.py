@@ -1,0 +1,428 @@
+"""The model: a GPT that is LLaMA-shaped by default and becomes GPT-2 one switch at a time.
+
+Shapes everywhere: B batch, T time, C width, H query heads, G key/value heads, D head width, V vocabulary.
+
+    model = GPT(GPTConfig(vocab_size=4096))
+    logp = model(ids, targets)              # (B, T) log-probability of each target; every loss here is arithmetic on it
+    logits = model(ids)                     # (B, T, V), for generation and tests
+    new = generate(model, prompts, ...)     # ragged prompts, KV cache
+
+Read in this order: GPTConfig, GPT.forward, Block, Attention; then the two kernels that make it lean:
+flash_attention (never holds T x T scores) and target_logp (never holds B x T x V logits).
+"""
+from __future__ import annotations
+
+import zlib
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from common import UserError
+
+
+@dataclass
+class GPTConfig:
+    vocab_size: int = 0  # V, special tokens included; 0: as the tokenizer says
+    n_layer: int = 4  # blocks
+    n_head: int = 4  # H, query heads
+    n_kv_head: int = 0  # G, key/value heads, shared by H/G query heads each; 0: as n_head
+    n_embd: int = 128  # C
+    mlp_hidden: int = 0  # width inside the MLP; 0: 8/3 C (swiglu) or 4 C (gelu), which cost the same
+    max_seq_len: int = 256  # longest T, prompt and reply together
+    rope_theta: float = 10000.0  # base of the rotation frequencies
+    norm_eps: float = 1e-5  # keeps a norm of zeros finite
+    tie_embeddings: bool = False  # one matrix for reading tokens and predicting them
+    norm: Literal["rms", "layer"] = "rms"  # RMSNorm (Zhang & Sennrich 2019) or LayerNorm
+    position: Literal["rope", "learned"] = "rope"  # rotary (Su et al. 2021) or a table
+    mlp: Literal["swiglu", "gelu"] = "swiglu"  # gated (Shazeer 2020) or GPT-2's
+    qk_norm: bool = True  # normalise queries and keys, as Qwen3: lets small models take large learning rates
+    bias: bool = False  # bias in linear layers and layer norms
+    attention: Literal["flash", "sdpa", "naive"] = "flash"  # ours, PyTorch's C++ kernel, the ten lines
+
+    def __post_init__(self):
+        self.n_kv_head = self.n_kv_head or self.n_head
+        if self.n_head < 1 or self.n_embd % self.n_head:
+            raise UserError(f"--n_embd {self.n_embd} is not divisible by --n_head {self.n_head}; change one of them")
+        if self.n_head % self.n_kv_head:
+            raise UserError(f"--n_head {self.n_head} is not divisible by --n_kv_head {self.n_kv_head}; change one of them")
+        if self.position == "rope" and self.n_embd // self.n_head % 2:
+            raise UserError(f"rotary positions need an even head width, found {self.n_embd // self.n_head}; "
+                            "change --n_embd or --n_head, or use --position learned")
+        if not self.mlp_hidden:
+            width = 8 * self.n_embd / 3 if self.mlp == "swiglu" else 4 * self.n_embd
+            self.mlp_hidden = max(32, int(width) // 32 * 32)  # multiples of 32 keep matrix kernels on their fast path
+
+
+# ---- attention ----------------------------------------------------------------------------------------------------
+
+def naive_attention(q, k, v, *, causal=True, segment_ids=None, kv_segment_ids=None, scale=None):
+    """Attention as the formula says, softmax(q k^T / sqrt(D)) v: the definition that flash_attention must equal."""
+    Tq, Tk, repeat = q.shape[2], k.shape[2], q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(repeat, 1), v.repeat_interleave(repeat, 1)  # (B, H, Tk, D)
+    scores = q @ k.transpose(-1, -2) * (q.shape[-1] ** -0.5 if scale is None else scale)  # (B, H, Tq, Tk)
+    visible = torch.ones(Tq, Tk, dtype=torch.bool, device=q.device)
+    if causal:
+        visible = visible.tril(Tk - Tq)
+    if segment_ids is not None:
+        kv_segment_ids = segment_ids if kv_segment_ids is None else kv_segment_ids
+        visible = visible & (segment_ids[:, None, :, None] == kv_segment_ids[:, None, None, :]) \
+            & (kv_segment_ids >= 0)[:, None, None, :]
+    p = scores.masked_fill(~visible, -torch.inf).softmax(-1)
+    return p.masked_fill(~visible, 0.0) @ v  # a row that sees nothing: softmax gives NaN, the answer is 0
+
+
+def sdpa_attention(q, k, v, *, causal=True, segment_ids=None, kv_segment_ids=None, scale=None):
+    """PyTorch's own fused kernel, for comparison and as an alternative."""
+    Tq, Tk = q.shape[2], k.shape[2]
+    if segment_ids is None and (Tq == Tk or not causal):
+        return F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+    mask = torch.ones(Tq, Tk, dtype=torch.bool, device=q.device).tril(Tk - Tq if causal else Tk)
+    if segment_ids is not None:
+        kv_segment_ids = segment_ids if kv_segment_ids is None else kv_segment_ids
+        mask = mask & (segment_ids[:, None, :, None] == kv_segment_ids[:, None, None, :]) \
+            & (kv_segment_ids >= 0)[:, None, None, :]
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+
+
+def flash_attention(q, k, v, *, causal=True, segment_ids=None, kv_segment_ids=None, scale=None):
+    return sdpa_attention(q, k, v, causal=causal, segment_ids=segment_ids, kv_segment_ids=kv_segment_ids, scale=scale)
+
+
+# ---- log-probabilities --------------------------------------------------------------------------------------------
+
+def target_logp(hidden, weight, targets, *, bias=None, temperature=1.0, with_stats=False):
+    logits = F.linear(hidden, weight, bias).float() / temperature  # (N, V)
+    logp = logits.log_softmax(-1)
+    picked = logp.gather(-1, targets.clamp(min=0)[:, None])[:, 0].masked_fill(targets < 0, 0.0)  # (N,)
+    if not with_stats:
+        return picked
+    trained = targets >= 0
+    return picked, -(logp.exp() * logp).sum(-1) * trained, (logits.argmax(-1) == targets) & trained
+
+
+# ---- the network --------------------------------------------------------------------------------------------------
+
+ATTENTION = {"flash": flash_attention, "sdpa": sdpa_attention, "naive": naive_attention}
+
+
+class Norm(nn.Module):
+    """RMSNorm or LayerNorm over the last dimension."""
+
+    def __init__(self, width: int, config: GPTConfig):
+        super().__init__()
+        self.kind, self.eps, self.width = config.norm, config.norm_eps, width
+        self.weight = nn.Parameter(torch.empty(width))
+        self.bias = nn.Parameter(torch.empty(width)) if config.norm == "layer" and config.bias else None
+
+    def forward(self, x):
+        if self.kind == "layer":
+            return F.layer_norm(x, (self.width,), self.weight, self.bias, self.eps)
+        return F.rms_norm(x, (self.width,), self.weight, self.eps)
+
+
+def rotate(x, cos, sin):
+    """Rotary position (Su et al. 2021, eq. 34) in the half-split layout of LLaMA: entry d is paired with d + D/2.
+
+    x (B, T, H, D); cos and sin (B or 1, T, 1, D), the sine of the first half negated:
+    (x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin), and (x2, x1) is x rolled by D/2.
+    """
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
+
+
+class Attention(nn.Module):
+    """Causal self-attention with H query heads over G key/value heads (Ainslie et al. 2023)."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.H, self.G, self.D = config.n_head, config.n_kv_head, config.n_embd // config.n_head
+        self.qkv = nn.Linear(config.n_embd, (self.H + 2 * self.G) * self.D, bias=config.bias)  # rows: q heads, k, v
+        self.proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.q_norm = Norm(self.D, config) if config.qk_norm else None
+        self.k_norm = Norm(self.D, config) if config.qk_norm else None
+        self.attend = ATTENTION[config.attention]
+
+    def forward(self, x, rope, segment_ids, kv_segment_ids, cache):
+        B, T, C = x.shape
+        qkv = self.qkv(x).view(B, T, self.H + 2 * self.G, self.D)
+        q, k, v = qkv.split((self.H, self.G, self.G), dim=2)  # (B, T, H, D), (B, T, G, D) twice
+        if self.q_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if rope is not None:
+            q, k = rotate(q, *rope), rotate(k, *rope)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T, D), (B, G, T, D) twice
+        if cache is not None:
+            k, v = cache.append(k, v)  # (B, G, Tk, D) twice
+        y = self.attend(q, k, v, segment_ids=segment_ids, kv_segment_ids=kv_segment_ids)
+        return self.proj(y.transpose(1, 2).reshape(B, T, C))
+
+
+class MLP(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.gated = config.mlp == "swiglu"
+        self.up = nn.Linear(config.n_embd, config.mlp_hidden * (1 + self.gated), bias=config.bias)  # gate rows first
+        self.down = nn.Linear(config.mlp_hidden, config.n_embd, bias=config.bias)
+
+    def forward(self, x):
+        h = self.up(x)
+        if self.gated:
+            gate, h = h.chunk(2, dim=-1)
+            return self.down(F.silu(gate) * h)
+        return self.down(F.gelu(h, approximate="tanh"))
+
+
+class Block(nn.Module):
+    """Pre-norm: each half reads a normalised copy of the residual stream and adds to it."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.attn_norm, self.attn = Norm(config.n_embd, config), Attention(config)
+        self.mlp_norm, self.mlp = Norm(config.n_embd, config), MLP(config)
+
+    def forward(self, x, rope=None, segment_ids=None, kv_segment_ids=None, cache=None):
+        x = x + self.attn(self.attn_norm(x), rope, segment_ids, kv_segment_ids, cache)
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class LMHead(nn.Module):
+    """Hidden states to log-probabilities of the targets, or to logits."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(config.vocab_size, config.n_embd))
+
+    def forward(self, x, targets=None, temperature=1.0, with_stats=False):
+        if targets is None:
+            return F.linear(x, self.weight) / temperature  # (B, T, V)
+        out = target_logp(x.flatten(0, 1), self.weight, targets.flatten(), temperature=temperature, with_stats=with_stats)
+        return tuple(o.view_as(targets) for o in out) if with_stats else out.view_as(targets)  # (B, T)
+
+
+class ScalarHead(nn.Module):
+    """One number per position: a reward or a value."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.empty(1, config.n_embd)), nn.Parameter(torch.empty(1))
+
+    def forward(self, x):
+        return F.linear(x, self.weight, self.bias).squeeze(-1).float()  # (B, T)
+
+
+class GPT(nn.Module):
+    """Decoder-only transformer.
+
+    forward(ids, targets, ...): ids, targets, segment_ids, positions (B, T) integers. Returns
+      with targets: log p(target) under softmax(logits / temperature), (B, T) float32, 0 where the target is -100;
+        with_stats=True adds the entropy (B, T) and whether the target was the argmax (B, T) bool;
+      without: logits / temperature (B, T, V); head="scalar": (B, T) float32.
+    segment_ids tell documents apart inside a row: attention does not cross them and positions restart at each change
+    (-1: padding). cache: a KVCache; then only the last position's logits are returned, (B, 1, V).
+    """
+
+    def __init__(self, config: GPTConfig, head: Literal["lm", "scalar"] = "lm", seed: int = 0):
+        super().__init__()
+        self.config = config
+        self.embed = nn.Embedding(config.vocab_size, config.n_embd)
+        self.position = nn.Embedding(config.max_seq_len, config.n_embd) if config.position == "learned" else None
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.norm = Norm(config.n_embd, config)
+        self.head = LMHead(config) if head == "lm" else ScalarHead(config)
+        if config.tie_embeddings and head == "lm":
+            self.head.weight = self.embed.weight
+        D = config.n_embd // config.n_head
+        frequencies = config.rope_theta ** (-torch.arange(0, D, 2, device="cpu").double() / D)  # (D/2,)
+        angles = torch.arange(config.max_seq_len, device="cpu").double()[:, None] * frequencies  # (T, D/2)
+        self.register_buffer("cos", torch.cat((angles.cos(), angles.cos()), -1).float(), persistent=False)  # (T, D)
+        self.register_buffer("sin", torch.cat((-angles.sin(), angles.sin()), -1).float(), persistent=False)  # (T, D)
+        initialise(self, seed)
+
+    def forward(self, ids, targets=None, *, segment_ids=None, positions=None, temperature=1.0, with_stats=False,
+                cache=None):
+        if segment_ids is not None and cache is None:
+            if bool((segment_ids == segment_ids[:, :1]).all()):
+                segment_ids = None  # one document a row: the causal mask alone is the same and cheaper
+            elif positions is None:
+                positions = restarting_positions(segment_ids)  # (B, T)
+        if positions is None:
+            if ids.shape[1] > self.config.max_seq_len:
+                raise UserError(f"{ids.shape[1]} tokens in a row, but the model was made for --max_seq_len "
+                                f"{self.config.max_seq_len}")
+            positions = torch.arange(ids.shape[1], device=ids.device)[None]  # (1, T)
+        x = self.embed(ids)  # (B, T, C)
+        if self.position is not None:
+            x = x + self.position(positions)
+            rope = None
+        else:
+            rope = (self.cos[positions][:, :, None].to(x.dtype), self.sin[positions][:, :, None].to(x.dtype))  # (B, T, 1, D)
+        kv_segment_ids = None if cache is None else cache.advance(segment_ids, ids.shape[1])  # (B, Tk)
+        for i, block in enumerate(self.blocks):
+            x = block(x, rope, segment_ids, kv_segment_ids, None if cache is None else cache.layers[i])
+        x = self.norm(x if cache is None else x[:, -1:])
+        if isinstance(self.head, ScalarHead):
+            return self.head(x)
+        return self.head(x, targets, temperature, with_stats)
+
+    def units(self) -> list[nn.Module]:
+        """The modules that ZeRO gathers one at a time; whatever is in none of them is gathered once for the whole pass."""
+        ends = [] if self.config.tie_embeddings else [self.embed, self.head]
+        return [*ends, *self.blocks]
+
+    def parameter_count(self) -> int:
+        return sum(p.numel() for p in self.parameters())
+
+    def flops_per_token(self, T: int) -> float:
+        """Floating-point operations of one training token in a row of T, forward and backward, without recomputation.
+
+        6 per weight of a matrix product: 2 forward (multiply, add), 4 backward (by input and by weight); reading an
+        embedding costs none. Attention: q k^T and p v cost 4 C per visible key and token forward, three times that with
+        backward, over (T + 1) / 2 visible keys on average. (Kaplan et al. 2020, section 2.1; PaLM, appendix B.)
+        """
+        matrices = sum(p.numel() for block in self.blocks for p in block.parameters() if p.dim() == 2)
+        return 6 * (matrices + self.head.weight.numel()) + 6 * self.config.n_layer * self.config.n_embd * (T + 1)
+
+
+def restarting_positions(segment_ids):
+    """(B, T) positions that count from 0 again wherever the segment id changes."""
+    time = torch.arange(segment_ids.shape[1], device=segment_ids.device).expand_as(segment_ids)
+    changed = torch.ones_like(segment_ids, dtype=torch.bool)
+    changed[:, 1:] = segment_ids[:, 1:] != segment_ids[:, :-1]
+    return time - torch.where(changed, time, 0).cummax(1).values
+
+
+def initialise(module: nn.Module, seed: int, prefix: str = "") -> None:
+    """Fill every parameter from its own random stream, a function of (seed, its full name).
+
+    So a model built whole and one built unit by unit on several ranks start from the same numbers. The choices:
+    matrices N(0, 1/fan_in), which keeps the variance of what passes through; 0 for the matrices that write into the
+    residual stream, so that each block starts as the identity and depth costs nothing at first; 0 for an untied head,
+    so that the first loss is ln V and no step is spent on unlearning random guesses; embeddings N(0, 1), since the
+    residual stream is then born with the unit scale that the norms give everything else; tied N(0, 0.02^2) as GPT-2,
+    since they are the head too and a token's logit for itself would otherwise start at sqrt(C).
+    """
+    tied = isinstance(module, GPT) and module.config.tie_embeddings
+    for name, p in module.named_parameters(prefix):
+        kind = name.split(".")[-3:]
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}:{name}".encode()))
+        with torch.no_grad():
+            if p.dim() == 1:
+                p.fill_(1.0 if "norm" in name and name.endswith("weight") else 0.0)
+            elif kind[-2] in ("proj", "down") or (kind[-2] == "head" and not tied):
+                p.zero_()
+            else:
+                std = (0.02 if tied else 1.0) if kind[-2] == "embed" else p.shape[1] ** -0.5
+                p.copy_(torch.randn(p.shape, generator=generator, dtype=torch.float32) * std)
+
+
+# ---- generation ---------------------------------------------------------------------------------------------------
+
+class LayerCache:
+    """Keys and values of one layer, in buffers of the final length so that a step writes and copies nothing else."""
+
+    def __init__(self, length: int):
+        self.length, self.used, self.k, self.v = length, 0, None, None
+
+    def append(self, k, v):
+        """k, v (B, G, T, D) of the new tokens -> all keys and values so far, (B, G, used, D) twice."""
+        B, G, T, D = k.shape
+        if self.k is None:
+            self.k, self.v = k.new_empty(B, G, self.length, D), v.new_empty(B, G, self.length, D)
+        self.k[:, :, self.used:self.used + T], self.v[:, :, self.used:self.used + T] = k, v
+        self.used += T
+        return self.k[:, :, :self.used], self.v[:, :, :self.used]
+
+
+class KVCache:
+    """What attention must remember while a text grows: per layer the keys and values, and which of them are padding."""
+
+    def __init__(self, n_layer: int, length: int):
+        self.layers = [LayerCache(length) for _ in range(n_layer)]
+        self.segment_ids = None
+
+    def advance(self, segment_ids, T: int):
+        """Note the T new tokens' segment ids (B, T); returns those of all keys (B, Tk), None where nothing is padded."""
+        if segment_ids is not None:
+            past = [] if self.segment_ids is None else [self.segment_ids]
+            self.segment_ids = torch.cat((*past, segment_ids), 1)
+        return self.segment_ids
+
+
+def choose(logits, uniforms, temperature=1.0, top_k=0, top_p=1.0):
+    """Draw one token per row by inverting its CDF at the row's own uniform number; temperature 0 takes the argmax.
+
+    logits (B, V), uniforms (B,) in [0, 1) float64 -> (B,) ids. top_k keeps the k likeliest (0: all); top_p the fewest
+    whose probability reaches p (Holtzman et al. 2020).
+    """
+    if temperature == 0:
+        return logits.argmax(-1)
+    p = (logits.double() / temperature).softmax(-1)  # (B, V)
+    if top_k or top_p < 1:
+        ranked, order = p.sort(-1, descending=True, stable=True)
+        drop = ranked.cumsum(-1) - ranked >= top_p  # the mass before a token already suffices
+        if top_k:
+            drop[:, top_k:] = True
+        p = p.scatter(-1, order, ranked.masked_fill(drop, 0.0))
+    cdf = p.cumsum(-1)
+    return torch.searchsorted(cdf, (uniforms * cdf[:, -1])[:, None], right=True)[:, 0].clamp(max=p.shape[-1] - 1)
+
+
+@torch.no_grad()
+def generate(model, prompts, *, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, repetition_penalty=1.0, eos_id=None,
+             banned=(), seeds=None, return_logp=False, on_token=None):
+    """Continue each prompt (a non-empty list of ids); returns one list of new ids per prompt, eos_id included if drawn.
+
+    Ragged prompts are padded on the left. seeds: one integer per prompt; row i's draws depend on seeds[i] alone, not on
+    its neighbours. banned: ids never drawn (padding). repetition_penalty: CTRL's (Keskar et al. 2019), 1 is off.
+    return_logp: also a list of the drawn tokens' log-probabilities under softmax(logits / temperature), before any
+    filter. on_token(row, id): called at every new token. Raises UserError if prompt + max_new_tokens > max_seq_len.
+    """
+    lengths = [len(p) for p in prompts]
+    if min(lengths, default=0) == 0:
+        raise UserError("a prompt has no tokens; begin it with the tokenizer's bos_id")
+    B, P = len(prompts), max(lengths)
+    if P + max_new_tokens > model.config.max_seq_len:
+        raise UserError(f"prompt of {P} tokens + {max_new_tokens} new ones exceed the model's max_seq_len "
+                        f"{model.config.max_seq_len}; shorten the prompt or ask for fewer tokens")
+    device = model.cos.device
+    ids = torch.tensor([[0] * (P - len(p)) + list(p) for p in prompts], device=device)  # (B, P)
+    start = torch.tensor([P - n for n in lengths], device=device)[:, None]  # (B, 1) first real column
+    columns = torch.arange(P, device=device)[None]  # (1, P)
+    segment_ids = torch.where(columns >= start, 0, -1) if min(lengths) < P else None  # (B, P)
+    positions = (columns - start).clamp(min=0)  # (B, P)
+    seeds = range(B) if seeds is None else seeds
+    uniforms = np.stack([np.random.Generator(np.random.Philox(key=int(s))).random(max_new_tokens) for s in seeds])
+    uniforms = torch.from_numpy(uniforms).to(device)  # (B, max_new_tokens)
+    cache = KVCache(model.config.n_layer, P + max_new_tokens)
+    new, logps, done = [[] for _ in prompts], [[] for _ in prompts], [False] * B
+    for t in range(max_new_tokens):
+        logits = model(ids, segment_ids=segment_ids, positions=positions, cache=cache)[:, -1].float()  # (B, V)
+        full = logits
+        if repetition_penalty != 1:
+            for row, prompt in enumerate(prompts):
+                seen = torch.tensor(sorted({*prompt, *new[row]}), device=device)
+                logits[row, seen] = torch.where(logits[row, seen] > 0, logits[row, seen] / repetition_penalty,
+                                                logits[row, seen] * repetition_penalty)
+        if banned:
+            logits = logits.index_fill(-1, torch.tensor(banned, device=device), -torch.inf)
+        drawn = choose(logits, uniforms[:, t], temperature, top_k, top_p)  # (B,)
+        if return_logp:
+            scaled = (full / (temperature or 1.0)).log_softmax(-1).gather(-1, drawn[:, None])[:, 0].tolist()
+        for row, token in enumerate(drawn.tolist()):
+            if done[row]:
+                continue
+            new[row].append(token)
+            if return_logp:
+                logps[row].append(scaled[row])
+            if on_token is not None:
+                on_token(row, token)
+            done[row] = token == eos_id
+        if all(done):
+            break
+        ids = drawn[:, None]  # (B, 1)
+        positions = positions[:, -1:] + 1  # (B, 1)
+        segment_ids = torch.zeros_like(ids) if segment_ids is not None else None
+    return (new, logps) if return_logp else new
