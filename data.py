@@ -1,0 +1,469 @@
+"""From text to training batches.
+
+    read_corpus     a name (stdlib, shakespeare) or a file -> documents
+    prepare         documents -> tokenizer, training and validation token files; made once, then found again
+    TokenFile       a token file, memory-mapped: ten gigabytes open at once and cost next to no memory
+    Windows         pretraining batches, a pure function of (seed, step, row): the same data at any world size
+    eval_windows    every target of a token file, exactly once
+
+    python data.py                                             # the English of Python's own library, as BPE tokens
+    python data.py --data shakespeare --tokenizer char
+    python data.py --data my.txt --vocab_size 1024 --show      # and print a window: token | target | segment
+"""
+from __future__ import annotations
+
+import ast
+import contextlib
+import dataclasses
+import gzip
+import hashlib
+import http.client
+import json
+import mmap
+import os
+import random
+import re
+import secrets
+import shutil
+import struct
+import sys
+import sysconfig
+import urllib.request
+import warnings
+import zlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from common import UserError, parse, run
+from tokenizer import SPECIALS, Tokenizer, make_tokenizer
+
+IGNORE = -100  # the target of a position that is not trained
+SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
+STDLIB = Path(sysconfig.get_paths()["stdlib"])
+STDLIB_SKIP = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "turtledemo", "encodings"}
+DOCSTRING_OWNERS = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+
+
+# ---- reading files ------------------------------------------------------------------------------------------------
+
+def read_text(path) -> str:
+    """A whole UTF-8 file, plain or .gz. CRLF stays CRLF; a byte order mark is dropped."""
+    try:
+        with (gzip.open if str(path).endswith(".gz") else open)(path, "rb") as file:
+            content = file.read()
+        return content.decode("utf-8").removeprefix("\ufeff")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise UserError(f"{path}:{line}: found byte 0x{content[error.start]:02x} at offset {error.start} of the file, "
+                        "expected UTF-8; convert it, for example with iconv -t UTF-8") from None
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
+
+
+def load_json(text: str, path, line: int):
+    """Parse JSON that begins in this line of the file."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        found = repr(text[error.pos : error.pos + 20]) if error.pos < len(text) else "the end of the text"
+        raise UserError(f"{path}:{line + error.lineno - 1}: found {found}, expected JSON ({error.msg})") from None
+    except (ValueError, RecursionError) as error:  # a number of many thousand digits, many thousand brackets
+        raise UserError(f"{path}:{line}: found JSON that Python cannot hold ({error})") from None
+
+
+def read_records(path) -> Iterator[tuple[str, dict]]:
+    """(where, record) of a .json array or of .jsonl lines, plain or .gz; `where` begins the record's error messages."""
+    text = read_text(path)
+    if ".jsonl" in Path(path).suffixes:
+        lines = enumerate(text.split("\n"), start=1)  # not splitlines: U+2028 may stand in a string
+        found = ((f"{path}:{number}", load_json(line, path, number)) for number, line in lines if line.strip())
+    else:
+        records = load_json(text, path, 1)
+        if not isinstance(records, list):
+            raise UserError(f"{path}:1: found one JSON {type(records).__name__}, expected an array of records [...]")
+        found = ((f"{path}, record {i}", record) for i, record in enumerate(records, start=1))
+    for where, record in found:
+        if not isinstance(record, dict):
+            raise UserError(f"{where}: found a JSON {type(record).__name__}, expected a record {{...}}")
+        yield where, record
+
+
+def check_text(text, where: str) -> str:
+    """Returns the text. JSON can also hold other things, and half a surrogate pair, which is no character."""
+    if not isinstance(text, str):
+        raise UserError(f"{where}: found {type(text).__name__}, expected a string")
+    if half := re.search("[\ud800-\udfff]", text):
+        raise UserError(f"{where}: found half a character, {half[0]!a}, at {half.start()}, expected whole ones")
+    return text
+
+
+def read_documents(path) -> list[str]:
+    """Documents of a .txt (between lines <|endoftext|>), or the "text" of .json or .jsonl records; plain or .gz."""
+    form = Path(str(path).removesuffix(".gz")).suffix
+    if form == ".txt":
+        return re.split(r"(?m)^<\|endoftext\|>\r?$\n?", read_text(path))
+    if form not in (".json", ".jsonl"):
+        raise UserError(f"{path}: found a name that ends in {form!r}, expected stdlib, shakespeare, or a .txt, .json "
+                        "or .jsonl file, or .gz of these")
+    documents = []
+    for where, record in read_records(path):
+        if "text" not in record:
+            raise UserError(f'{where}: found the keys {list(record)[:8]}, expected "text"')
+        documents.append(check_text(record["text"], f'{where}, "text"'))
+    return documents
+
+
+# ---- corpora by name ----------------------------------------------------------------------------------------------
+
+def stdlib_documents() -> list[str]:
+    """The English in every Python: its help topics, and the docstrings of each module as one document; about 2 MB.
+
+    Sources are parsed, never imported. A paragraph that was there before is left out: topics quote one another and
+    classes repeat their parents, so that an eighth of the validation text would be training text word for word.
+    """
+    documents, seen = [], set()
+    for path in sorted(STDLIB.rglob("*.py")):
+        if STDLIB_SKIP.intersection(path.relative_to(STDLIB).parts):
+            continue
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # about escapes such as "\d"
+                nodes = list(ast.walk(ast.parse(path.read_bytes())))
+        except (SyntaxError, ValueError, OSError):
+            continue  # a template, a broken link
+        if path.parent.name == "pydoc_data":  # topics.py is one dict, name: text
+            texts = [value.value for node in nodes if isinstance(node, ast.Dict) for value in node.values]
+        else:
+            owners = [node for node in nodes if isinstance(node, DOCSTRING_OWNERS)]
+            owners.sort(key=lambda node: getattr(node, "lineno", 0))  # as in the source; ast.walk goes level by level
+            texts = ["\n\n".join(filter(None, map(ast.get_docstring, owners)))]
+        for text in texts:
+            paragraphs = []
+            for paragraph in re.split(r"\n\s*\n", text.strip()):
+                if len(paragraph) <= 40 or paragraph not in seen:  # "For example:" may come again
+                    paragraphs.append(paragraph)
+                    seen.add(paragraph)
+            documents.append("\n\n".join(paragraphs) + "\n")
+    # Validation is the last tenth, and in the order of the alphabet that would be about urllib and xml alone.
+    random.Random(0).shuffle(documents)
+    return documents
+
+
+def shakespeare_file(cache) -> Path:
+    """Where tiny Shakespeare lies (1.1 MB, public domain): downloaded the first time, the checksum verified always."""
+    path = Path(cache) / "tinyshakespeare.txt"
+    try:
+        content = path.read_bytes() if path.exists() else urllib.request.urlopen(SHAKESPEARE_URL, timeout=30).read()
+        problem = "" if hashlib.sha256(content).hexdigest() == SHAKESPEARE_SHA256 else "found another text (sha256)"
+    except (OSError, http.client.HTTPException) as error:
+        problem = f"no download ({error})"
+    if problem:
+        raise UserError(f"tiny Shakespeare: {problem}; put {SHAKESPEARE_URL} there by hand, as {path}")
+    if not path.exists():
+        with replacing(path) as temporary:
+            temporary.write_bytes(content)
+    return path
+
+
+def read_corpus(data: str, cache="data") -> list[str]:
+    """The documents, none of them blank, of a corpus by name or of a file."""
+    if data == "stdlib":
+        documents = stdlib_documents()
+    else:
+        documents = read_documents(shakespeare_file(cache) if data == "shakespeare" else data)
+    documents = [document for document in documents if document.strip()]
+    if not documents:
+        raise UserError(f"{data}: found no text, expected at least one document")
+    return documents
+
+
+# ---- token files --------------------------------------------------------------------------------------------------
+
+# magic, version, bytes per id, vocabulary, tokenizer's fingerprint, ids, targets, bytes of the text, note, CRC of these
+HEADER = struct.Struct("<8s I I Q 16s Q Q Q 188s I")
+MAGIC, VERSION = b"LLM0TOKS", 1
+DTYPES = {2: np.dtype("<u2"), 4: np.dtype("<u4")}
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary path for a file or folder, which gets its name after the block; after an error nothing is left."""
+    temporary = Path(f"{path}.tmp-{secrets.token_hex(4)}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        os.replace(temporary, path)
+    except OSError as error:
+        if not (temporary.is_dir() and path.is_dir()):  # else another process made the same folder meanwhile
+            raise UserError(f"{path}: cannot be written: {error.strerror or error}") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)  # if it is a folder
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+
+
+def write_token_file(path, arrays: Iterable[np.ndarray], tokenizer: Tokenizer, n_bytes: int, note: str = "") -> None:
+    """Write the ids of the arrays, one after the other, as a token file, whole or not at all.
+
+    n_bytes: UTF-8 bytes of the text, for bits per byte; note: its origin, for the log. Memory: one array.
+    """
+    width = 2 if tokenizer.vocab_size <= 1 << 16 else 4
+    count = n_targets = 0
+    with replacing(Path(path)) as temporary, open(temporary, "wb") as file:
+        file.write(bytes(HEADER.size))
+        for array in arrays:
+            file.write(array.astype(DTYPES[width]))
+            count += len(array)
+            n_targets += int((array != tokenizer.bos_id).sum())
+        note_bytes = note.encode()[:188].decode(errors="ignore").encode()  # never half a character
+        head = HEADER.pack(MAGIC, VERSION, width, tokenizer.vocab_size, tokenizer.fingerprint.encode(), count,
+                           n_targets, n_bytes, note_bytes, 0)[:-4]
+        file.seek(0)
+        file.write(head + struct.pack("<I", zlib.crc32(head)))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+class TokenFile:
+    """A token file, memory-mapped. Each document in it is bos + ids + end: where a bos stands, a document begins.
+
+    ids: (N,) uint16 or uint32, a view of the file; vocab_size, fingerprint: of the tokenizer; n_targets: ids that are
+    predicted, all but the bos; n_bytes: of the text, in UTF-8; note: its origin. Ids of another tokenizer than
+    `tokenizer` are refused. Raises UserError for everything that is not such a file from end to end.
+    """
+
+    def __init__(self, path, tokenizer: Tokenizer | None = None):
+        self.path = path
+        try:
+            with open(path, "rb") as file:
+                head = file.read(HEADER.size)
+                self._check(head, os.fstat(file.fileno()).st_size)
+                self.map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read: {error.strerror}; delete its folder to make it again") from None
+        _, _, width, self.vocab_size, fingerprint, count, self.n_targets, self.n_bytes, note, _ = HEADER.unpack(head)
+        self.fingerprint, self.note = fingerprint.decode(), note.rstrip(b"\0").decode()
+        self.ids = np.frombuffer(self.map, DTYPES[width], count, HEADER.size)  # slices faster than np.memmap
+        first_special = self.vocab_size - len(SPECIALS)  # they are the last ids of every vocabulary
+        self.pad_id, self.bos_id = (first_special + SPECIALS.index(name) for name in ("<|pad|>", "<|bos|>"))
+        if tokenizer and (self.fingerprint, self.vocab_size) != (tokenizer.fingerprint, tokenizer.vocab_size):
+            raise UserError(f"{path}: found ids of tokenizer {self.fingerprint} ({self.vocab_size} tokens), expected "
+                            f"{tokenizer.fingerprint} ({tokenizer.vocab_size}); prepare the text with this tokenizer")
+
+    def _check(self, head: bytes, size: int) -> None:
+        """Nothing in the header is believed before it is known to be whole and to fit the file."""
+        if not head.startswith(MAGIC):
+            raise UserError(f"{self.path}: found {head[:8]!r}, expected a token file ({MAGIC!r}) as data.py makes them")
+        _, version, width, vocab_size, _, count, *_, crc = HEADER.unpack(head.ljust(HEADER.size, b"\0"))
+        if version != VERSION:
+            problem = f"found version {version}, expected {VERSION}"
+        elif crc != zlib.crc32(head[:-4]):
+            problem = f"found a damaged header, expected one with the checksum {crc:08x}"
+        elif width not in DTYPES or not len(SPECIALS) < vocab_size <= 256**width or count < 2:
+            problem = f"found {count} ids of {width} bytes for {vocab_size} tokens, expected two or more that fit"
+        elif size != HEADER.size + count * width:
+            problem = f"found {size} bytes, expected {HEADER.size + count * width} for {count} ids"
+        else:
+            return
+        raise UserError(f"{self.path}: {problem}; delete its folder to make it again")
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+# ---- preparing ----------------------------------------------------------------------------------------------------
+
+# No tokenizer here joins what stands left and right of a lone space, or of a line's end before a letter or digit, so
+# that a cut there changes no id. (A text without such a place is encoded whole.)
+CUT = re.compile(r"\S(?= \S)|\S\n(?=\w)")
+
+
+def pieces(text: str, size: int = 1 << 20) -> Iterator[str]:
+    """A long text in parts of about `size` characters, whose ids one after the other are the ids of the whole."""
+    start = 0
+    while cut := CUT.search(text, start + size):
+        yield text[start : cut.end()]
+        start = cut.end()
+    yield text[start:]
+
+
+def encode_documents(documents: list[str], tokenizer: Tokenizer) -> Iterator[np.ndarray]:
+    """bos + ids + end of each document, in pieces: encoding takes several times the memory of its text."""
+    for document in documents:
+        yield np.array([tokenizer.bos_id])
+        yield from map(tokenizer.encode_array, pieces(document))
+        yield np.array([tokenizer.end_id])
+
+
+def split_documents(documents: list[str], val_fraction: float) -> tuple[list[str], list[str]]:
+    """(training, validation): validation is the last val_fraction of all characters; a document in the way is cut."""
+    left = int(sum(map(len, documents)) * (1 - val_fraction))  # characters that still go to training
+    train, val = [], []
+    for document in documents:
+        train.append(document[:left])
+        val.append(document[left:])
+        left -= len(train[-1])
+    return list(filter(None, train)), list(filter(None, val))
+
+
+def identity(data: str) -> list:
+    """What tells one state of a corpus from another, without reading it."""
+    if data == "stdlib":
+        return [sys.version, str(STDLIB)]
+    if data == "shakespeare":
+        return [SHAKESPEARE_SHA256]
+    if not os.path.isfile(data):
+        found = "a folder" if os.path.isdir(data) else "no such file"
+        raise UserError(f"{data}: found {found}, expected stdlib, shakespeare or the path of a file")
+    stat = os.stat(data)
+    return [os.path.abspath(data), stat.st_size, stat.st_mtime_ns]
+
+
+def prepare(data: str, *, tokenizer="bpe", vocab_size=4096, val_data="", val_fraction=0.1, cache="data"):
+    """Make or find the token files of a corpus. Returns the paths (train.bin, val.bin, tokenizer.json).
+
+    data, val_data: stdlib, shakespeare or a file; without val_data the last val_fraction of data is validation.
+    tokenizer: byte, char, bpe, a name that tiktoken knows, or a tokenizer.json; vocab_size: of bpe.
+    Their folder in `cache` is named after a hash of all that decides the ids: a second start reads no text. Processes
+    that start together make the same files, and one wins. UserError for unusable input; nothing is written then.
+    """
+    if not val_data and not 0 < val_fraction < 1:
+        raise UserError(f"--val_fraction: found {val_fraction}, expected a number between 0 and 1")
+    spec = hashlib.sha256(Path(tokenizer).read_bytes()).hexdigest() if os.path.isfile(tokenizer) else tokenizer
+    decides = [VERSION, identity(data), identity(val_data) if val_data else val_fraction, spec, vocab_size]
+    key = hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:12]
+    folder = Path(cache) / f"{Path(data).name.split('.')[0]}-{Path(tokenizer).stem}-{key}"
+    paths = folder / "train.bin", folder / "val.bin", folder / "tokenizer.json"
+    if folder.exists():
+        return paths
+
+    documents = read_corpus(data, cache)
+    train, val = (documents, read_corpus(val_data, cache)) if val_data else split_documents(documents, val_fraction)
+    if not train or not val:
+        raise UserError(f"{data}: found too little text to set --val_fraction {val_fraction} aside; give more text")
+    # BPE learns from the training text alone. An alphabet has to be that of all the text: a character that only
+    # validation has could not be encoded at all, and to know that it exists does not help to predict it.
+    encoder = make_tokenizer(tokenizer, train + val if tokenizer == "char" else train, vocab_size)
+    with replacing(folder) as temporary:
+        temporary.mkdir()
+        encoder.save(temporary / "tokenizer.json")
+        for path, part, source in zip(paths, (train, val), (data, val_data or data)):
+            n_bytes, digest = 0, hashlib.sha256()
+            for document in part:
+                encoded = document.encode()
+                n_bytes += len(encoded)
+                digest.update(encoded)
+            origin = f"stdlib of Python {sys.version.split()[0]}" if source == "stdlib" else source
+            characters = sum(map(len, part))
+            note = f"{len(part)} documents, {characters} characters, sha256 {digest.hexdigest()[:16]}, {origin}"
+            write_token_file(temporary / path.name, encode_documents(part, encoder), encoder, n_bytes, note)
+    return paths
+
+
+# ---- pretraining batches ------------------------------------------------------------------------------------------
+
+def read_windows(tokens: TokenFile, starts: np.ndarray, seq_len: int, n_rows: int) -> tuple[torch.Tensor, ...]:
+    """(ids, targets, segment_ids), each int64 (n_rows, T), of the windows that begin at `starts`, then rows of padding.
+
+    segment_ids: how many documents have begun in the row so far; -1 is padding. A target is the next token, or -100
+    where that is a bos: which document follows is not language, and a free right answer would flatter the loss.
+    """
+    window = np.full((n_rows, seq_len + 1), -1, dtype=np.int64)  # (B, T + 1)
+    for row, start in zip(window, starts.tolist()):
+        piece = tokens.ids[start : start + seq_len + 1]
+        row[: len(piece)] = piece
+    if len(tokens.map) > 1 << 26:
+        # Pages once read count as memory of this process until they are the whole file. Let them go; the system keeps
+        # them cached. Not for 64 MB and less: to map them again would double the time of a small batch.
+        tokens.map.madvise(mmap.MADV_DONTNEED)
+    if window.max() >= tokens.vocab_size:
+        raise UserError(f"{tokens.path}: found id {window.max()}, expected less than {tokens.vocab_size}; the file is "
+                        "damaged: delete its folder to make it again")
+    ids, targets = window[:, :-1].copy(), window[:, 1:].copy()  # (B, T)
+    segment_ids = np.cumsum(ids == tokens.bos_id, axis=1)  # (B, T)
+    segment_ids[ids < 0] = -1
+    ids[ids < 0] = tokens.pad_id
+    targets[(targets < 0) | (targets == tokens.bos_id)] = IGNORE
+    return torch.from_numpy(ids), torch.from_numpy(targets), torch.from_numpy(segment_ids)
+
+
+class Windows:
+    """Batches of windows of seq_len tokens, without any state: to resume takes the step alone.
+
+    batch_size: rows of a step over ALL ranks. mode "random": row r of a step begins anywhere, by (seed, step, r) alone;
+    "sequential": it is window step * batch_size + r of the file, one epoch after the other (a rest at the end of the
+    file that fills no window is left out).
+    """
+
+    def __init__(self, tokens: TokenFile, seq_len: int, *, batch_size: int, mode: str = "random", seed: int = 0):
+        if len(tokens) < seq_len + 1:
+            raise UserError(f"{tokens.path}: found {len(tokens)} tokens, expected seq_len + 1 = {seq_len + 1} or more; "
+                            "lower --seq_len or give more text")
+        self.tokens, self.seq_len, self.batch_size, self.mode, self.seed = tokens, seq_len, batch_size, mode, seed
+        self.n_windows = (len(tokens) - 1) // seq_len  # of an epoch
+
+    def starts(self, step: int) -> np.ndarray:
+        """Where each row of the global batch begins, int64 (batch_size,)."""
+        if self.mode == "sequential":
+            return (step * self.batch_size + np.arange(self.batch_size)) % self.n_windows * self.seq_len
+        # Philox enciphers a counter (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"), so every step
+        # has its own stream. Raw bits, because numpy may change what its other methods make of them.
+        bits = np.random.Philox(key=self.seed, counter=[0, step, 0, 0]).random_raw(self.batch_size)
+        return (bits % np.uint64(len(self.tokens) - self.seq_len)).astype(np.int64)
+
+    def batch(self, step: int, rank: int = 0, world: int = 1) -> tuple[torch.Tensor, ...]:
+        """Rows rank::world of the step: (ids, targets, segment_ids), each int64 (ceil(batch_size / world), T)."""
+        return read_windows(self.tokens, self.starts(step)[rank::world], self.seq_len, -(-self.batch_size // world))
+
+
+def eval_windows(tokens: TokenFile, seq_len: int, batch_size: int, rank: int = 0, world: int = 1):
+    """Yields batches like those of Windows, which over all ranks hold every target of the file exactly once.
+
+    batch_size: rows per rank, at most. All batches have one shape, and every rank gets the same number of them.
+    """
+    n_windows = -(-(len(tokens) - 1) // seq_len)
+    n_batches = -(-n_windows // (batch_size * world))
+    n_rows = -(-n_windows // (n_batches * world))  # and not batch_size, so that few rows are padding
+    for i in range(n_batches):
+        first = (i * world + rank) * n_rows
+        yield read_windows(tokens, np.arange(first, min(first + n_rows, n_windows)) * seq_len, seq_len, n_rows)
+
+
+# ---- the command --------------------------------------------------------------------------------------------------
+
+@dataclasses.dataclass
+class Config:
+    data: str = "stdlib"       # stdlib, shakespeare, or a .txt, .json or .jsonl file (or .gz of these)
+    tokenizer: str = "bpe"     # byte, char, bpe, a name that tiktoken knows, or a tokenizer.json
+    vocab_size: int = 4096     # of bpe
+    val_data: str = ""         # validation text; empty: the end of data
+    val_fraction: float = 0.1  # how much of data, in characters
+    cache: str = "data"        # folder for what is made here
+    show: bool = False         # also print a training window: token, target, segment
+    seq_len: int = 64          # of that window, tokens
+    seed: int = 0              # of that window
+
+
+def main(argv=None) -> None:
+    cfg = parse(Config, argv, __doc__)
+    *files, tokenizer_path = prepare(cfg.data, tokenizer=cfg.tokenizer, vocab_size=cfg.vocab_size,
+                                     val_data=cfg.val_data, val_fraction=cfg.val_fraction, cache=cfg.cache)
+    tokenizer = Tokenizer.load(tokenizer_path)
+    print(f"{tokenizer_path}: {tokenizer.kind}, {tokenizer.vocab_size} tokens")
+    for path in files:
+        tokens = TokenFile(path, tokenizer)
+        print(f"{path}: {len(tokens)} tokens, {len(tokens) / tokens.n_bytes:.3f} per byte of {tokens.n_bytes}")
+        print(f"    {tokens.note}\n    {[tokenizer.decode([i]) for i in tokens.ids[:16]]}")
+    if cfg.show:
+        windows = Windows(TokenFile(files[0], tokenizer), cfg.seq_len, batch_size=1, seed=cfg.seed)
+        for i, target, segment in zip(*(rows[0].tolist() for rows in windows.batch(0))):
+            shown = "-" if target == IGNORE else repr(tokenizer.decode([target]))
+            print(f"{tokenizer.decode([i])!r:24} {shown:24} {segment}")
+
+
+if __name__ == "__main__":
+    run(main)
