@@ -30,6 +30,7 @@ import hashlib
 import heapq
 import json
 import os
+import signal
 import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -264,10 +265,6 @@ def fingerprint(content: dict) -> str:
     return hashlib.sha256(canonical.encode("ascii")).hexdigest()[:16]
 
 
-def refuse_constant(name: str):
-    raise ValueError(f"{name} is not JSON")
-
-
 def unique_keys(pairs: list[tuple]) -> dict:
     if len(dict(pairs)) < len(pairs):
         raise ValueError("the same key twice in one object")
@@ -362,8 +359,7 @@ class Tokenizer:
         """Read what `save` wrote; UserError for anything else. Nothing named in the file is executed or opened."""
         path = os.fspath(path)
         try:
-            content = json.loads(read_text(path, MAX_FILE_BYTES), parse_constant=refuse_constant,
-                                 object_pairs_hook=unique_keys)
+            content = json.loads(read_text(path, MAX_FILE_BYTES), object_pairs_hook=unique_keys)
         except (ValueError, RecursionError) as error:
             raise UserError(f"{path}: found no valid JSON ({error}), expected a tokenizer.json as Tokenizer.save "
                             "writes it; make it again") from None
@@ -429,4 +425,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `--show book.txt | head` ends without a traceback
     run(main)
