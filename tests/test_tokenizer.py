@@ -20,7 +20,8 @@ from tokenizer import SPECIALS, WORD_PATTERN, Tokenizer, main, make_tokenizer, m
 
 HINDI = "हिन्दी में लिखा हुआ एक वाक्य, जिसमें क्षत्रिय, श्री, विद्या और क्‍ष जैसे संयुक्ताक्षर हैं। १२३४५ रुपये"
 EMOJI = "👨‍👩‍👧‍👦 family, 🏳️‍🌈 and 🇮🇳🇨🇳 flags, 👍🏽👍🏿 ❤️ 1️⃣ #️⃣ ☺ text"
-MIXED = "Zoë's naïve café—\r\n\ttabs\0NUL   three  spaces\n\n今天天气真好！123456 ½ ²  e\u0301\u0323 \u3000wide\u2028line\x85 "
+MIXED = "Zoë's naïve café—\r\n\ttabs\0NUL   three  spaces\n\n今天天气真好！123456 ½ ²"
+MIXED += "  e\u0301\u0323 \u3000wide\u2028line\x85 "
 CHINESE = """
 清晨的雾气还没有散去，河边的小镇已经醒了。卖豆浆的老人推着车子，沿着石板路慢慢地走，嘴里吆喝着祖父教给他的调子。
 孩子们背着书包从巷子里跑出来，一边吃包子一边说昨天晚上看到的流星。桥头的修鞋匠支起雨伞，摆好锤子、钉子和胶水，等着第一位客人。
