@@ -81,13 +81,15 @@ def parse(config_class, argv=None, doc: str | None = None):
     parser = _Parser(description=doc, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     hints = typing.get_type_hints(config_class)
     fields = {f.name: f for f in dataclasses.fields(config_class)}
-    group = parser
-    for line in inspect.getsource(config_class).splitlines():
+    group, known = parser, set()
+    classes = [c for c in config_class.__mro__ if dataclasses.is_dataclass(c)]  # a Config may inherit the model's
+    for line in "\n".join(map(inspect.getsource, classes)).splitlines():
         if title := re.match(r"    # (.+)", line):
             group = parser.add_argument_group(title[1])
         match = re.match(r"    (\w+): .*?(?:  # (.*))?$", line)
-        if not match or match[1] not in fields:
+        if not match or match[1] not in fields or match[1] in known:
             continue
+        known.add(match[1])
         name, kind, default = match[1], hints[match[1]], fields[match[1]].default
         shown = ",".join(map(str, default)) if isinstance(default, tuple) else default
         options = {"default": default, "help": f"{match[2] or ''} [{shown}]".replace("%", "%%")}
@@ -100,12 +102,19 @@ def parse(config_class, argv=None, doc: str | None = None):
             options["type"] = {int: _int, float: _float, tuple: _pair, str: str}[typing.get_origin(kind) or kind]
             options["metavar"] = {int: "N", float: "X", tuple: "X,X", str: "TEXT"}[typing.get_origin(kind) or kind]
         group.add_argument(f"--{name}", **options)
-    known, unknown = parser.parse_known_args(argv)
+    values, unknown = parser.parse_known_args(argv)
     if unknown:
         flag = unknown[0].split("=")[0]
         near = difflib.get_close_matches(flag.lstrip("-"), [*fields, *("no-" + n for n in fields)], n=1)
         raise UserError(f"unknown argument {flag}" + (f"; did you mean --{near[0]}?" if near else " (see --help)"))
-    return config_class(**vars(known))
+    return config_class(**vars(values))
+
+
+def require_positive(cfg, *names: str) -> None:
+    """UserError for the first of these flags that is 0: most counts mean "off" then, these have no off."""
+    for name in names:
+        if getattr(cfg, name) <= 0:
+            raise UserError(f"--{name} {getattr(cfg, name)}: expected at least 1")
 
 
 # ---- processes ----------------------------------------------------------------------------------------------------

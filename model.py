@@ -12,6 +12,7 @@ flash_attention (never holds T x T scores) and target_logp (never holds B x T x 
 """
 from __future__ import annotations
 
+import dataclasses
 import zlib
 from dataclasses import dataclass
 from typing import Literal
@@ -56,6 +57,16 @@ class GPTConfig:
             width = 8 * self.n_embd / 3 if self.mlp == "swiglu" else 4 * self.n_embd
             self.mlp_hidden = max(32, int(width) // 32 * 32)  # multiples of 32 keep matrix kernels on their fast path
 
+    @classmethod
+    def from_dict(cls, values: dict, where: str) -> GPTConfig:
+        """A configuration read from a file (`where`, for the error message): same names, same types, or UserError."""
+        defaults = dataclasses.asdict(cls())
+        for name, value in values.items():
+            if name not in defaults or type(value) is not type(defaults[name]):
+                raise UserError(f"{where}: found {name} = {value!r}, expected "
+                                f"{f'a {type(defaults[name]).__name__}' if name in defaults else 'no such field'}")
+        return cls(**values)
+
 
 # ---- attention ----------------------------------------------------------------------------------------------------
 
@@ -95,7 +106,8 @@ def flash_attention(q, k, v, *, causal=True, segment_ids=None, kv_segment_ids=No
 # ---- log-probabilities --------------------------------------------------------------------------------------------
 
 def target_logp(hidden, weight, targets, *, bias=None, temperature=1.0, with_stats=False):
-    logits = F.linear(hidden, weight, bias).float() / temperature  # (N, V)
+    logits = F.linear(hidden, weight, bias) / temperature  # (N, V)
+    logits = logits if logits.dtype == torch.float64 else logits.float()
     logp = logits.log_softmax(-1)
     picked = logp.gather(-1, targets.clamp(min=0)[:, None])[:, 0].masked_fill(targets < 0, 0.0)  # (N,)
     if not with_stats:
@@ -267,6 +279,20 @@ class GPT(nn.Module):
             return self.head(x)
         return self.head(x, targets, temperature, with_stats)
 
+    def load_weights(self, weights: dict, where: str) -> None:
+        """Copy {name: tensor} into the parameters. Names and shapes must match, except that the head is left as it was
+        born when the file holds the other kind of head. `where`: the file, for the error message."""
+        own = dict(self.named_parameters())
+        same_head = weights.get("head.weight", self.head.weight).shape[0] == self.head.weight.shape[0]
+        for name in sorted(own.keys() | weights.keys()):
+            if name.startswith("head.") and not same_head:
+                continue
+            found, expected = (tuple(d[name].shape) if name in d else "nothing" for d in (weights, own))
+            if found != expected:
+                raise UserError(f"{where}: found {found} for {name}, expected {expected}; it is a model of another shape")
+            with torch.no_grad():
+                own[name].copy_(weights[name])
+
     def units(self) -> list[nn.Module]:
         """The modules that ZeRO gathers one at a time; whatever is in none of them is gathered once for the whole pass."""
         ends = [] if self.config.tie_embeddings else [self.embed, self.head]
@@ -361,7 +387,7 @@ def choose(logits, uniforms, temperature=1.0, top_k=0, top_p=1.0):
         return logits.argmax(-1)
     p = (logits.double() / temperature).softmax(-1)  # (B, V)
     if top_k or top_p < 1:
-        ranked, order = p.sort(-1, descending=True, stable=True)
+        ranked, order = p.sort(dim=-1, descending=True, stable=True)
         drop = ranked.cumsum(-1) - ranked >= top_p  # the mass before a token already suffices
         if top_k:
             drop[:, top_k:] = True

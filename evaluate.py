@@ -1,0 +1,101 @@
+"""How well does a model predict a text?
+
+    python evaluate.py --model out/pretrain --data my.txt                 rows of seq_len that do not overlap
+    python evaluate.py --model out/pretrain --data my.txt --stride 64     each token sees at least seq_len - 64 before it
+
+Prints the mean loss (nats per token), perplexity exp(loss), and bits per byte of the text, which alone can be compared
+between tokenizers: total loss / ln 2 / UTF-8 bytes.
+"""
+from __future__ import annotations
+
+import json
+import math
+import os
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from checkpoint import final_folder, load_final
+from common import UserError, parse, run, setup
+from data import read_corpus
+from model import GPT, GPTConfig
+from tokenizer import Tokenizer
+
+
+@dataclass
+class Config:
+    # what
+    model: str = "out/pretrain"  # folder of a run, or of a finished model
+    data: str = "shakespeare"  # stdlib, shakespeare, or a path (.txt, .json, .jsonl, each also .gz)
+    # how
+    seq_len: int = 0  # tokens the model sees at once; 0: the longest it was made for
+    stride: int = 0  # tokens scored per row, the rest is context; 0: seq_len, rows do not overlap
+    batch_size: int = 16  # rows at once
+    device: str = "auto"  # auto, cpu, cuda, cuda:N
+
+
+def strided_rows(ids: np.ndarray, seq_len: int, stride: int):
+    """Rows (ids, targets) of seq_len over one document; every id but the first is a target in exactly one row.
+
+    Row i starts at i * stride and scores only what no row before it has scored: the first row everything, every other
+    its last `stride` targets, which so have at least seq_len - stride tokens before them. -100: not scored here.
+    """
+    scored = 0  # targets 0 .. scored-1 are done; target t is ids[t + 1]
+    start = 0
+    while scored < len(ids) - 1:
+        row = np.zeros(seq_len, dtype=np.int64)
+        targets = np.full(seq_len, -100, dtype=np.int64)
+        end = min(start + seq_len, len(ids) - 1)
+        row[: end - start] = ids[start:end]
+        targets[scored - start : end - start] = ids[scored + 1 : end + 1]
+        yield row, targets
+        scored, start = end, start + stride
+
+
+@torch.no_grad()
+def perplexity(model, tokenizer, documents, seq_len: int, stride: int, batch_size: int, device) -> dict:
+    """Loss of every token of every document, its end included."""
+    total, count, n_bytes, rows = 0.0, 0, 0, []
+
+    def score(rows):
+        ids, targets = (torch.from_numpy(np.stack(part)).to(device) for part in zip(*rows))  # (b, T) each
+        return -model(ids, targets).double().sum().item(), int((targets >= 0).sum())
+
+    for document in documents:
+        n_bytes += len(document.encode("utf-8"))
+        ids = np.concatenate(([tokenizer.bos_id], tokenizer.encode_array(document), [tokenizer.end_id]))
+        for row in strided_rows(ids, seq_len, stride):
+            rows.append(row)
+            if len(rows) == batch_size:
+                loss, n = score(rows)
+                total, count, rows = total + loss, count + n, []
+    if rows:
+        loss, n = score(rows)
+        total, count = total + loss, count + n
+    if not n_bytes:
+        raise UserError("the text to evaluate on is empty")
+    mean = total / count
+    return {"tokens": count, "bytes": n_bytes, "loss": mean, "perplexity": math.exp(min(mean, 700.0)),
+            "bits_per_byte": total / math.log(2) / n_bytes}
+
+
+def main(argv=None) -> int:
+    cfg = parse(Config, argv, __doc__)
+    env = setup(cfg.device)
+    folder = final_folder(cfg.model)
+    config, weights = load_final(folder)
+    tokenizer = Tokenizer.load(os.path.join(folder, "tokenizer.json"))
+    model = GPT(GPTConfig.from_dict(config["model"], folder), head=config["head"])
+    model.load_weights(weights, folder)
+    model.to(env.device)
+    seq_len = min(cfg.seq_len or model.config.max_seq_len, model.config.max_seq_len)
+    stride = min(cfg.stride or seq_len, seq_len)
+    result = perplexity(model, tokenizer, read_corpus(cfg.data), seq_len, stride, cfg.batch_size, env.device)
+    print(json.dumps({"model": cfg.model, "data": cfg.data, "seq_len": seq_len, "stride": stride, **result}))
+    env.close()
+    return 0
+
+
+if __name__ == "__main__":
+    run(main)
