@@ -9,7 +9,6 @@ Every torch.load is weights_only, which refuses to run code from a file.
 """
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import hashlib
 import json
@@ -42,7 +41,7 @@ def save_checkpoint(out: str, step: int, models: dict[str, Zero], extra: dict, *
 
     def write_shard():
         name = f"rank{rank:03d}.pt"
-        state = {key: z.state_shards() for key, z in models.items()}
+        state = {key: state_shards(z) for key, z in models.items()}
         return name, _write(os.path.join(tmp, name), lambda file: torch.save(_compact(state), file))
 
     def finish():
@@ -53,7 +52,7 @@ def save_checkpoint(out: str, step: int, models: dict[str, Zero], extra: dict, *
                 content = source.read()
             files["tokenizer.json"] = _write(os.path.join(tmp, "tokenizer.json"), lambda file: file.write(content))
         meta = {"version": VERSION, "step": step, "world": world, "threads": torch.get_num_threads(),
-                "torch": torch.__version__, "layout": {key: z.layout() for key, z in models.items()},
+                "torch": torch.__version__, "layout": {key: layout(z) for key, z in models.items()},
                 "files": files, "extra": extra}
         _write(os.path.join(tmp, "meta.json"), _json_writer(meta))
         _replace_folder(tmp, folder)
@@ -90,16 +89,59 @@ def load_checkpoint(out: str, models: dict[str, Zero]) -> tuple[int, dict] | Non
                 print(f"warning: {error}; trying the checkpoint before it", file=sys.stderr, flush=True)
             continue
         for key, z in models.items():
-            _check_layout(f"{folder}/meta.json", meta["layout"].get(key), z.layout())
+            _check_layout(f"{folder}/meta.json", meta["layout"].get(key), layout(z))
         shards = [_load(os.path.join(folder, f"rank{r:03d}.pt")) for r in range(meta["world"])]
         for key, z in models.items():
-            z.load_shards([shard[key] for shard in shards])
+            load_shards(z, [shard[key] for shard in shards])
         if rank == 0:
             _warn_of_changes(folder, meta, world)
         return meta["step"], meta["extra"]
     if names:
         raise UserError(f"{out}: none of its {len(names)} checkpoints is whole; remove them, or start without --resume")
     return None
+
+
+# ---- what of a Zero is in a checkpoint ------------------------------------------------------------------------------
+
+SCALARS = ("updates", "loss_scale", "good_steps", "skipped")
+
+
+def layout(z: Zero) -> dict:
+    """JSON-able: which tensors lie in which flat vector. A checkpoint must match it, whatever its world size and stage."""
+    return {unit.name: [[[name for name, _, _ in slot.places], list(slot.shape), slot.start] for slot in unit.slots]
+            for unit in z.units}
+
+
+def state_shards(z: Zero) -> dict:
+    """This rank's part of all that training needs: {"units": {unit: {vector: (n,) tensor}}, "buffers", "scalars"}.
+
+    A vector is master, exp_avg or exp_avg_sq: elements [r S, (r+1) S) of the flat vector, without the padding at its end.
+    """
+    units = {}
+    for unit in z.units:
+        first, last = (min(r * unit.S, unit.length) - unit.low for r in (z.comm.rank, z.comm.rank + 1))
+        units[unit.name] = {key: vector[first:last] for key, vector in unit.vectors().items()}
+    return {"units": units, "buffers": z.model.state_dict(), "scalars": {key: getattr(z, key) for key in SCALARS}}
+
+
+@torch.no_grad()
+def load_shards(z: Zero, shards: list[dict]) -> None:
+    """shards: state_shards() of every rank of the run that saved, in rank order; its world size and stage do not matter."""
+    for unit in z.units:
+        for key, mine in unit.vectors().items():
+            start = -unit.low  # of the next piece, counted from the start of my own vector
+            for piece in (shard["units"][unit.name][key] for shard in shards):
+                first, last = max(start, 0), min(start + piece.numel(), mine.numel())
+                if first < last:
+                    mine[first:last].copy_(piece[first - start:last - start])
+                start += piece.numel()
+        unit.publish()
+    z.model.load_state_dict(shards[0]["buffers"])
+    for key in SCALARS:
+        setattr(z, key, shards[0]["scalars"][key])
+    if z.optimizer:
+        for state in z.optimizer.state.values():
+            state["step"].fill_(z.updates)
 
 
 # ---- final models ---------------------------------------------------------------------------------------------------
@@ -122,10 +164,15 @@ def save_final(out: str, state_dict: dict[str, torch.Tensor], config: dict, toke
     return folder
 
 
+def final_folder(folder: str) -> str:
+    """The folder of the finished model, given that folder or the run's."""
+    final = os.path.join(folder, "final")
+    return final if os.path.isdir(final) else folder
+
+
 def load_final(folder: str) -> tuple[dict, dict[str, torch.Tensor]]:
     """(config, {name: tensor}) of a folder that save_final wrote; the run's folder will do too."""
-    if os.path.isdir(os.path.join(folder, "final")):
-        folder = os.path.join(folder, "final")
+    folder = final_folder(folder)
     config = _read_json(os.path.join(folder, "config.json"))
     path = os.path.join(folder, "model.pt")
     state = _load(path)
@@ -138,10 +185,10 @@ def load_final(folder: str) -> tuple[dict, dict[str, torch.Tensor]]:
 
 # ---- the run's folder ---------------------------------------------------------------------------------------------
 
-@contextlib.contextmanager
-def locked(out: str):
-    """Hold `out` for this run (rank 0 alone calls it); UserError with the holder's pid if another run does.
+def claim(out: str, resume: bool):
+    """Take `out` for this run (rank 0 alone calls it); keep what is returned until the process ends.
 
+    UserError if another run holds it, naming the holder's pid, or if it holds checkpoints and this run does not resume.
     The kernel drops a flock when its holder dies, however it dies, so there is no stale lock to clean up.
     """
     path = os.path.join(out, "lock")
@@ -150,16 +197,17 @@ def locked(out: str):
         file = open(path, "a+")
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; choose another --out") from None
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            file.seek(0)
-            raise UserError(f"{out}: in use by process {file.read().strip()}; choose another --out") from None
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
-        yield
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.seek(0)
+        raise UserError(f"{out}: in use by process {file.read().strip()}; choose another --out") from None
+    if steps(out) and not resume:
+        raise UserError(f"{out}: holds a run ({steps(out)[0]}); go on with it by --resume, or choose another --out")
+    file.truncate(0)
+    file.write(str(os.getpid()))
+    file.flush()
+    return file
 
 
 def steps(out: str) -> list[str]:
@@ -296,7 +344,7 @@ def _compact(state):
 def _check_layout(path: str, found, expected: dict) -> None:
     """UserError naming the first tensor in which two Zero.layout()s differ."""
     def shapes(layout) -> dict:
-        return {names[0]: tuple(shape) for tensors in layout.values() for names, shape in tensors}
+        return {names[0]: tuple(shape) for tensors in layout.values() for names, shape, _ in tensors}
 
     if found == expected:
         return
