@@ -231,9 +231,9 @@ def write_token_file(path, arrays: Iterable[np.ndarray], tokenizer: Tokenizer, n
 class TokenFile:
     """A token file, memory-mapped. Each document in it is bos + ids + end: where a bos stands, a document begins.
 
-    ids: (N,) uint16 or uint32, a view of the file; vocab_size, fingerprint: of the tokenizer; n_targets: ids that are
-    predicted, all but the bos; n_bytes: of the text, in UTF-8; note: its origin. Ids of another tokenizer than
-    `tokenizer` are refused. Raises UserError for everything that is not such a file from end to end.
+    ids: (N,) uint16 or uint32, a view of the file; vocab_size, fingerprint: of its tokenizer (another `tokenizer` is
+    refused); n_targets: ids that are predicted, all but the bos, so that bits per byte are mean loss * n_targets /
+    (n_bytes * ln 2); n_bytes: of the text, in UTF-8; note: its origin. UserError for any other file or a damaged one.
     """
 
     def __init__(self, path, tokenizer: Tokenizer | None = None):
@@ -277,9 +277,9 @@ class TokenFile:
 
 # ---- preparing ----------------------------------------------------------------------------------------------------
 
-# No tokenizer here joins what stands left and right of a lone space, or of a line's end before a letter or digit, so
+# In front of the spaces behind a word, and behind the end of a line if a word follows, every tokenizer begins anew, so
 # that a cut there changes no id. (A text without such a place is encoded whole.)
-CUT = re.compile(r"\S(?= \S)|\S\n(?=\w)")
+CUT = re.compile(r"\S(?= )|\S\n(?=\w)")
 
 
 def pieces(text: str, size: int = 1 << 20) -> Iterator[str]:
@@ -333,7 +333,7 @@ def prepare(data: str, *, tokenizer="bpe", vocab_size=4096, val_data="", val_fra
     """
     if not val_data and not 0 < val_fraction < 1:
         raise UserError(f"--val_fraction: found {val_fraction}, expected a number between 0 and 1")
-    spec = hashlib.sha256(Path(tokenizer).read_bytes()).hexdigest() if os.path.isfile(tokenizer) else tokenizer
+    spec = Tokenizer.load(tokenizer).fingerprint if os.path.isfile(tokenizer) else tokenizer
     decides = [VERSION, identity(data), identity(val_data) if val_data else val_fraction, spec, vocab_size]
     key = hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:12]
     folder = Path(cache) / f"{Path(data).name.split('.')[0]}-{Path(tokenizer).stem}-{key}"
@@ -367,10 +367,11 @@ def prepare(data: str, *, tokenizer="bpe", vocab_size=4096, val_data="", val_fra
 # ---- pretraining batches ------------------------------------------------------------------------------------------
 
 def read_windows(tokens: TokenFile, starts: np.ndarray, seq_len: int, n_rows: int) -> tuple[torch.Tensor, ...]:
-    """(ids, targets, segment_ids), each int64 (n_rows, T), of the windows that begin at `starts`, then rows of padding.
+    """(ids, targets, segment_ids), each int64 (n_rows, T), of the windows that begin at `starts`.
 
-    segment_ids: how many documents have begun in the row so far; -1 is padding. A target is the next token, or -100
-    where that is a bos: which document follows is not language, and a free right answer would flatter the loss.
+    Rows without a start and places beyond the end of the file are padding: pad, -100, -1. A target is the next token,
+    but -100 where that is a bos: which document follows is not language, and a free right answer would flatter the
+    loss. segment_ids: how many documents have begun in the row so far (0: the one it came into the middle of).
     """
     window = np.full((n_rows, seq_len + 1), -1, dtype=np.int64)  # (B, T + 1)
     for row, start in zip(window, starts.tolist()):
@@ -420,17 +421,19 @@ class Windows:
         return read_windows(self.tokens, self.starts(step)[rank::world], self.seq_len, -(-self.batch_size // world))
 
 
-def eval_windows(tokens: TokenFile, seq_len: int, batch_size: int, rank: int = 0, world: int = 1):
+def eval_windows(tokens: TokenFile, seq_len: int, batch_size: int, rank: int = 0, world: int = 1, max_rows: int = 0):
     """Yields batches like those of Windows, which over all ranks hold every target of the file exactly once.
 
     batch_size: rows per rank, at most. All batches have one shape, and every rank gets the same number of them.
+    max_rows: only so many rows from the beginning of the file, the same whatever the world; 0: all.
     """
     n_windows = -(-(len(tokens) - 1) // seq_len)
+    n_windows = min(n_windows, max_rows or n_windows)
     n_batches = -(-n_windows // (batch_size * world))
     n_rows = -(-n_windows // (n_batches * world))  # and not batch_size, so that few rows are padding
     for i in range(n_batches):
         first = (i * world + rank) * n_rows
-        yield read_windows(tokens, np.arange(first, min(first + n_rows, n_windows)) * seq_len, seq_len, n_rows)
+        yield read_windows(tokens, np.arange(first, first + n_rows) * seq_len, seq_len, n_rows)
 
 
 # ---- the command --------------------------------------------------------------------------------------------------

@@ -180,7 +180,8 @@ def test_stdlib_rules_on_a_small_tree(tmp_path, monkeypatch):
         "About else.\n", "About if.\n", "Again.\n\nAsync.\n",
         f"Module one.\n\n{long}\n\nClass A.\n\nDo \\d.\n\nMore.\n\nLast.\n"]
     assert documents == read_corpus("stdlib")
-    assert documents != sorted(documents), "not shuffled: validation would be the end of the alphabet"
+    in_order = ["Module", "About if", "About else", "Again"]
+    assert not all(document.startswith(start) for document, start in zip(documents, in_order)), "not shuffled"
 
 
 def test_stdlib_missing_is_named(tmp_path, monkeypatch):
@@ -294,9 +295,12 @@ def test_second_start_reads_no_text(tmp_path, monkeypatch):
 
     first = folder()
     assert folder() == first and len(calls) == 1
-    start = time.perf_counter()
-    folder()
-    assert time.perf_counter() - start < 0.05
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        folder()
+        seconds.append(time.perf_counter() - start)
+    assert min(seconds) < 0.02
     others = [folder(vocab_size=280), folder(val_fraction=0.2), folder(tokenizer="byte"), folder(val_data=str(path)),
               folder(tokenizer=str(first / "tokenizer.json"))]
     stat = path.stat()
@@ -324,11 +328,27 @@ def test_tokenizer_of_a_checkpoint(tmp_path):
     (tmp_path / "b.txt").write_text("cab cab cab")
     train, _, copy = prepare(str(tmp_path / "b.txt"), tokenizer=str(made), cache=tmp_path / "two")
     assert TokenFile(train, Tokenizer.load(made)).fingerprint == Tokenizer.load(copy).fingerprint
+    *_, other = prepare(str(tmp_path / "b.txt"), tokenizer="byte", cache=tmp_path / "one")
+    path = tmp_path / "tokenizer.json"
+    path.write_bytes(made.read_bytes())
+    assert prepare(str(tmp_path / "b.txt"), tokenizer=str(path), cache=tmp_path / "two")[0] == train
+    path.write_bytes(other.read_bytes())
+    assert prepare(str(tmp_path / "b.txt"), tokenizer=str(path), cache=tmp_path / "two")[0] != train
     (tmp_path / "b.txt").write_text("cab cab cab, but new")
     before = files_under(tmp_path / "two")
     with pytest.raises(UserError, match="','"):
         prepare(str(tmp_path / "b.txt"), tokenizer=str(made), cache=tmp_path / "two")
-    assert files_under(tmp_path / "two") == before and len(list((tmp_path / "two").iterdir())) == 1
+    assert files_under(tmp_path / "two") == before and len(list((tmp_path / "two").iterdir())) == 2
+
+
+@pytest.mark.parametrize("tokenizer", ["none.json", "wordpiece", "broken.json", "."])
+def test_unusable_tokenizer_writes_nothing(tmp_path, monkeypatch, tokenizer):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.txt").write_text("some text")
+    (tmp_path / "broken.json").write_text('{"kind": ')
+    with pytest.raises(UserError):
+        prepare("a.txt", tokenizer=tokenizer, cache="cache")
+    assert not (tmp_path / "cache").exists()
 
 
 @pytest.mark.parametrize("fails", ["fsync", "rename"])
@@ -396,6 +416,7 @@ def test_long_texts_are_encoded_in_pieces_without_a_trace(kind):
         assert [i for part in parts for i in made.encode(part)] == made.encode(text)
         cuts += len(parts) - 1
     assert cuts > 300
+    assert len(list(data.pieces("你好。\n" * 9, size=2))) == 9, "a script without spaces is cut at its lines"
 
 
 def test_pieces_hold_for_the_patterns_of_tiktoken(monkeypatch):
@@ -420,11 +441,11 @@ def test_pieces_hold_for_the_patterns_of_tiktoken(monkeypatch):
 def test_token_file_round_trip(tmp_path, vocab_size, dtype):
     """Arrays of any integer type and length become one sequence of the smallest type that holds the vocabulary."""
     arrays = [np.array([vocab_size - 5]), np.array([], np.uint16), np.array([0, vocab_size - 1, 7], np.uint32)]
-    write_token_file(tmp_path / "a.bin", iter(arrays), fake_tokenizer(vocab_size), n_bytes=12345, note="ü" * 200)
+    write_token_file(tmp_path / "a.bin", iter(arrays), fake_tokenizer(vocab_size), n_bytes=12345, note="x" + "ü" * 200)
     tokens = TokenFile(tmp_path / "a.bin", fake_tokenizer(vocab_size))
     assert tokens.ids.dtype == dtype and tokens.ids.tolist() == [vocab_size - 5, 0, vocab_size - 1, 7]
     assert (len(tokens), tokens.n_targets, tokens.n_bytes, tokens.vocab_size) == (4, 3, 12345, vocab_size)
-    assert tokens.fingerprint == "0123456789abcdef" and tokens.note == "ü" * 94
+    assert tokens.fingerprint == "0123456789abcdef" and tokens.note == "x" + "ü" * 93
     with pytest.raises(ValueError):
         tokens.ids[0] = 1  # read-only
 
@@ -489,7 +510,7 @@ def test_token_file_of_another_tokenizer_is_refused(tmp_path, other):
         TokenFile(tokens.path, fake_tokenizer(**other))
 
 
-@pytest.mark.parametrize("place", [0, 3, 8, 19])
+@pytest.mark.parametrize("place", [0, 3, 5, 15, 19])
 def test_ids_outside_the_vocabulary_are_refused_when_read(tmp_path, place):
     """Only the windows read are looked at, targets included; a good window of a damaged file is given out."""
     ids = np.arange(20)
@@ -660,6 +681,7 @@ def test_eval_windows_hold_every_target_once(tmp_path, n, seq_len, batch_size, w
     rows, width = shapes.pop()
     assert rows <= batch_size and width == seq_len
     windows = math.ceil((n - 1) / seq_len)
+    assert len(ranks[0]) == math.ceil(windows / (batch_size * world))
     assert rows * world * len(ranks[0]) < windows + world * len(ranks[0]), "more padding than needed"
     seen = []
     for batches in ranks:
