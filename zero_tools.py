@@ -297,18 +297,18 @@ def held(z) -> dict[str, int]:
              "gradients": [t for unit in z.trained for t in (unit.grad, unit.shard_grad)],
              "masters": [unit.master for unit in z.units],
              "moments": [t for unit in z.trained for t in (unit.exp_avg, unit.exp_avg_sq)]}
-    seen, total = set(), collections.Counter()
+    seen, total = set(), dict.fromkeys(kinds, 0)
     for kind, tensors in kinds.items():
         for storage in (t.untyped_storage() for t in tensors if t is not None):
             total[kind] += 0 if storage.data_ptr() in seen else storage.nbytes()
             seen.add(storage.data_ptr())
-    return dict(total)
+    return total
 
 
 def held_by_formula(z) -> dict[str, int]:
     """The table at the head of zero.py, with the padding of each unit."""
     N, p, w = z.comm.world, z.dtype.itemsize, z.wide.itemsize
-    total = collections.Counter(weights=0, gradients=0, masters=0, moments=0)
+    total = dict.fromkeys(("weights", "gradients", "masters", "moments"), 0)
     for unit in z.units:
         whole, part = unit.S * N, unit.S if z.stage else unit.S * N
         truth = w if unit.trainable else p
@@ -318,7 +318,7 @@ def held_by_formula(z) -> dict[str, int]:
             total["gradients"] += w * (whole if z.stage < 2 else part)
             total["gradients"] += w * part if unit.offloaded and z.stage < 2 else 0
             total["moments"] += 2 * w * unit.end
-    return dict(total)
+    return total
 
 
 def sent_by_formula(z, micro_batches: int = 1) -> dict[str, int]:

@@ -3,6 +3,7 @@
     ranks().run(3, function, *args)  ->  [function(*args) of rank 0, of rank 1, of rank 2]
 
 function must be importable (top level of a test file). A job that does not answer within its timeout is killed.
+patience: seconds after which a collective whose peer is silent becomes an error.
 """
 import atexit
 import datetime
@@ -15,11 +16,10 @@ import time
 import traceback
 
 ANSWER_SECONDS = 60
-COLLECTIVE_SECONDS = 8
 
 
 class RankFailed(Exception):
-    """Some ranks raised; .answers holds per rank ("ok", value), ("error", text), or None of a rank that died."""
+    """Some ranks raised; .answers holds per rank ("ok", value), ("error" or "silent", text), or None of a rank that died."""
 
     def __init__(self, answers):
         self.answers = answers
@@ -30,9 +30,10 @@ def _play(pipe):
     import torch
     import torch.distributed as dist
     torch.set_num_threads(1)
+    pipe.send_bytes(b"ready")
     while True:
         try:
-            rank, world, folder, function, args = pickle.loads(pipe.recv_bytes())
+            rank, world, folder, patience, function, args = pickle.loads(pipe.recv_bytes())
         except EOFError:
             return
         torch.manual_seed(0)
@@ -40,7 +41,7 @@ def _play(pipe):
             if world > 1:
                 store = dist.FileStore(os.path.join(folder, "store"), world)
                 dist.init_process_group("gloo", store=store, rank=rank, world_size=world,
-                                        timeout=datetime.timedelta(seconds=COLLECTIVE_SECONDS))
+                                        timeout=datetime.timedelta(seconds=patience))
             answer = ("ok", function(*args))
             if world > 1:
                 dist.barrier()
@@ -56,30 +57,37 @@ class Ranks:
         self.context, self.members = mp.get_context("spawn"), []
 
     def _start(self, n):
+        started = []
         while len(self.members) < n:
             ours, theirs = self.context.Pipe()
             process = self.context.Process(target=_play, args=(theirs,), daemon=True)
             process.start()
             theirs.close()
             self.members.append((process, ours))
+            started.append(ours)
+        for pipe in started:
+            pipe.recv_bytes()
 
-    def run(self, world, function, *args, timeout=ANSWER_SECONDS):
+    def run(self, world, function, *args, timeout=ANSWER_SECONDS, patience=20):
         self.members = [m for m in self.members if m[0].is_alive()]
         self._start(world)
         with tempfile.TemporaryDirectory() as folder:
             for rank, (_, pipe) in enumerate(self.members[:world]):
-                pipe.send_bytes(pickle.dumps((rank, world, folder, function, args)))
+                pipe.send_bytes(pickle.dumps((rank, world, folder, patience, function, args)))
             answers, end = [None] * world, time.monotonic() + timeout
             for rank, (process, pipe) in enumerate(self.members[:world]):
                 try:
                     if pipe.poll(max(0.0, end - time.monotonic())):
                         answers[rank] = pickle.loads(pipe.recv_bytes())
                     else:
-                        answers[rank] = ("error", f"no answer in {timeout} s")
+                        answers[rank] = ("silent", f"no answer in {timeout} s")
                 except (EOFError, ConnectionError):
                     process.join(5)  # it died
         if any(a is None or a[0] != "ok" for a in answers):
-            self.stop()  # their connections are in an unknown state
+            for (process, _), answer in zip(self.members, answers):
+                if answer and answer[0] == "silent":
+                    process.kill()
+                    process.join()
             raise RankFailed(answers)
         return [value for _, value in answers]
 

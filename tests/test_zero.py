@@ -1,16 +1,28 @@
 """ZeRO: every stage computes what one process computes, holds and sends what the formulas say, and fails loudly."""
+import contextlib
+import datetime
+import functools
 import itertools
+import math
+import os
+import signal
+import time
+from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.nn as nn
+import torch.nn.functional as F
+from torch.multiprocessing.reductions import StorageWeakRef
 
-from model import GPT, GPTConfig
-from ranks import ranks
-from zero import Zero
+import zero_tools
+from common import UserError
+from model import GPT, GPTConfig, generate, initialise
+from ranks import RankFailed, ranks
+from zero import Unit, Zero
 
-STEPS, LR, DECAY = 2, 1e-2, 0.1
+STEPS, LR, DECAY, CLIP = 2, 1e-2, 0.1, 0.5
 
 
 @pytest.fixture(autouse=True)
@@ -22,18 +34,51 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-def lively_gpt(tied, dtype=torch.float32, layers=2, seed=0):
-    """A GPT in which nothing is zero: at birth its blocks are the identity and their gradients hide every mistake."""
-    model = GPT(GPTConfig(vocab_size=33, n_layer=layers, n_head=2, n_embd=16, max_seq_len=12, tie_embeddings=tied), seed=seed)
+def lively(model, seed=0):
+    """Nothing is zero: at birth the blocks of a GPT are the identity and their gradients would hide every mistake."""
     generator = torch.Generator().manual_seed(seed)
     for p in model.parameters():
-        p.data += 0.2 * torch.randn(p.shape, generator=generator)
+        p.data += 0.2 * torch.randn(p.shape, generator=generator).to(p.dtype)
     return model
 
 
-def batches(world, k):
-    """ids (steps, world, k, 2, 13) : what each rank sees in each micro-batch of each step."""
-    return torch.randint(0, 33, (STEPS, world, k, 2, 13), generator=torch.Generator().manual_seed(world * 10 + k))
+def gpt(tied=False, seed=0):
+    config = GPTConfig(vocab_size=33, n_layer=2, n_head=2, n_embd=16, max_seq_len=12, tie_embeddings=tied)
+    return lively(GPT(config, seed=seed), seed)
+
+
+class Odd(nn.Module):
+    """All that is awkward: a scalar parameter, a block smaller than the number of ranks, one that is never used, one that
+    runs twice, a frozen matrix, a frozen block, a buffer."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(1)
+        self.embed, self.gain = nn.Embedding(33, 8), nn.Parameter(torch.tensor(1.3))
+        self.blocks = nn.ModuleList([nn.Linear(8, 8), nn.LayerNorm(8), nn.Linear(3, 5), nn.Linear(8, 8), nn.Linear(8, 8)])
+        self.tiny = nn.ModuleList([nn.Linear(1, 1, bias=False)])
+        self.register_buffer("offset", torch.tensor(0.7))
+        self.blocks[3].weight.requires_grad_(False)
+        self.blocks[4].requires_grad_(False)
+
+    def units(self):
+        return [self.embed, *self.blocks, *self.tiny]
+
+    def forward(self, ids, targets):
+        x = self.embed(ids) * self.gain + self.offset
+        for block in (0, 1, 3, 0, 4):  # 2 is never used, 0 runs twice
+            x = x + self.blocks[block](x).tanh()
+        x = x * self.tiny[0](x[..., :1])
+        return F.linear(x, torch.ones(33, 8).tril()).log_softmax(-1).gather(-1, targets[..., None])[..., 0]
+
+
+def make(kind):
+    return Odd() if kind == "odd" else gpt(tied=kind == "tied")
+
+
+def batches(world, k, steps=STEPS):
+    """ids (steps, world, k, 2, 13): what each rank sees in each micro-batch of each step."""
+    return torch.randint(0, 33, (steps, world, k, 2, 13), generator=torch.Generator().manual_seed(world * 10 + k))
 
 
 def loss_of(model, ids, count):
@@ -42,73 +87,671 @@ def loss_of(model, ids, count):
 
 # ---- the oracle: one process, the plain model, gradients added in a known order -------------------------------------
 
-def one_process(model, data, inner, clip=None):
-    """Train the plain model on all ranks' micro-batches. inner "micro": sum over ranks of sums over micro-batches (the
-    order of stage 1); inner "rank": the other way round (stages 2 and 3). Returns (state_dict, norms)."""
-    named = dict(model.named_parameters())
-    groups = [{"params": [p for p in named.values() if p.dim() >= 2], "weight_decay": DECAY},
-              {"params": [p for p in named.values() if p.dim() < 2], "weight_decay": 0.0}]
+def one_process(kind, data, stage, clip=CLIP):
+    """Train the plain model on all ranks' micro-batches. Stage 1 sums over micro-batches first, then over ranks; stages 2
+    and 3 the other way round. Returns (state_dict, norms)."""
+    model = make(kind)
+    named = [p for p in model.parameters() if p.requires_grad]
+    groups = [{"params": [p for p in named if p.dim() >= 2], "weight_decay": DECAY},
+              {"params": [p for p in named if p.dim() < 2], "weight_decay": 0.0}]
     optimizer, norms = torch.optim.AdamW(groups, lr=LR, betas=(0.9, 0.95), eps=1e-8, fused=True), []
     for step in data:
         world, k = step.shape[:2]
-        grads = {}
-        for r, m in itertools.product(range(world), range(k)):
-            loss = loss_of(model, step[r, m], world * k * 24)
-            grads[r, m] = torch.autograd.grad(loss, list(named.values()))
-        for i, p in enumerate(named.values()):
-            outer, inside = (range(world), range(k)) if inner == "micro" else (range(k), range(world))
-            total = None
-            for a in outer:
-                part = None
-                for b in inside:
-                    g = grads[(a, b) if inner == "micro" else (b, a)][i]
-                    part = g.clone() if part is None else part + g
-                total = part if total is None else total + part
-            p.grad = total
-        norm = torch.stack([p.grad.double().square().sum() for p in named.values()]).sum().sqrt()
-        norms.append(norm.item())
+        grads = {(r, m): torch.autograd.grad(loss_of(model, step[r, m], world * k * 24), named, allow_unused=True)
+                 for r, m in itertools.product(range(world), range(k))}
+        for i, p in enumerate(named):
+            rows = [[grads[r, m][i] for m in range(k)] for r in range(world)]
+            rows = rows if stage == 1 else zip(*rows)
+            sums = [functools.reduce(torch.add, row) if row[0] is not None else torch.zeros_like(p) for row in map(list, rows)]
+            p.grad = functools.reduce(torch.add, sums)
+        norm = math.sqrt(sum(p.grad.double().square().sum().item() for p in named))
+        norms.append(norm)
         if clip and norm > clip:
-            for p in named.values():
-                p.grad.mul_(clip / (norm.item() + 1e-6))
+            for p in named:
+                p.grad.mul_(clip / (norm + 1e-6))
         optimizer.step()
-    return {k: v.detach().clone() for k, v in model.state_dict().items()}, norms
+    return {name: value.detach().clone() for name, value in model.state_dict().items()}, norms
 
 
-def sharded(tied, stage, data, clip=None, **options):
-    """The same on the ranks of this job. Returns (state_dict on rank 0, norms, peaks)."""
-    rank = dist.get_rank() if dist.is_initialized() else 0
-    model = lively_gpt(tied)
+def sharded(kind, data, stage, clip=CLIP, **options):
+    """The same by the ranks of this job. Returns (state_dict, on rank 0; norms; bytes sent)."""
+    model = make(kind)
     z = Zero(model, units=model.units(), stage=stage, lr=LR, weight_decay=DECAY, **options)
     norms = []
     for step in data:
-        for ids in step[rank]:
+        for ids in step[z.comm.rank]:
             z.backward(loss_of(model, ids, step.shape[0] * step.shape[1] * 24))
         norms.append(z.step(LR, clip).norm)
-    return z.full_state_dict(), norms, dict(z.memory.peak)
+    return z.full_state_dict(), norms, dict(z.comm.sent)
 
 
 def many(cases):
-    """Run several sharded() cases in one job."""
+    """Several sharded() runs in one job."""
     return [sharded(*args, **options) for args, options in cases]
 
 
-def equal(a, b):
-    return list(a) == list(b) and all(torch.equal(a[k], b[k]) for k in a)
+def assert_equal(state, expected, label=""):
+    assert state.keys() == expected.keys()
+    differing = [name for name in expected if not torch.equal(state[name], expected[name])]
+    assert not differing, (label, differing)
 
+
+# ---- 1, 2: equal to one process -------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("world", [2, 3])
 def test_stages_are_bitwise_one_process(world):
-    """Stages 1-3, k = 1..3 micro-batches, tied and untied, recomputation on and off: the weights after the steps are bit for
-    bit those of one process that adds the same gradients in the same order."""
-    cases = [((tied, stage, batches(world, k), 0.5), {"activation_checkpointing": ac})
-             for tied in (True, False) for k in (1, 2, 3) for stage in (1, 2, 3) for ac in (False, True)]
+    """Stages 1-3, k = 1..3 micro-batches, tied and untied, recomputation on and off: after two clipped steps the weights
+    are bit for bit those of one process that adds the same gradients in the same order; the fp64 norms agree to 1e-12."""
+    cases = [((kind, batches(world, k), stage), {"activation_checkpointing": recompute})
+             for kind in ("tied", "untied") for k in (1, 2, 3) for stage in (1, 2, 3) for recompute in (False, True)]
     answers = ranks().run(world, many, cases)
-    for (args, options), (state, norms, _) in zip(cases, answers[0]):
-        tied, stage, data, clip = args
-        expected, expected_norms = one_process(lively_gpt(tied), data, "micro" if stage == 1 else "rank", clip)
-        label = (world, tied, stage, data.shape[2], options)
+    oracle = functools.lru_cache(lambda kind, k, first: one_process(kind, batches(world, k), 1 if first else 2))
+    for ((kind, data, stage), options), (state, norms, _) in zip(cases, answers[0]):
+        expected, expected_norms = oracle(kind, data.shape[2], stage == 1)
+        label = (world, kind, data.shape[2], stage, options)
         assert norms == pytest.approx(expected_norms, rel=1e-12), label
-        assert min(norms) > clip  # so that clipping is part of what is compared
-        assert equal({k: state[k] for k in expected}, expected), label
-    for other in answers[1:]:
-        assert [norms for _, norms, _ in other] == [norms for _, norms, _ in answers[0]]
+        assert min(norms) > CLIP  # so that clipping is part of what is compared
+        assert_equal(state, expected, label)
+    assert all([norms for _, norms, _ in other] == [norms for _, norms, _ in answers[0]] for other in answers)
+
+
+def test_stage_0_and_one_rank():
+    """Stage 0 on 3 ranks equals one process to 1e-6 (gloo's ring adds in its own order); on one rank every stage, without
+    torch.distributed, is bitwise the plain loop."""
+    (state, norms, _), *_ = ranks().run(3, many, [(("untied", batches(3, 2), 0), {})])[0]
+    expected, expected_norms = one_process("untied", batches(3, 2), 1)
+    assert norms == pytest.approx(expected_norms, rel=1e-5)
+    assert all(torch.allclose(state[name], expected[name], rtol=0, atol=2e-6) for name in expected)
+    for stage in (0, 1, 2, 3):
+        for k in (1, 2):
+            expected, _ = one_process("tied", batches(1, k), 1)
+            assert_equal(sharded("tied", batches(1, k), stage)[0], expected, stage)
+
+
+def test_overlap_and_offload_change_no_bit():
+    """Prefetch and asynchronous reduce, optimizer, parameters, activations and moments elsewhere than on the device: the same
+    bits at every stage, with recomputation and without."""
+    data = batches(2, 2)
+    variants = [{}, {"overlap": True}, {"offload": ("optim",)}, {"offload": ("acts",)}, {"offload": ("optim", "disk")},
+                {"offload": ("optim", "acts"), "activation_checkpointing": True, "overlap": True}]
+    cases = [(("untied", data, stage), options) for stage in (0, 1, 2, 3) for options in variants]
+    cases += [(("untied", data, 3), {"offload": ("optim", "params")}),
+              (("untied", data, 3), {"offload": ("optim", "params", "acts"), "overlap": True})]
+    first = {}
+    with mock.patch.object(zero_tools, "PARK_BYTES", 0):
+        answers = ranks().run(2, many_with_small_parking, cases)[0]
+    for ((_, _, stage), options), (state, norms, sent) in zip(cases, answers):
+        expected = first.setdefault(stage, (state, norms, sent))
+        assert_equal(state, expected[0], (stage, options))
+        assert (norms, sent) == expected[1:], (stage, options)
+
+
+def many_with_small_parking(cases):
+    with mock.patch.object(zero_tools, "PARK_BYTES", 64):  # the activations of these models are small
+        return many(cases)
+
+
+def test_compiled_blocks():
+    """torch.compile of the blocks (here without its code generator) computes the same, at stages 0 and 3."""
+    torch._dynamo.reset()
+    real = torch.compile
+    with mock.patch.object(torch, "compile", lambda f: real(f, backend="aot_eager")):
+        for stage in (0, 3):
+            for recompute in (False, True):
+                got, norms, _ = sharded("untied", batches(1, 2), stage, compile=True, activation_checkpointing=recompute)
+                expected, expected_norms = one_process("untied", batches(1, 2), 1)
+                assert norms == pytest.approx(expected_norms, rel=1e-4)
+                assert all(torch.allclose(got[name], expected[name], rtol=0, atol=1e-4) for name in expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_compute_dtypes(dtype):
+    """16-bit compute: weights and activations are 16-bit, masters and gradients float32, micro-batches add in float32; the
+    update is near the float32 one. float64 keeps everything wide. All stages agree bitwise with each other at k = 1."""
+    states = ranks().run(2, dtype_case, dtype)[0]
+    expected, _ = one_process("untied", batches(2, 1), 2)
+    for state in states:
+        assert_equal(state, states[0])
+        assert all(value.dtype == (torch.float64 if dtype == torch.float64 else torch.float32) for value in state.values())
+        for name in expected:  # AdamW moves by about LR a step, whatever the gradient's size: its sign may differ here and there
+            error = (state[name] - expected[name]).abs()
+            assert error.mean() < LR / 4 and error.max() < 4.1 * LR, name
+            assert dtype != torch.float64 or error.max() < 1e-5, name
+
+
+def dtype_case(dtype):
+    states = []
+    for stage in (1, 2, 3):
+        model = gpt()
+        z = Zero(model, units=model.units(), stage=stage, lr=LR, weight_decay=DECAY, dtype=dtype)
+        for step in batches(2, 1):
+            logp = model(step[z.comm.rank, 0, :, :-1], step[z.comm.rank, 0, :, 1:])
+            assert logp.dtype == z.wide
+            z.backward(-logp.sum() / 48)
+            assert not z.step(LR, CLIP).skipped
+        with z.gathered():
+            assert model.blocks[0].mlp.up.weight.dtype == model(step[0, 0, :, :12]).dtype == dtype
+        states.append(z.full_state_dict())
+    return states
+
+
+def test_sixteen_bit_gradients_add_in_float32():
+    """256 micro-batches of a gradient of 1 in bfloat16 sum to 256; a bfloat16 accumulator would stop at 256 only by luck,
+    and adding 1 + 2^-7 there would lose the small part."""
+    for stage in (0, 2):
+        model = nn.Sequential(nn.Linear(1, 1, bias=False))
+        z = Zero(model, units=[model[0]], stage=stage, dtype=torch.bfloat16)
+        for _ in range(300):
+            z.backward(model(torch.full((1, 1), 1 + 2**-7, dtype=torch.bfloat16)).sum())
+        assert z.step(0.0).norm == 300 * (1 + 2**-7)
+
+
+# ---- 3: the tests can fail ------------------------------------------------------------------------------------------
+
+def lose_one_gradient(z_unit, gradients, original=Unit.reduce):
+    original(z_unit, [None] * len(gradients) if z_unit.name == "blocks.0" and dist.get_rank() == 1 else gradients)
+
+
+def swap_chunks(comm, x, deliver, original=zero_tools.Comm.reduce_scatter):
+    original(comm, x.view(comm.world, -1).flip(0).flatten(), deliver)
+
+
+def shift_by_one(comm, x, deliver, original=zero_tools.Comm.reduce_scatter):
+    original(comm, x.roll(1), deliver)
+
+
+def divide_twice(z, loss, original=Zero.backward):
+    original(z, loss / 2)
+
+
+def stale_weights(unit, original=Unit.fetch):
+    if not hasattr(unit, "stale"):
+        unit.stale = original(unit).clone()
+    return unit.stale
+
+
+def forget_publish(unit):
+    pass
+
+
+def local_norm_only(comm, x, original=zero_tools.Comm.all_reduce):
+    if x.dtype != torch.float64:
+        original(comm, x)
+
+
+def decay_everything(parameters, frozen, original=zero_tools.take_out):
+    slots, values, trainable, decaying = original(parameters, frozen)
+    return slots, values, trainable, trainable
+
+
+SEEDED_BUGS = [(Unit, "reduce", lose_one_gradient, (1, 2, 3)), (zero_tools.Comm, "reduce_scatter", swap_chunks, (1, 2, 3)),
+               (zero_tools.Comm, "reduce_scatter", shift_by_one, (1, 2, 3)), (Zero, "backward", divide_twice, (1, 2, 3)),
+               (Unit, "fetch", stale_weights, (3,)), (Unit, "publish", forget_publish, (1, 2)),
+               (zero_tools.Comm, "all_reduce", local_norm_only, (1, 2, 3)), (zero_tools, "take_out", decay_everything, (1, 2, 3))]
+
+
+def with_bug(i, stage):
+    owner, name, bug, _ = SEEDED_BUGS[i]
+    with mock.patch.object(owner, name, bug):
+        state, _, _ = sharded("untied", batches(2, 1), stage)
+    return state
+
+
+def test_seeded_bugs_turn_the_comparison_red():
+    """A lost gradient, swapped or shifted chunks, dividing twice, stale weights, a forgotten publish, a local norm, decay of
+    the norms: each makes the comparison of group 1 fail."""
+    jobs = [(i, stage) for i, (*_, stages) in enumerate(SEEDED_BUGS) for stage in stages]
+    expected, _ = one_process("untied", batches(2, 1), 2)
+    assert_equal(sharded_by_two(), expected)
+    for (i, stage), state in zip(jobs, ranks().run(2, with_bugs, jobs)[0]):
+        with pytest.raises(AssertionError):
+            assert_equal(state, expected)
+            print("survived:", SEEDED_BUGS[i][2].__name__, stage)
+
+
+def sharded_by_two():
+    return ranks().run(2, many, [(("untied", batches(2, 1), 3), {})])[0][0][0]
+
+
+def with_bugs(jobs):
+    return [with_bug(*job) for job in jobs]
+
+
+# ---- 4, 5: bytes ----------------------------------------------------------------------------------------------------
+
+def padded(model, world):
+    """Elements of each unit's flat vector, from the documented rule alone: parameters aligned to 16, shards as well."""
+    up = lambda n: -(-n // 16) * 16
+    units = {name: 0 for name in ("embed", "blocks.0", "blocks.1", "head", "root")}
+    for name, p in model.named_parameters():
+        home = next((unit for unit in units if name.startswith(unit + ".")), "root")
+        units[home] += up(p.numel())
+    return {name: world * up(-(-n // world)) for name, n in units.items()}
+
+
+def count_bytes(kind, stage, k, options):
+    model = make(kind)
+    z = Zero(model, units=model.units(), stage=stage, **options)
+    held = [zero_tools.held(z), zero_tools.held_by_formula(z)]
+    for ids in batches(z.comm.world, k)[0, z.comm.rank]:
+        z.backward(loss_of(model, ids, 1))
+        alive = alive_after(z)
+    z.step(LR, CLIP)
+    return held, dict(z.comm.sent), zero_tools.sent_by_formula(z, k), dict(z.memory.peak), alive, zero_tools.held(z)
+
+
+def alive_after(z, seconds=2.0):
+    """Kinds of the temporaries that are alive; gloo's worker thread may hold one for a moment."""
+    end = time.monotonic() + seconds
+    while (alive := [kind for kind, ref, *_ in z.memory.alive if not ref.expired()]) and time.monotonic() < end:
+        time.sleep(0.01)
+    return alive
+
+
+def count_all_bytes(jobs):
+    return [count_bytes(*job) for job in jobs]
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_bytes_held_and_sent_are_the_formulas(world):
+    """Counted over storages and collectives: exactly the table at the head of zero.py, here written down once more by hand;
+    no temporary stays alive after backward."""
+    jobs = [("untied", stage, k, options) for stage in (0, 1, 2, 3) for k in (1, 2)
+            for options in ({}, {"dtype": torch.bfloat16}, {"overlap": True}, {"offload": ("optim",)},
+                            {"activation_checkpointing": True})]
+    sizes = padded(gpt(), world)
+    total, N = sum(sizes.values()), world
+    for (_, stage, k, options), answer in zip(jobs, ranks().run(world, count_all_bytes, jobs)[0]):
+        held, sent, sent_formula, peak, alive, held_after = answer
+        p, label = 2 if "dtype" in options else 4, (stage, k, options)
+        part = total if stage == 0 else total // N
+        weights = total * p if stage < 3 else part * p if "offload" in options else 0
+        masters = part * 4 if stage == 3 or p != 4 or "offload" in options else 0
+        grads = 4 * (total if stage < 2 else part) + (4 * part if stage < 2 and "offload" in options else 0)
+        by_hand = {"weights": weights, "gradients": grads, "masters": masters}
+        assert {kind: held[0][kind] for kind in by_hand} == by_hand, label
+        assert held[0]["moments"] <= 8 * part and held[0]["moments"] >= 8 * part - 8 * 16 * N * 5, label
+        assert held[0] == held[1] == held_after, label
+        once = sizes["root"] + sizes["embed"]
+        wire = {0: {"all_reduce": 2 * 4 * total // N * (N - 1)},
+                1: {"reduce_scatter": 4 * total // N * (N - 1), "all_gather": p * total // N * (N - 1)},
+                2: {"reduce_scatter": k * p * total // N * (N - 1), "all_gather": p * total // N * (N - 1)},
+                3: {"reduce_scatter": k * p * total // N * (N - 1), "all_gather": k * p * (2 * total - once) // N * (N - 1)}}
+        expected = wire[stage] | ({"all_reduce": 2 * (N - 1) * 8 * 5 // N} if stage else {})
+        assert sent == expected, label
+        assert sent_formula == expected, label
+        assert alive == [], label
+    assert "formula" in Zero(gpt(), units=[]).report()
+
+
+def test_peak_of_gathered_weights():
+    """At stage 3, alive at once are the root and one unit, with overlap two, with recomputation too. (On one rank, since
+    gloo's worker thread may hold a finished gather a moment longer.)"""
+    sizes = padded(gpt(), 1)
+    for overlap, recompute in itertools.product((False, True), (False, True)):
+        _, _, _, peak, alive, _ = count_bytes("untied", 3, 2, {"overlap": overlap, "activation_checkpointing": recompute})
+        assert peak["gathered"] == 4 * (sizes["root"] + sizes["blocks.0"] * (1 + overlap)) and not alive
+
+
+class Spy(nn.Module):
+    """A block that counts its forwards and remembers the storage of what happens inside."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.forwards, self.inner = nn.Linear(64, 64), 0, None
+
+    def forward(self, x):
+        self.forwards += 1
+        hidden = self.linear(x).tanh()
+        self.inner = StorageWeakRef(hidden.untyped_storage())
+        return x + self.linear(hidden * 2).sin()
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_checkpointing_really_drops_and_recomputes(stage, recompute):
+    """With activation checkpointing each block runs twice per micro-batch and its inner activations are gone between forward
+    and backward; at stage 3 weights are gathered as often as without."""
+    model = nn.Sequential(*(nn.Sequential() for _ in range(0)))
+    model.blocks = nn.ModuleList(Spy() for _ in range(3))
+    model.forward = lambda x: functools.reduce(lambda y, block: block(y), model.blocks, x)
+    z = Zero(model, units=list(model.blocks), stage=stage, activation_checkpointing=recompute)
+    fetches = []
+    real = Unit.start_gather
+    with mock.patch.object(Unit, "start_gather", lambda unit, *a, **k: fetches.append(unit.name) or real(unit, *a, **k)):
+        loss = model(torch.randn(4, 64)).sum()
+        assert [block.inner.expired() for block in model.blocks] == [recompute] * 3
+        if stage == 3:
+            assert not alive_after(z)  # no weights between forward and backward
+        z.backward(loss)
+    assert [block.forwards for block in model.blocks] == [1 + recompute] * 3
+    names = ["blocks.0", "blocks.1", "blocks.2"]
+    assert fetches == ([*names, *reversed(names)] if stage == 3 else [])
+
+
+# ---- 7, 8: loss scale and NaN guard ---------------------------------------------------------------------------------
+
+def scale_case():
+    """A float16 run in which rank 1 overflows at step 1, and the growth step comes right after."""
+    model = gpt()
+    z = Zero(model, units=model.units(), stage=2, dtype=torch.float16)
+    history, ids = [], batches(2, 1)[0, z.comm.rank, 0]
+    for step in range(4):
+        before = z.full_state_dict()
+        if step == 2:
+            z.good_steps = 1999  # the next good step is the 2000th: the scale doubles after it
+        loss = loss_of(model, ids, 48) * (1e30 if step == 1 and z.comm.rank == 1 else 1.0)
+        z.backward(loss)
+        info = z.step(LR, None)
+        after = z.full_state_dict()
+        history.append((info, all(torch.equal(before[k], after[k]) for k in before), z.loss_scale))
+    return history
+
+
+def test_loss_scale_follows_the_vote_in_the_right_order():
+    """One rank overflows: all skip, the weights stay bitwise, the scale halves. The step that earns a larger scale is itself
+    unscaled by the old one: its norm is that of the float32 gradient."""
+    history = ranks().run(2, scale_case)
+    for rank, steps in enumerate(history):
+        infos, unchanged, scales = zip(*steps)
+        assert [i.skipped for i in infos] == [False, True, False, False]
+        assert [i.loss_scale for i in infos] == [2.0**16, 2.0**16, 2.0**15, 2.0**16]
+        assert list(scales) == [2.0**16, 2.0**15, 2.0**16, 2.0**16]
+        if rank == 0:
+            assert unchanged == (False, True, False, False)
+        assert 0.5 < infos[2].norm / infos[0].norm < 2 and 0.5 < infos[3].norm / infos[2].norm < 2
+    assert [str(info) for info, *_ in history[0]] == [str(info) for info, *_ in history[1]]
+
+
+def nan_case(stage, poisoned):
+    model = gpt()
+    z = Zero(model, units=model.units(), stage=stage)
+    ids, before, infos = batches(2, 1)[0, z.comm.rank, 0], z.full_state_dict(), []
+    for _ in range(poisoned):
+        handle = contextlib.ExitStack()
+        if z.comm.rank == 1:
+            real = Unit.reduce
+            handle.enter_context(mock.patch.object(Unit, "reduce", lambda u, g: real(
+                u, [torch.full_like(x, torch.nan) for x in g] if u.name == "blocks.1" else g)))
+        with handle:
+            z.backward(loss_of(model, ids, 48))
+        infos.append(z.step(LR, CLIP))
+    after = z.full_state_dict()
+    z.backward(loss_of(model, ids, 48))
+    return infos, all(torch.equal(before[k], after[k]) for k in before), z.step(LR, CLIP)
+
+
+def test_one_nan_makes_all_ranks_skip():
+    """A NaN in one rank's gradient of one block: every rank skips, weights and moments stay, and the next step is sound."""
+    for stage in (0, 1, 2, 3):
+        for infos, unchanged, last in ranks().run(2, nan_case, stage, 3):
+            assert all(info.skipped for info in infos) and unchanged and not last.skipped and math.isfinite(last.norm)
+
+
+def test_twenty_skipped_in_a_row_is_an_error():
+    """The 20th step in a row that is not finite ends the run and names the unit, on all ranks."""
+    with pytest.raises(RankFailed) as failure:
+        ranks().run(2, nan_case, 3, 20)
+    assert all("blocks.1" in text and "UserError: 20 steps" in text for _, text in failure.value.answers)
+
+
+# ---- 9: a rank that dies, hangs or raises ---------------------------------------------------------------------------
+
+def faulty(fault, where):
+    model = gpt()
+    z = Zero(model, units=model.units(), stage=3)
+
+    def strike(*_):
+        if z.comm.rank == 1:
+            {"dies": lambda: os.kill(os.getpid(), signal.SIGKILL), "hangs": lambda: time.sleep(30),
+             "raises": lambda: 1 / 0}[fault]()
+
+    for step in range(3):
+        hidden = torch.zeros(1, requires_grad=True)
+        if step == 1 and where == "forward":
+            strike()
+        if step == 1 and where == "backward":
+            hidden.register_hook(strike)
+        z.backward(loss_of(model, batches(2, 1)[0, 0, 0], 48) + (hidden * 0).sum())
+        z.step(LR, CLIP)
+
+
+@pytest.mark.parametrize("fault, where", [("dies", "forward"), ("dies", "backward"), ("raises", "forward"), ("hangs", "forward")])
+def test_a_lost_rank_is_named(fault, where):
+    """A rank that is killed, raises, or sleeps: the others end with an error that names it, within the timeout."""
+    start = time.monotonic()
+    with pytest.raises(RankFailed) as failure:
+        ranks().run(3, faulty, fault, where, patience=3, timeout=12)
+    assert time.monotonic() - start < 25
+    for rank in (0, 2):
+        status, text = failure.value.answers[rank]
+        assert status == "error" and "UserError" in text and "rank 1 died, hangs or raised" in text, text
+
+
+# ---- 11: generation -------------------------------------------------------------------------------------------------
+
+def generation_case(stage):
+    model = gpt()
+    plain = gpt()
+    z = Zero(model, units=model.units(), stage=stage)
+    rank = z.comm.rank
+    z.backward(loss_of(model, batches(3, 1)[0, rank, 0], 72))
+    grads = [unit.grad.clone() for unit in z.units]
+    ids = torch.arange(8)[None]
+    with torch.no_grad():
+        out = model(ids)  # evaluation between backward and step
+    alive = alive_after(z)
+    with contextlib.suppress(ZeroDivisionError), z.gathered():
+        before = z.comm.sent.copy()
+        for _ in range(rank + 1):  # each rank a different number of forwards
+            new = generate(model, [[1, 2, 3]], max_new_tokens=4 + rank, seeds=[rank])
+        assert z.comm.sent == before
+        assert not model(ids).requires_grad
+        assert torch.equal(model.embed.weight, plain.embed.weight)
+        for forbidden in (lambda: z.backward(torch.zeros((), requires_grad=True)), lambda: z.step(LR)):
+            with pytest.raises(RuntimeError, match="gathered"):
+                forbidden()
+        1 / 0  # leaving by an exception restores
+    assert torch.equal(out, plain(ids)) and not alive
+    assert all(torch.equal(a, unit.grad) for a, unit in zip(grads, z.units))
+    with pytest.raises(AttributeError):
+        model.embed.weight
+    assert new == generate(plain, [[1, 2, 3]], max_new_tokens=4 + rank, seeds=[rank])
+    return z.step(LR, CLIP).norm
+
+
+def test_generation_with_ragged_lengths():
+    """gathered(): no collective inside, so ranks may generate different lengths; the same tokens as the plain model; backward
+    and step are refused; an exception restores; evaluation outside leaves gradients alone and frees what it gathered."""
+    for stage in (0, 3):
+        assert len(set(ranks().run(3, generation_case, stage))) == 1
+
+
+# ---- 12: four models at once ----------------------------------------------------------------------------------------
+
+def ppo_case():
+    actor, critic, reference, reward = (gpt(seed=i) for i in range(4))
+    za, zc = (Zero(m, units=m.units(), stage=stage, lr=LR, weight_decay=DECAY) for m, stage in ((actor, 3), (critic, 2)))
+    zr, zw = (Zero(m, units=m.units(), stage=3, frozen=True, offload=offload)
+              for m, offload in ((reference, ()), (reward, ("params",))))
+    for step in batches(2, 1):
+        ids = step[za.comm.rank, 0]
+        with torch.no_grad():
+            score = loss_of(reward, ids, 48) - loss_of(reference, ids, 48)
+        za.backward(loss_of(actor, ids, 48) * score)
+        zc.backward((loss_of(critic, ids, 48) - score).square())
+        za.step(LR, CLIP)
+        zc.step(LR, CLIP)
+    with pytest.raises(RuntimeError, match="frozen"):
+        zr.backward(score)
+    for z in (zr, zw):
+        assert zero_tools.held(z) == zero_tools.held_by_formula(z)
+        assert set(z.comm.sent) == {"all_gather"} and zero_tools.held(z)["moments"] == zero_tools.held(z)["gradients"] == 0
+    return za.full_state_dict(), zc.full_state_dict(), zr.full_state_dict()
+
+
+def test_four_models_in_one_process():
+    """Actor, critic, reference and reward model interleaved: the trained ones equal plain training, the frozen ones stay, hold
+    no optimizer bytes and send no gradients."""
+    actor, critic, reference, reward = (gpt(seed=i) for i in range(4))
+    optimizers = [torch.optim.AdamW([{"params": [p for p in m.parameters() if p.dim() >= 2], "weight_decay": DECAY},
+                                     {"params": [p for p in m.parameters() if p.dim() < 2], "weight_decay": 0.0}],
+                                    lr=LR, betas=(0.9, 0.95), fused=True) for m in (actor, critic)]
+    for step in batches(2, 1):
+        for ids in step[:, 0]:
+            with torch.no_grad():
+                score = loss_of(reward, ids, 48) - loss_of(reference, ids, 48)
+            (loss_of(actor, ids, 48) * score).backward()
+            (loss_of(critic, ids, 48) - score).square().backward()
+        for model, optimizer in zip((actor, critic), optimizers):
+            nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+            optimizer.step()
+            optimizer.zero_grad()
+    for got, model in zip(ranks().run(2, ppo_case)[0], (actor, critic, reference)):
+        expected = model.state_dict()
+        assert all(torch.allclose(got[name], expected[name], rtol=0, atol=1e-5) for name in expected)
+    assert_equal(got, reference.state_dict())
+
+
+# ---- 13: uneven and partly frozen -----------------------------------------------------------------------------------
+
+def test_odd_model():
+    """Scalars, more ranks than elements, a block used twice, an unused one, frozen ones: stages 0-3 on 3 ranks equal one
+    process (bitwise from stage 1 up), frozen tensors and buffers do not move."""
+    data = batches(3, 2)
+    cases = [(("odd", data, stage), options) for stage in (0, 1, 2, 3)
+             for options in ({}, {"activation_checkpointing": True, "overlap": True}, {"offload": ("optim",)})]
+    before = make("odd").state_dict()
+    for ((_, _, stage), options), (state, norms, _) in zip(cases, ranks().run(3, many, cases)[0]):
+        expected, expected_norms = one_process("odd", data, min(stage, 2))
+        assert norms == pytest.approx(expected_norms, rel=1e-5)
+        assert all(torch.allclose(state[name], expected[name], rtol=0, atol=2e-6) for name in expected), (stage, options)
+        for name in ("blocks.3.weight", "blocks.4.weight", "blocks.4.bias", "offset"):
+            assert torch.equal(state[name], before[name])
+
+
+def one_sided(folder):
+    """Rank 1 leaves out a block that rank 0 uses."""
+    rank = dist.get_rank()
+    dist.destroy_process_group()
+    dist.set_debug_level(dist.DebugLevel.DETAIL)
+    try:
+        dist.init_process_group("gloo", store=dist.FileStore(os.path.join(folder, "debug"), 2), rank=rank, world_size=2,
+                                timeout=datetime.timedelta(seconds=5))
+        model = make("odd")
+        z = Zero(model, units=model.units(), stage=3)
+        model.blocks = model.blocks[rank:]
+        z.backward(functools.reduce(lambda x, block: block(x), model.blocks[:2 - rank], model.embed(torch.arange(4))).sum())
+        z.step(LR)
+    finally:
+        dist.set_debug_level(dist.DebugLevel.OFF)
+
+
+def test_a_block_used_on_one_rank_only(tmp_path):
+    """Conditional blocks that differ between ranks are forbidden; with TORCH_DISTRIBUTED_DEBUG=DETAIL the error says which
+    collectives do not match, at once instead of at the timeout."""
+    start = time.monotonic()
+    with pytest.raises(RankFailed, match="mismatch|Mismatch|not match|differ"):
+        ranks().run(2, one_sided, str(tmp_path))
+    assert time.monotonic() - start < 10
+
+
+# ---- building -------------------------------------------------------------------------------------------------------
+
+def meta_case(stage):
+    config = GPTConfig(vocab_size=33, n_layer=2, n_head=2, n_embd=16, max_seq_len=12)
+    with torch.device("meta"):
+        model = GPT(config)
+    built = []
+    real = zero_tools.materialise
+    with mock.patch.object(zero_tools, "materialise", lambda p, d: built.append(real(p, d))):
+        z = Zero(model, units=model.units(), stage=stage, device="cpu", init=lambda module, prefix: initialise(module, 7, prefix))
+    assert len(built) == len(z.units) and not any(p.is_meta for p in model.buffers())
+    z.backward(loss_of(model, batches(2, 1)[0, z.comm.rank, 0], 48))
+    z.step(0.0)
+    return z.full_state_dict()
+
+
+def test_building_unit_by_unit():
+    """A model born on the meta device and initialised one unit at a time has the numbers of one built whole."""
+    expected = GPT(GPTConfig(vocab_size=33, n_layer=2, n_head=2, n_embd=16, max_seq_len=12), seed=7).state_dict()
+    for stage in (1, 3):
+        assert_equal(ranks().run(2, meta_case, stage)[0], expected)
+
+
+def seeds_case():
+    return [sharded_seed(stage) for stage in (0, 1, 3)]
+
+
+def sharded_seed(stage):
+    model = gpt(seed=dist.get_rank())
+    return Zero(model, units=model.units(), stage=stage).full_state_dict()
+
+
+def test_ranks_that_were_seeded_differently_start_from_rank_0():
+    """Every stage begins with rank 0's weights everywhere, not with a mixture."""
+    for state in ranks().run(2, seeds_case)[0]:
+        assert_equal(state, gpt(seed=0).state_dict())
+
+
+@pytest.mark.parametrize("options, words", [
+    ({"stage": 4}, "--zero 4"), ({"offload": ("optimizer",)}, "--offload optimizer"),
+    ({"stage": 2, "offload": ("optim", "params")}, "--zero 3"), ({"stage": 3, "offload": ("params",)}, "optim")])
+def test_options_that_make_no_sense(options, words):
+    """A UserError names the flag."""
+    with pytest.raises(UserError, match=words):
+        Zero(gpt(), units=[], **options)
+
+
+# ---- 14: activation offload -----------------------------------------------------------------------------------------
+
+def test_activations_are_parked_once_and_weights_never():
+    """Each large storage goes to the host once, however many views of it autograd saves; weights and buffers never; after
+    backward nothing is left there. With checkpointing only the block inputs go."""
+    data = batches(1, 1)
+    for stage, recompute in itertools.product((0, 3), (False, True)):
+        model = gpt()
+        weights = {tuple(p.shape) for p in model.parameters() if p.dim() > 1}
+        z = Zero(model, units=model.units(), stage=stage, offload=("acts",), activation_checkpointing=recompute)
+        seen, shapes = [], []
+        real = zero_tools.Parked.__init__
+
+        def watch(parked, memory, x, real=real, seen=seen, shapes=shapes):
+            seen.append(StorageWeakRef(x.untyped_storage()).cdata)
+            shapes.append(tuple(x.shape))
+            real(parked, memory, x)
+
+        with mock.patch.object(zero_tools, "PARK_BYTES", 64), mock.patch.object(zero_tools.Parked, "__init__", watch):
+            loss = loss_of(model, data[0, 0, 0], 24)
+            assert len(z.memory.parked) > 0
+            inside = len(z.memory.parked)
+            z.backward(loss)
+        assert not weights & set(shapes)
+        assert len(z.memory.parked) == 0
+        assert z.memory.moved["to_host"] == z.memory.moved["from_host"] > 0
+        assert not recompute or inside < 12
+
+
+# ---- 15: on a GPU ---------------------------------------------------------------------------------------------------
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_cuda_bytes_and_offload():
+    """torch.cuda.memory_allocated grows by exactly what the formula says (to the allocator's 512 bytes a tensor); offloading
+    changes no bit."""
+    states = []
+    for offload in ((), ("optim",), ("optim", "params"), ("optim", "params", "acts")):
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        model = gpt().cuda()
+        z = Zero(model, units=model.units(), stage=3, offload=offload)
+        on_device = torch.cuda.memory_allocated() - before
+        held = zero_tools.held(z)
+        expected = sum(held.values()) if not offload else held["weights"]
+        assert abs(on_device - expected) < 512 * 4 * len(z.units) + 2**16
+        for step in batches(1, 2):
+            for ids in step[0].cuda():
+                z.backward(loss_of(model, ids, 48))
+            z.step(LR, CLIP)
+        states.append(z.full_state_dict())
+    for state in states[1:]:
+        assert all(torch.allclose(state[k], states[0][k], atol=1e-5) for k in state)
