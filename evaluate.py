@@ -18,7 +18,7 @@ import torch
 
 from checkpoint import final_folder, load_final
 from common import UserError, parse, run, setup
-from data import read_corpus
+from corpus import read_corpus
 from model import GPT, GPTConfig
 from tokenizer import Tokenizer
 

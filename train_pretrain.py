@@ -101,7 +101,7 @@ def evaluate(model, tokens: TokenFile, cfg: Config, env) -> dict:
     loss, count = env.sum(loss, count)
     mean = loss / count
     return {"eval_loss": mean, "eval_perplexity": math.exp(min(mean, 700.0)),
-            "eval_bits_per_byte": mean / math.log(2) * len(tokens) / tokens.n_bytes}
+            "eval_bits_per_byte": mean / math.log(2) * tokens.n_targets / tokens.n_bytes}
 
 
 def main(argv=None) -> int:
@@ -155,7 +155,7 @@ def main(argv=None) -> int:
             f"{log.peak_flops / 1e9:.0f} GFLOP/s per process")
     log.say(f"{len(train_tokens):,} training and {len(val_tokens):,} validation tokens ({tokenizer.kind}, V = "
             f"{tokenizer.vocab_size}); {cfg.batch_size * cfg.seq_len:,} per update: {env.world} ranks x "
-            f"{-(-share // micro)} micro-batches x {micro} rows x {cfg.seq_len}")
+            f"{-(-share // micro)} micro-batches x {micro} rows x {cfg.seq_len}\n{train_tokens.note}")
     log.say(zero.report())
     if cfg.resume:
         log.say(f"going on after step {start}" if found else f"--resume: nothing in {cfg.out} yet, starting fresh")

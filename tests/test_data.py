@@ -21,9 +21,11 @@ import pytest
 import regex
 import torch
 
+import corpus
 import data
 from common import UserError
-from data import TokenFile, Windows, eval_windows, prepare, read_corpus, read_documents, write_token_file
+from corpus import read_corpus, read_documents
+from data import TokenFile, Windows, eval_windows, prepare, write_token_file
 from tokenizer import Tokenizer, make_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -194,7 +196,7 @@ def test_shakespeare_is_downloaded_once_and_checked(tmp_path, monkeypatch):
     """One request for any number of tokenizers; the file placed by hand serves as well; another text is refused."""
     text, requests = b"First Citizen:\nSpeak, speak.\n", []
     monkeypatch.setattr(data, "SHAKESPEARE_SHA256", hashlib.sha256(text).hexdigest())
-    monkeypatch.setattr(data.urllib.request, "urlopen", lambda url, timeout: requests.append(url) or io.BytesIO(text))
+    monkeypatch.setattr(corpus.urllib.request, "urlopen", lambda url, timeout: requests.append(url) or io.BytesIO(text))
     for tokenizer in ("byte", "char", "byte"):
         prepare("shakespeare", tokenizer=tokenizer, cache=tmp_path)
     assert len(requests) == 1 and (tmp_path / "tinyshakespeare.txt").read_bytes() == text
@@ -210,19 +212,19 @@ def test_shakespeare_is_downloaded_once_and_checked(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("error", [urllib.error.URLError("no network"), TimeoutError("timed out"),
-                                   data.http.client.IncompleteRead(b"")])
+                                   corpus.http.client.IncompleteRead(b"")])
 def test_shakespeare_without_network_says_where_to_put_the_file(tmp_path, monkeypatch, error):
     def urlopen(url, timeout):
         raise error
-    monkeypatch.setattr(data.urllib.request, "urlopen", urlopen)
+    monkeypatch.setattr(corpus.urllib.request, "urlopen", urlopen)
     with pytest.raises(UserError) as caught:
         prepare("shakespeare", tokenizer="char", cache=tmp_path / "cache")
-    assert data.SHAKESPEARE_URL in str(caught.value) and "cache/tinyshakespeare.txt" in str(caught.value)
+    assert corpus.SHAKESPEARE_URL in str(caught.value) and "cache/tinyshakespeare.txt" in str(caught.value)
     assert not files_under(tmp_path)
 
 
 def test_shakespeare_download_of_something_else_is_not_kept(tmp_path, monkeypatch):
-    monkeypatch.setattr(data.urllib.request, "urlopen", lambda url, timeout: io.BytesIO(b"<html>Please log in</html>"))
+    monkeypatch.setattr(corpus.urllib.request, "urlopen", lambda url, timeout: io.BytesIO(b"<html>Please log in</html>"))
     with pytest.raises(UserError, match="sha256"):
         prepare("shakespeare", tokenizer="char", cache=tmp_path)
     assert not files_under(tmp_path)
@@ -286,7 +288,7 @@ def test_second_start_reads_no_text(tmp_path, monkeypatch):
     path = tmp_path / "a.txt"
     path.write_text("some text " * 50)
     calls = []
-    read = data.read_text
+    read = corpus.read_text
     monkeypatch.setattr(data, "read_text", lambda path: calls.append(path) or read(path))
 
     def folder(**options):
