@@ -12,6 +12,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -20,8 +21,9 @@ import sys
 import torch
 import torch.distributed as dist
 
-from common import UserError
+from common import UserError, run
 from zero import Zero
+from zero_tools import naming_lost_ranks
 
 VERSION = 1
 
@@ -54,10 +56,10 @@ def save_checkpoint(out: str, step: int, models: dict[str, Zero], extra: dict, *
         meta = {"version": VERSION, "step": step, "world": world, "threads": torch.get_num_threads(),
                 "torch": torch.__version__, "layout": {key: layout(z) for key, z in models.items()},
                 "files": files, "extra": extra}
-        _write(os.path.join(tmp, "meta.json"), _json_writer(meta))
+        _write(os.path.join(tmp, "meta.json"), _json_writer({**meta, "sha256": _digest(meta)}))
         _replace_folder(tmp, folder)
         for name in steps(out)[keep:]:
-            _remove_folder(os.path.join(out, name))
+            shutil.rmtree(_hide_folder(os.path.join(out, name)))
 
     try:
         _together(prepare if rank == 0 else None)
@@ -70,35 +72,51 @@ def save_checkpoint(out: str, step: int, models: dict[str, Zero], extra: dict, *
     return folder
 
 
-def load_checkpoint(out: str, models: dict[str, Zero]) -> tuple[int, dict] | None:
+def load_checkpoint(out: str, models: dict[str, Zero], bitwise: dict | None = None) -> tuple[int, dict] | None:
     """Restore the newest checkpoint of `out` that is whole; all ranks call it. Returns (step, extra), None if none exists.
 
     A damaged one is named in a warning and the one before it is taken; UserError if all are damaged, or if the newest
-    whole one belongs to another model.
+    whole one belongs to another model. bitwise: settings of this run (as micro_batch_size) that should equal those in
+    extra, or else, as with another world size, number of threads or PyTorch, a warning says that the last bits will differ.
     """
     rank, world = _ranks()
-    names, = _together((lambda: steps(out)) if rank == 0 else None)[:1]
+    names = _together((lambda: steps(out)) if rank == 0 else None)[0]
+    problem = None
     for name in names:
         folder = os.path.join(out, name)
         try:
-            meta = _together(lambda: read_meta(folder))[0]
-            files = sorted(meta["files"])
-            _together(lambda: [_verify(folder, file, meta["files"][file]) for file in files[rank::world]])
+            meta = _together(lambda: read_meta(folder))[0]  # noqa: B023 - called at once
+            files = sorted(meta["files"].items())
+            _together(lambda: [_verify(folder, *entry) for entry in files[rank::world]])  # noqa: B023
         except UserError as error:
+            problem = error
             if rank == 0:
                 print(f"warning: {error}; trying the checkpoint before it", file=sys.stderr, flush=True)
             continue
+        _check_layout(folder, meta["layout"], {key: layout(z) for key, z in models.items()})
         for key, z in models.items():
-            _check_layout(f"{folder}/meta.json", meta["layout"].get(key), layout(z))
-        shards = [_load(os.path.join(folder, f"rank{r:03d}.pt")) for r in range(meta["world"])]
-        for key, z in models.items():
-            load_shards(z, [shard[key] for shard in shards])
+            load_shards(z, _read_shards(folder, meta, key))
         if rank == 0:
-            _warn_of_changes(folder, meta, world)
+            _warn_of_changes(folder, meta, {"world": world, **(bitwise or {})})
         return meta["step"], meta["extra"]
-    if names:
-        raise UserError(f"{out}: none of its {len(names)} checkpoints is whole; remove them, or start without --resume")
+    if problem:
+        raise UserError(f"{problem}; no checkpoint in {out} is whole: remove them, or start without --resume")
     return None
+
+
+def consolidate(folder: str, key: str = "model") -> dict[str, torch.Tensor]:
+    """{name: tensor} of one model in a step folder: one process, no torch.distributed, no GPU, no model code."""
+    meta = read_meta(folder)
+    for entry in meta["files"].items():
+        _verify(folder, *entry)
+    if key not in meta["layout"]:
+        raise UserError(f"{folder}: holds {', '.join(meta['layout'])}, not {key}")
+    shards, state = _read_shards(folder, meta, key), {}
+    for unit, tensors in meta["layout"][key].items():
+        flat = torch.cat([shard["units"][unit]["master"] for shard in shards])
+        for names, shape, start in tensors:
+            state |= dict.fromkeys(names, flat[start:start + math.prod(shape)].view(shape).clone())
+    return state | shards[0]["buffers"]
 
 
 # ---- what of a Zero is in a checkpoint ------------------------------------------------------------------------------
@@ -112,6 +130,13 @@ def layout(z: Zero) -> dict:
             for unit in z.units}
 
 
+def _vectors(unit) -> dict[str, torch.Tensor]:
+    """What is kept of a unit; each begins at element unit.low of its flat vector."""
+    if not unit.trainable:
+        return {"master": unit.master}
+    return {"master": unit.master, "exp_avg": unit.exp_avg, "exp_avg_sq": unit.exp_avg_sq}
+
+
 def state_shards(z: Zero) -> dict:
     """This rank's part of all that training needs: {"units": {unit: {vector: (n,) tensor}}, "buffers", "scalars"}.
 
@@ -120,7 +145,7 @@ def state_shards(z: Zero) -> dict:
     units = {}
     for unit in z.units:
         first, last = (min(r * unit.S, unit.length) - unit.low for r in (z.comm.rank, z.comm.rank + 1))
-        units[unit.name] = {key: vector[first:last] for key, vector in unit.vectors().items()}
+        units[unit.name] = {key: vector[first:last] for key, vector in _vectors(unit).items()}
     return {"units": units, "buffers": z.model.state_dict(), "scalars": {key: getattr(z, key) for key in SCALARS}}
 
 
@@ -128,13 +153,15 @@ def state_shards(z: Zero) -> dict:
 def load_shards(z: Zero, shards: list[dict]) -> None:
     """shards: state_shards() of every rank of the run that saved, in rank order; its world size and stage do not matter."""
     for unit in z.units:
-        for key, mine in unit.vectors().items():
+        for key, mine in _vectors(unit).items():
             start = -unit.low  # of the next piece, counted from the start of my own vector
             for piece in (shard["units"][unit.name][key] for shard in shards):
                 first, last = max(start, 0), min(start + piece.numel(), mine.numel())
                 if first < last:
                     mine[first:last].copy_(piece[first - start:last - start])
                 start += piece.numel()
+            if start + unit.low != unit.length:
+                raise UserError(f"{key} of {unit.name} has {start + unit.low} elements in the checkpoint, {unit.length} here")
         unit.publish()
     z.model.load_state_dict(shards[0]["buffers"])
     for key in SCALARS:
@@ -147,8 +174,15 @@ def load_shards(z: Zero, shards: list[dict]) -> None:
 # ---- final models ---------------------------------------------------------------------------------------------------
 
 def save_final(out: str, state_dict: dict[str, torch.Tensor], config: dict, tokenizer_path: str) -> str:
-    """Write out/final; called by rank 0 alone. config: JSON-able, enough to build the model. Returns the folder."""
+    """Write out/final; called by rank 0 alone. Returns the folder.
+
+    config: JSON-able, enough to build the model; "tied", the groups of names that share one tensor, is added to it.
+    """
     folder, tmp = os.path.join(out, "final"), os.path.join(out, "tmp-final")
+    storages = {}
+    for name, tensor in state_dict.items():
+        storages.setdefault((tensor.data_ptr(), tensor.shape), []).append(name)
+    config = {**config, "tied": [names for names in storages.values() if len(names) > 1]}
     try:
         shutil.rmtree(tmp, ignore_errors=True)
         os.makedirs(tmp)
@@ -224,19 +258,21 @@ def _clear_leftovers(out: str) -> None:
 
 def _replace_folder(tmp: str, folder: str) -> None:
     """Rename tmp to folder, for good even if the power goes."""
-    if os.path.isdir(folder):
-        _remove_folder(folder)
     _sync_folder(tmp)
+    gone = _hide_folder(folder) if os.path.isdir(folder) else None
     os.rename(tmp, folder)
     _sync_folder(os.path.dirname(folder))
+    if gone:
+        shutil.rmtree(gone)
 
 
-def _remove_folder(folder: str) -> None:
-    """First out of sight, then out of the disk: killed between the two, no half of it stands under its name."""
+def _hide_folder(folder: str) -> str:
+    """Out of sight before it goes off the disk: killed in the middle, no half of it stands under its name."""
     out, name = os.path.split(folder)
     gone = os.path.join(out, f"tmp-old-{name}")
+    shutil.rmtree(gone, ignore_errors=True)
     os.rename(folder, gone)
-    shutil.rmtree(gone)
+    return gone
 
 
 def _sync_folder(folder: str) -> None:
@@ -282,28 +318,32 @@ def _read_json(path: str):
             return json.load(file)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; expected a folder written by a training script") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read: {error}") from None
 
 
 def read_meta(folder: str) -> dict:
-    """meta.json, checked for everything that the loader relies on."""
+    """meta.json, checked for everything that the loader relies on; UserError otherwise."""
     path = os.path.join(folder, "meta.json")
     meta = _read_json(path)
-    kinds = {"version": int, "step": int, "world": int, "threads": int, "torch": str, "layout": dict, "files": dict,
-             "extra": dict}
+    if not isinstance(meta, dict) or meta.pop("sha256", None) != _digest(meta):
+        raise UserError(f"{path}: its checksum is not its own; the file is damaged")
+    if meta.get("version") != VERSION:
+        raise UserError(f"{path}: checkpoint version {meta.get('version')}, this program reads {VERSION}")
+    kinds = {"step": int, "world": int, "threads": int, "torch": str, "layout": dict, "files": dict, "extra": dict}
     for key, kind in kinds.items():
-        if not isinstance(meta, dict) or not isinstance(meta.get(key), kind):
+        if not isinstance(meta.get(key), kind):
             raise UserError(f"{path}: expected {key!r} to be of type {kind.__name__}")
-    if meta["version"] != VERSION:
-        raise UserError(f"{path}: checkpoint version {meta['version']}, this program reads {VERSION}")
-    for r in range(meta["world"]):
-        if f"rank{r:03d}.pt" not in meta["files"]:
-            raise UserError(f"{path}: lists no rank{r:03d}.pt for a world of {meta['world']}")
-    for name, entry in meta["files"].items():
+    for name, entry in meta["files"].items():  # names are looked for in this folder and nowhere else
         if not re.fullmatch(r"rank\d{3,}\.pt|config\.json|tokenizer\.json", name) or not isinstance(entry, dict):
-            raise UserError(f"{path}: unexpected file entry {name!r}")
+            raise UserError(f"{path}: unexpected file {name!r}")
+    if sum(name.startswith("rank") for name in meta["files"]) != meta["world"]:
+        raise UserError(f"{path}: a world of {meta['world']} should have as many rank files")
     return meta
+
+
+def _digest(meta: dict) -> str:
+    return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
 
 
 def _verify(folder: str, name: str, expected: dict) -> None:
@@ -332,6 +372,22 @@ def _load(path: str):
         raise UserError(f"{path}: not a file of tensors: {str(error).splitlines()[0] if str(error) else error!r}") from None
 
 
+def _read_shards(folder: str, meta: dict, key: str) -> list[dict]:
+    """What state_shards() returned for one model, for every rank of the run that saved; not yet read into memory."""
+    shards = []
+    for r in range(meta["world"]):
+        path = os.path.join(folder, f"rank{r:03d}.pt")
+        try:
+            shard = _load(path)[key]
+            for unit in meta["layout"][key]:
+                if any(vector.dim() != 1 for vector in shard["units"][unit].values()):
+                    raise TypeError("a vector has another shape")
+            shards.append({part: shard[part] for part in ("units", "buffers", "scalars")})
+        except (KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{path}: does not hold what meta.json says: {error!r}") from None
+    return shards
+
+
 def _compact(state):
     """The same nested dictionaries with every tensor in a storage of its own size: torch.save writes whole storages."""
     if isinstance(state, dict):
@@ -341,27 +397,31 @@ def _compact(state):
     return state
 
 
-def _check_layout(path: str, found, expected: dict) -> None:
-    """UserError naming the first tensor in which two Zero.layout()s differ."""
-    def shapes(layout) -> dict:
-        return {names[0]: tuple(shape) for tensors in layout.values() for names, shape, _ in tensors}
+def _check_layout(folder: str, found: dict, expected: dict) -> None:
+    """UserError naming the first tensor in which the layouts of the models differ."""
+    def shapes(layouts) -> dict:
+        return {f"{key}: {names[0]}": tuple(shape) for key, units in layouts.items() for tensors in units.values()
+                for names, shape, _ in tensors}
 
-    if found == expected:
+    if {key: found.get(key) for key in expected} == expected:
         return
+    if missing := expected.keys() - found.keys():
+        raise UserError(f"{folder}: holds {', '.join(found)}, expected {', '.join(sorted(missing))}")
     try:
         have, want = shapes(found), shapes(expected)
     except (AttributeError, TypeError, ValueError, IndexError):
-        raise UserError(f"{path}: its layout cannot be understood") from None
+        raise UserError(f"{folder}/meta.json: its layout cannot be understood") from None
     for name in [*want, *have]:
         if have.get(name) != want.get(name):
-            raise UserError(f"{path}: is of another model: {name} is {have.get(name, 'missing')} there and "
-                            f"{want.get(name, 'missing')} here")
-    raise UserError(f"{path}: has the tensors of this model, but cut into other units")
+            raise UserError(f"{folder}: is of another model: {name} is {have.get(name, 'missing')} there and "
+                            f"{want.get(name, 'missing')} here; choose another --out, or the flags it was made with")
+    raise UserError(f"{folder}: has the tensors of this model, but cut into other units")
 
 
-def _warn_of_changes(folder: str, meta: dict, world: int) -> None:
-    now = {"world": world, "threads": torch.get_num_threads(), "torch": torch.__version__}
-    changed = [f"{key} {meta[key]} -> {value}" for key, value in now.items() if meta[key] != value]
+def _warn_of_changes(folder: str, meta: dict, now: dict) -> None:
+    now = {"threads": torch.get_num_threads(), "torch": torch.__version__, **now}
+    changed = [f"{key} was {was} and is {value}" for key, value in now.items()
+               if (was := meta.get(key, meta["extra"].get(key))) != value]
     if changed:
         print(f"warning: {folder}: {', '.join(changed)}: the run goes on, but not bitwise as it would have", file=sys.stderr,
               flush=True)
@@ -383,8 +443,23 @@ def _together(action) -> list:
     rank, world = _ranks()
     everyone = [mine] * world
     if world > 1:
-        dist.all_gather_object(everyone, mine)
+        with naming_lost_ranks("checkpoint"):
+            dist.all_gather_object(everyone, mine)
     for r, (done, result) in enumerate(everyone):
         if not done:
             raise UserError(result if world == 1 else f"rank {r}: {result}")
     return [result for _, result in everyone]
+
+
+def main() -> None:
+    """python checkpoint.py out/run/step-00000300 [actor]: make out/run/final of a run that did not get to its end."""
+    if len(sys.argv) not in (2, 3):
+        raise UserError("usage: python checkpoint.py out/run/step-00000300 [name of the model]")
+    folder = sys.argv[1].rstrip("/")
+    state = consolidate(folder, *sys.argv[2:])
+    config = _read_json(os.path.join(folder, "config.json"))
+    print(save_final(os.path.dirname(folder) or ".", state, config, os.path.join(folder, "tokenizer.json")))
+
+
+if __name__ == "__main__":
+    run(main)
