@@ -176,7 +176,7 @@ def test_stdlib_rules_on_a_small_tree(tmp_path, monkeypatch):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(source)
     (tmp_path / "link.py").symlink_to("nowhere.py")
-    monkeypatch.setattr(data, "STDLIB", tmp_path)
+    monkeypatch.setattr(corpus, "STDLIB", tmp_path)
     documents = read_corpus("stdlib")
     assert sorted(documents) == [
         "About else.\n", "About if.\n", "Again.\n\nAsync.\n",
@@ -187,7 +187,7 @@ def test_stdlib_rules_on_a_small_tree(tmp_path, monkeypatch):
 
 
 def test_stdlib_missing_is_named(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "STDLIB", tmp_path / "python.zip")
+    monkeypatch.setattr(corpus, "STDLIB", tmp_path / "python.zip")
     with pytest.raises(UserError, match="stdlib: found no text"):
         prepare("stdlib", tokenizer="byte", cache=tmp_path / "cache")
 
@@ -195,7 +195,8 @@ def test_stdlib_missing_is_named(tmp_path, monkeypatch):
 def test_shakespeare_is_downloaded_once_and_checked(tmp_path, monkeypatch):
     """One request for any number of tokenizers; the file placed by hand serves as well; another text is refused."""
     text, requests = b"First Citizen:\nSpeak, speak.\n", []
-    monkeypatch.setattr(data, "SHAKESPEARE_SHA256", hashlib.sha256(text).hexdigest())
+    for module in (corpus, data):  # data takes it into the key of its cache
+        monkeypatch.setattr(module, "SHAKESPEARE_SHA256", hashlib.sha256(text).hexdigest())
     monkeypatch.setattr(corpus.urllib.request, "urlopen", lambda url, timeout: requests.append(url) or io.BytesIO(text))
     for tokenizer in ("byte", "char", "byte"):
         prepare("shakespeare", tokenizer=tokenizer, cache=tmp_path)
@@ -289,7 +290,7 @@ def test_second_start_reads_no_text(tmp_path, monkeypatch):
     path.write_text("some text " * 50)
     calls = []
     read = corpus.read_text
-    monkeypatch.setattr(data, "read_text", lambda path: calls.append(path) or read(path))
+    monkeypatch.setattr(corpus, "read_text", lambda path: calls.append(path) or read(path))
 
     def folder(**options):
         options = {"tokenizer": "bpe", "vocab_size": 270, "cache": tmp_path / "cache", **options}
@@ -315,7 +316,7 @@ def test_second_start_reads_no_text(tmp_path, monkeypatch):
 
 
 def test_stdlib_of_another_python_is_prepared_again(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "stdlib_documents", lambda: ["some English text"])
+    monkeypatch.setattr(corpus, "stdlib_documents", lambda: ["some English text"])
     paths = prepare("stdlib", tokenizer="byte", cache=tmp_path)
     assert f"Python {sys.version.split()[0]}" in TokenFile(paths[0]).note
     assert prepare("stdlib", tokenizer="byte", cache=tmp_path) == paths
