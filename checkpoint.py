@@ -44,19 +44,18 @@ def save_checkpoint(out: str, step: int, models: dict[str, Zero], extra: dict, *
     def write_shard():
         name = f"rank{rank:03d}.pt"
         state = {key: state_shards(z) for key, z in models.items()}
-        return name, _write(os.path.join(tmp, name), lambda file: torch.save(_compact(state), file))
+        return name, _write(os.path.join(tmp, name), _compact(state))
 
     def finish():
         if config is not None:
-            files["config.json"] = _write(os.path.join(tmp, "config.json"), _json_writer(config))
+            files["config.json"] = _write(os.path.join(tmp, "config.json"), _json(config))
         if tokenizer_path is not None:
             with open(tokenizer_path, "rb") as source:
-                content = source.read()
-            files["tokenizer.json"] = _write(os.path.join(tmp, "tokenizer.json"), lambda file: file.write(content))
+                files["tokenizer.json"] = _write(os.path.join(tmp, "tokenizer.json"), source.read())
         meta = {"version": VERSION, "step": step, "world": world, "threads": torch.get_num_threads(),
                 "torch": torch.__version__, "layout": {key: layout(z) for key, z in models.items()},
                 "files": files, "extra": extra}
-        _write(os.path.join(tmp, "meta.json"), _json_writer({**meta, "sha256": _digest(meta)}))
+        _write(os.path.join(tmp, "meta.json"), _json({**meta, "sha256": _digest(meta)}))
         _replace_folder(tmp, folder)
         for name in steps(out)[keep:]:
             shutil.rmtree(_hide_folder(os.path.join(out, name)))
@@ -91,7 +90,7 @@ def load_checkpoint(out: str, models: dict[str, Zero], bitwise: dict | None = No
         except UserError as error:
             problem = error
             if rank == 0:
-                print(f"warning: {error}; trying the checkpoint before it", file=sys.stderr, flush=True)
+                print(f"warning: {error}; trying the checkpoint before it", file=sys.stderr)
             continue
         _check_layout(folder, meta["layout"], {key: layout(z) for key, z in models.items()})
         for key, z in models.items():
@@ -166,9 +165,8 @@ def load_shards(z: Zero, shards: list[dict]) -> None:
     z.model.load_state_dict(shards[0]["buffers"])
     for key in SCALARS:
         setattr(z, key, shards[0]["scalars"][key])
-    if z.optimizer:
-        for state in z.optimizer.state.values():
-            state["step"].fill_(z.updates)
+    for state in z.optimizer.state.values() if z.optimizer else ():
+        state["step"].fill_(z.updates)
 
 
 # ---- final models ---------------------------------------------------------------------------------------------------
@@ -176,7 +174,8 @@ def load_shards(z: Zero, shards: list[dict]) -> None:
 def save_final(out: str, state_dict: dict[str, torch.Tensor], config: dict, tokenizer_path: str) -> str:
     """Write out/final; called by rank 0 alone. Returns the folder.
 
-    config: JSON-able, enough to build the model; "tied", the groups of names that share one tensor, is added to it.
+    config: JSON-able, enough to build the model. Added to it: "tied", the groups of names that share one tensor, and
+    "files", sizes and checksums.
     """
     folder, tmp = os.path.join(out, "final"), os.path.join(out, "tmp-final")
     storages = {}
@@ -187,10 +186,9 @@ def save_final(out: str, state_dict: dict[str, torch.Tensor], config: dict, toke
         shutil.rmtree(tmp, ignore_errors=True)
         os.makedirs(tmp)
         with open(tokenizer_path, "rb") as source:
-            content = source.read()
-        _write(os.path.join(tmp, "model.pt"), lambda file: torch.save(state_dict, file))
-        _write(os.path.join(tmp, "tokenizer.json"), lambda file: file.write(content))
-        _write(os.path.join(tmp, "config.json"), _json_writer(config))
+            config["files"] = {"model.pt": _write(os.path.join(tmp, "model.pt"), state_dict),
+                               "tokenizer.json": _write(os.path.join(tmp, "tokenizer.json"), source.read())}
+        _write(os.path.join(tmp, "config.json"), _json(config))
         _replace_folder(tmp, folder)
     except (OSError, RuntimeError) as error:
         shutil.rmtree(tmp, ignore_errors=True)
@@ -205,13 +203,15 @@ def final_folder(folder: str) -> str:
 
 
 def load_final(folder: str) -> tuple[dict, dict[str, torch.Tensor]]:
-    """(config, {name: tensor}) of a folder that save_final wrote; the run's folder will do too."""
+    """(config, {name: tensor}) of a folder that save_final wrote; the run's folder will do too. Tensors are read when used."""
     folder = final_folder(folder)
     config = _read_json(os.path.join(folder, "config.json"))
     path = os.path.join(folder, "model.pt")
-    state = _load(path)
     if not isinstance(config, dict):
         raise UserError(f"{folder}/config.json: found {type(config).__name__}, expected an object")
+    if isinstance(config.get("files"), dict) and "model.pt" in config["files"]:  # a folder made by hand may lack it
+        _verify(folder, "model.pt", config["files"]["model.pt"])
+    state = _load(path)
     if not isinstance(state, dict) or not all(isinstance(t, torch.Tensor) for t in state.values()):
         raise UserError(f"{path}: expected a plain {{name: tensor}} dictionary")
     return config, state
@@ -298,18 +298,21 @@ class _Hashing:
         self.file.flush()
 
 
-def _write(path: str, writer) -> dict:
-    """Let writer(file) fill a new file, force it to the disk; returns its entry for meta.json."""
+def _write(path: str, content: bytes | dict) -> dict:
+    """A new file of bytes, or of (nested) {name: tensor}, forced to the disk; returns its entry for meta.json."""
     with open(path, "wb") as file:
         hashing = _Hashing(file)
-        writer(hashing)
+        if isinstance(content, bytes):
+            hashing.write(content)
+        else:
+            torch.save(content, hashing)
         file.flush()
         os.fsync(file.fileno())
     return {"bytes": hashing.bytes, "sha256": hashing.hash.hexdigest()}
 
 
-def _json_writer(value):
-    return lambda file: file.write(json.dumps(value, indent=1).encode())
+def _json(value) -> bytes:
+    return json.dumps(value, indent=1).encode()
 
 
 def _read_json(path: str):
@@ -346,12 +349,12 @@ def _digest(meta: dict) -> str:
     return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
 
 
-def _verify(folder: str, name: str, expected: dict) -> None:
-    path = os.path.join(folder, name)
+def _verify(folder: str, name: str, expected) -> None:
+    path, expected = os.path.join(folder, name), expected if isinstance(expected, dict) else {}
     try:
         size = os.path.getsize(path)
         if size != expected.get("bytes"):
-            raise UserError(f"{path}: has {size} bytes, meta.json says {expected.get('bytes')}")
+            raise UserError(f"{path}: has {size} bytes and should have {expected.get('bytes')}; the file is damaged")
         hashed = hashlib.sha256()
         with open(path, "rb") as file:
             while block := file.read(1 << 20):
@@ -359,7 +362,7 @@ def _verify(folder: str, name: str, expected: dict) -> None:
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
     if hashed.hexdigest() != expected.get("sha256"):
-        raise UserError(f"{path}: its checksum is not the one in meta.json; the file is damaged")
+        raise UserError(f"{path}: its checksum is not the one noted when it was written; the file is damaged")
 
 
 def _load(path: str):
@@ -379,12 +382,13 @@ def _read_shards(folder: str, meta: dict, key: str) -> list[dict]:
         path = os.path.join(folder, f"rank{r:03d}.pt")
         try:
             shard = _load(path)[key]
-            for unit in meta["layout"][key]:
-                if any(vector.dim() != 1 for vector in shard["units"][unit].values()):
-                    raise TypeError("a vector has another shape")
-            shards.append({part: shard[part] for part in ("units", "buffers", "scalars")})
-        except (KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{path}: does not hold what meta.json says: {error!r}") from None
+            good = all(isinstance(shard["scalars"][name], (int, float)) for name in SCALARS) and all(
+                vector.dim() == 1 for unit in meta["layout"][key] for vector in shard["units"][unit].values())
+        except (KeyError, TypeError, AttributeError):
+            good = False
+        if not good:
+            raise UserError(f"{path}: does not hold what meta.json says")
+        shards.append(shard)
     return shards
 
 
@@ -392,9 +396,8 @@ def _compact(state):
     """The same nested dictionaries with every tensor in a storage of its own size: torch.save writes whole storages."""
     if isinstance(state, dict):
         return {key: _compact(value) for key, value in state.items()}
-    if isinstance(state, torch.Tensor) and state.untyped_storage().nbytes() > state.nbytes:
-        return state.clone()
-    return state
+    shared = isinstance(state, torch.Tensor) and state.untyped_storage().nbytes() > state.nbytes
+    return state.clone() if shared else state
 
 
 def _check_layout(folder: str, found: dict, expected: dict) -> None:
@@ -423,8 +426,7 @@ def _warn_of_changes(folder: str, meta: dict, now: dict) -> None:
     changed = [f"{key} was {was} and is {value}" for key, value in now.items()
                if (was := meta.get(key, meta["extra"].get(key))) != value]
     if changed:
-        print(f"warning: {folder}: {', '.join(changed)}: the run goes on, but not bitwise as it would have", file=sys.stderr,
-              flush=True)
+        print(f"warning: {folder}: {', '.join(changed)}: the run goes on, but not bitwise as it would have", file=sys.stderr)
 
 
 # ---- all ranks together ---------------------------------------------------------------------------------------------

@@ -1,0 +1,422 @@
+"""Checkpoints: whole or not there, loadable at any world size and stage, and never trusted."""
+import contextlib
+import errno
+import json
+import os
+import pickle
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+from unittest import mock
+
+import pytest
+import torch
+
+import checkpoint
+from checkpoint import consolidate, load_checkpoint, load_final, save_checkpoint, save_final, steps
+from common import UserError
+from ranks import RankFailed, ranks
+from test_zero import CLIP, DECAY, LR, assert_equal, gpt, loss_of
+from zero import Zero
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+
+def training(stage, tied=True, **options):
+    model = gpt(tied)
+    return Zero(model, units=model.units(), stage=stage, lr=LR, weight_decay=DECAY, **options)
+
+
+def train(z, first, last):
+    """Steps first+1..last of a run whose data do not depend on the number of ranks: 6 rows a step."""
+    for step in range(first + 1, last + 1):
+        ids = torch.randint(0, 33, (6, 13), generator=torch.Generator().manual_seed(step))
+        z.backward(loss_of(z.model, ids[z.comm.rank::z.comm.world], 72))
+        z.step(LR, CLIP)
+
+
+def moments(z):
+    """The optimizer's state as whole vectors, whatever the sharding."""
+    whole = {}
+    for unit in z.units:
+        for key, vector in checkpoint._vectors(unit).items():
+            full = torch.zeros(unit.S * z.comm.world)
+            if z.stage == 0 or z.comm.world == 1:
+                full[:vector.numel()] = vector
+            else:
+                padded = torch.zeros(unit.S)
+                padded[:vector.numel()] = vector
+                z.comm.all_gather(full, padded)
+            whole[unit.name, key] = full[:unit.end if key != "master" and z.comm.world == 1 else unit.length].clone()
+    return whole
+
+
+def run_part(out, stage, first, last, save=True):
+    """Resume `out` if it holds anything, train to `last`, save. Returns (step it began with, weights, optimizer state)."""
+    z = training(stage)
+    found = load_checkpoint(out, {"model": z})
+    at_load = moments(z)
+    assert (found[0] if found else 0) == first
+    train(z, first, last)
+    if save:
+        save_checkpoint(out, last, {"model": z}, {"seen": 6 * last})
+    return found, z.full_state_dict(), at_load, moments(z)
+
+
+def test_reshard_at_any_world_size_and_stage(tmp_path):
+    """2 -> 3 -> 1 -> 2 ranks at stages 3, 2, 0, 1: the optimizer state right after each load is bitwise what was saved, and
+    the end is that of an uninterrupted run to 1e-6; extra comes back."""
+    out, saved = str(tmp_path), None
+    for world, stage, first, last in ((2, 3, 0, 2), (3, 2, 2, 4), (1, 0, 4, 6), (2, 1, 6, 8)):
+        part = ranks().run(world, run_part, out, stage, first, last)[0] if world > 1 else run_part(out, stage, first, last)
+        found, state, at_load, at_end = part
+        if saved:
+            assert found == (first, {"seen": 6 * first})
+            for key, vector in saved.items():
+                n = min(vector.numel(), at_load[key].numel())
+                assert torch.equal(vector[:n], at_load[key][:n]), key
+        saved = at_end
+    z = training(0)
+    train(z, 0, 8)
+    expected = z.full_state_dict()
+    assert all(torch.allclose(state[name], expected[name], rtol=0, atol=1e-5) for name in expected)
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_resume_is_bitwise(tmp_path, stage):
+    """Stopping and going on at the same world size ends in the same bits, also where stage 0 resumes as stage 3."""
+    out = str(tmp_path)
+    run_part(out, stage, 0, 3)
+    _, state, _, _ = run_part(out, 3 - stage, 3, 6)
+    z = training(0)
+    train(z, 0, 6)
+    assert_equal(state, z.full_state_dict())
+
+
+def test_consolidate_equals_full_state_dict(tmp_path):
+    """One process without torch.distributed reads a two-rank checkpoint; tied names are both there; files open with a plain
+    torch.load(weights_only=True)."""
+    state = ranks().run(2, run_part, str(tmp_path), 3, 0, 2)[0][1]
+    folder = str(tmp_path / "step-00000002")
+    assert_equal(consolidate(folder), state)
+    assert {"embed.weight", "head.weight"} <= state.keys()
+    for name in ("rank000.pt", "rank001.pt"):
+        assert torch.load(os.path.join(folder, name), weights_only=True)["model"]["units"]
+    with pytest.raises(UserError, match="holds model, not actor"):
+        consolidate(folder, "actor")
+
+
+def test_only_the_newest_are_kept(tmp_path):
+    """keep=2 keeps two; nothing else stands in the folder; during a save there are at most three."""
+    z, out, most = training(0), str(tmp_path), []
+    real = checkpoint._write
+    with mock.patch.object(checkpoint, "_write", lambda *a: most.append(len(os.listdir(out))) or real(*a)):
+        for step in range(1, 6):
+            save_checkpoint(out, step, {"model": z}, {}, keep=2)
+        save_checkpoint(out, 5, {"model": z}, {}, keep=2)  # the same step again replaces it
+    assert sorted(os.listdir(out)) == ["step-00000004", "step-00000005"] and max(most) == 3
+
+
+# ---- crashes --------------------------------------------------------------------------------------------------------
+
+def save_and_die(out, rank, point):
+    """A save during which `rank` is killed: at its shard, after it, at meta.json, before or after the rename."""
+    z = training(3)
+    assert load_checkpoint(out, {"model": z})[0] == 2
+    train(z, 2, 3)
+    die = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # noqa: E731
+    if z.comm.rank == rank:
+        real_write, real_rename = checkpoint._write, os.rename
+
+        def write(path, content):
+            name = os.path.basename(path)
+            if point == "inside the shard" and name.startswith("rank"):
+                with open(path, "wb") as file:
+                    file.write(b"half")
+                die()
+            entry = real_write(path, content)
+            if (point == "after the shard" and name.startswith("rank")) or (point == "after meta" and name == "meta.json"):
+                die()
+            return entry
+
+        def rename(old, new):
+            real_rename(old, new)
+            if point == "after the rename":
+                die()
+
+        checkpoint._write, os.rename = write, rename
+    save_checkpoint(out, 3, {"model": z}, {"seen": 18})
+
+
+POINTS = [(0, "inside the shard"), (1, "inside the shard"), (1, "after the shard"), (0, "after meta"), (0, "after the rename")]
+
+
+@pytest.mark.parametrize("rank, point", [POINTS[1], POINTS[3], *(pytest.param(*p, marks=pytest.mark.slow)
+                                                                 for p in (POINTS[0], POINTS[2], POINTS[4]))])
+def test_killed_inside_a_save(tmp_path, rank, point):
+    """kill -9 of a rank at any point of a save: the other rank ends with an error, no step folder is ever partial, and the
+    run goes on at 1, 2 or 3 ranks from the last whole one."""
+    ranks().run(2, run_part, str(tmp_path / "run"), 3, 0, 2)
+    with pytest.raises(RankFailed) as failure:
+        ranks().run(2, save_and_die, str(tmp_path / "run"), rank, point, patience=5)
+    assert failure.value.answers[rank] is None
+    survivor = failure.value.answers[1 - rank]
+    assert survivor[0] == "error" and "UserError" in survivor[1] and f"rank {rank}" in survivor[1]
+    whole = 3 if point == "after the rename" else 2
+    assert steps(str(tmp_path / "run"))[0] == f"step-{whole:08d}"
+    reference = training(0)
+    train(reference, 0, 4)
+    expected = reference.full_state_dict()
+    for world in (1, 2, 3):
+        out = str(tmp_path / f"copy{world}")
+        shutil.copytree(tmp_path / "run", out)
+        state = ranks().run(world, run_part, out, 3, whole, 4)[0][1]
+        assert all(torch.allclose(state[name], expected[name], rtol=0, atol=1e-5) for name in expected)
+        assert all(name.startswith("step-") for name in os.listdir(out))  # leftovers are gone after the next save
+
+
+# ---- disks that fail ------------------------------------------------------------------------------------------------
+
+def test_no_space_left(tmp_path):
+    """A full disk while a shard or meta.json is written: a UserError naming the folder, nothing of the step is left, the
+    earlier checkpoint is untouched."""
+    z, out = training(0), str(tmp_path)
+    save_checkpoint(out, 1, {"model": z}, {})
+    for writes in (0, 1):
+        real, left = os.fsync, [writes]
+
+        def full(descriptor, real=real, left=left):
+            if left[0] == 0:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            left[0] -= 1
+            real(descriptor)
+
+        with mock.patch.object(os, "fsync", full), pytest.raises(UserError, match="step-00000002.*No space left"):
+            save_checkpoint(out, 2, {"model": z}, {})
+        assert os.listdir(out) == ["step-00000001"] and load_checkpoint(out, {"model": z})[0] == 1
+
+
+def limited_save(out):
+    """A real limit on the size of files, so that torch.save itself meets the error in the middle."""
+    z = training(0)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+    try:
+        with pytest.raises(UserError, match="could not be saved"):
+            save_checkpoint(out, 1, {"model": z}, {})
+        with pytest.raises(UserError, match="could not be saved"):
+            save_final(out, {"a": torch.zeros(10_000)}, {}, __file__)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    return os.listdir(out)
+
+
+def test_a_write_that_fails_in_the_middle(tmp_path):
+    """torch.save running into the end of the disk is a UserError and leaves nothing."""
+    assert ranks().run(1, limited_save, str(tmp_path)) == [[]]
+
+
+def test_folder_that_cannot_be_written():
+    """A read-only or impossible folder: a UserError that names it."""
+    with pytest.raises(UserError, match="/proc/none/out"):
+        save_checkpoint("/proc/none/out", 1, {"model": training(0)}, {})
+    with pytest.raises(UserError, match="/proc/none/out"):
+        save_final("/proc/none/out", {}, {}, __file__)
+
+
+# ---- files that are not what they claim -----------------------------------------------------------------------------
+
+@pytest.fixture
+def two_saved(tmp_path):
+    z = training(0)
+    for step in (1, 2):
+        train(z, step - 1, step)
+        save_checkpoint(str(tmp_path), step, {"model": z}, {"n": step}, config={"a": 1}, tokenizer_path=__file__)
+    return tmp_path
+
+
+def damage_flip(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def damage_cut(path):
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+@pytest.mark.parametrize("name", ["rank000.pt", "config.json", "tokenizer.json", "meta.json"])
+@pytest.mark.parametrize("damage", [damage_flip, damage_cut, os.remove])
+def test_damaged_file_is_named_and_the_previous_checkpoint_used(two_saved, capsys, name, damage):
+    """A flipped byte, a lost byte, a lost file: a warning names the file, the checkpoint before is loaded; with both damaged,
+    an error."""
+    damage(two_saved / "step-00000002" / name)
+    assert load_checkpoint(str(two_saved), {"model": training(0)}) == (1, {"n": 1})
+    assert f"step-00000002/{name}" in capsys.readouterr().err
+    damage(two_saved / "step-00000001" / name)
+    with pytest.raises(UserError, match=f"step-00000001/{name}"):
+        load_checkpoint(str(two_saved), {"model": training(0)})
+
+
+class Malicious:
+    def __init__(self, target):
+        self.target = target
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.target}",)
+
+
+def test_pickles_that_run_code_are_refused(two_saved, tmp_path):
+    """A pickle that would create a file, in place of a shard (with matching checksums) or of model.pt, is refused unrun."""
+    trap, folder = tmp_path / "trap", two_saved / "step-00000002"
+    for make in (lambda: pickle.dumps(Malicious(trap)), lambda: torch_saved(Malicious(trap)),
+                 lambda: torch_saved({"model": Malicious(trap)})):
+        content = make()
+        (folder / "rank000.pt").write_bytes(content)
+        meta = json.loads((folder / "meta.json").read_text())
+        meta.pop("sha256")
+        entry = checkpoint._write(str(tmp_path / "scratch"), content)
+        meta["files"]["rank000.pt"] = entry
+        (folder / "meta.json").write_text(json.dumps({**meta, "sha256": checkpoint._digest(meta)}))
+        with pytest.raises(UserError, match="rank000.pt"):
+            load_checkpoint(str(two_saved), {"model": training(0)})
+        final = tmp_path / "final"
+        final.mkdir(exist_ok=True)
+        (final / "model.pt").write_bytes(content)
+        (final / "config.json").write_text("{}")
+        with pytest.raises(UserError, match="model.pt"):
+            load_final(str(final))
+    assert not trap.exists()
+
+
+def torch_saved(value):
+    import io
+    file = io.BytesIO()
+    torch.save(value, file)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("change, words", [
+    ({"n_embd": 32}, r"qkv.weight is \(48, 16\) there and \(96, 32\) here"), ({"n_layer": 3}, "blocks.2.*missing there"),
+    ({"tie_embeddings": False}, "other units|head.weight")])
+def test_checkpoint_of_another_model(two_saved, change, words):
+    """The first tensor that differs is named, with both shapes."""
+    from model import GPT, GPTConfig
+    model = GPT(GPTConfig(**{**dict(vocab_size=33, n_layer=2, n_head=2, n_embd=16, max_seq_len=12, tie_embeddings=True), **change}))
+    with pytest.raises(UserError, match=words):
+        load_checkpoint(str(two_saved), {"model": Zero(model, units=model.units())})
+    with pytest.raises(UserError, match="holds model, expected actor"):
+        load_checkpoint(str(two_saved), {"actor": training(0)})
+
+
+def test_other_settings_warn(two_saved, capsys):
+    """Another number of threads or ranks, another micro_batch_size, another torch: loads, and says the bits will differ."""
+    with mock.patch.object(torch, "get_num_threads", lambda: 77):
+        load_checkpoint(str(two_saved), {"model": training(0)}, bitwise={"n": 3})
+    warning = capsys.readouterr().err
+    assert "is 77" in warning and "n was 2 and is 3" in warning and "torch" not in warning
+    load_checkpoint(str(two_saved), {"model": training(0)}, bitwise={"n": 2})
+    assert not capsys.readouterr().err
+
+
+def mutate(data: bytes, rng: random.Random) -> bytes:
+    data = bytearray(data)
+    for _ in range(rng.choice((1, 1, 2, 8))):
+        i = rng.randrange(len(data) + 1)
+        kind = rng.randrange(4)
+        if kind == 0 and i < len(data):
+            data[i] = rng.randrange(256)
+        elif kind == 1:
+            del data[i:i + rng.choice((1, 2, 50))]
+        elif kind == 2:
+            data[i:i] = rng.choice((b"9" * 30, b"[" * 5000, b"null", b'"', b"{}", b"1e999", b"-1", b"\xff\x00", b"../../x"))
+        elif i < len(data):
+            data[i:i] = data[i:i + 40]
+    return bytes(data)
+
+
+def fuzz(folder, tries, resign):
+    """Random mutations of meta.json (with its checksum made right again, or not) end in success or in a UserError."""
+    path, rng, refused = os.path.join(folder, "meta.json"), random.Random(0), 0
+    with open(path, "rb") as file:
+        original = file.read()
+    for _ in range(tries):
+        content = mutate(original, rng)
+        if resign:
+            with contextlib.suppress(ValueError, RecursionError, AttributeError, TypeError):
+                meta = json.loads(content)
+                meta.pop("sha256", None)
+                content = json.dumps({**meta, "sha256": checkpoint._digest(meta)}).encode()
+        with open(path, "wb") as file:
+            file.write(content)
+        try:
+            load_checkpoint(os.path.dirname(folder), {"model": training(0)})
+        except UserError as error:
+            refused += 1
+            assert "\n" not in str(error)
+    return refused
+
+
+@pytest.mark.parametrize("tries", [300, pytest.param(2500, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("resign", [False, True])
+def test_fuzzed_meta(tmp_path, tries, resign):
+    """No mutation of meta.json gives a traceback; with the checksum left as it was, every real change is refused."""
+    save_checkpoint(str(tmp_path), 1, {"model": training(0)}, {"n": 1}, config={"a": 1})
+    refused = fuzz(str(tmp_path / "step-00000001"), tries, resign)
+    assert refused > (0.2 if resign else 0.9) * tries
+
+
+# ---- final models ---------------------------------------------------------------------------------------------------
+
+def test_final_round_trip(tmp_path):
+    """Weights, config and tokenizer come back; config names the tied tensors, which are stored once; saving again replaces the
+    folder as a whole."""
+    z, tokenizer = training(0), tmp_path / "tokenizer.json"
+    tokenizer.write_text('{"kind": "byte"}')
+    state = z.full_state_dict()
+    for n in (1, 2):
+        save_final(str(tmp_path), state, {"model": {"n": n}}, str(tokenizer))
+    config, loaded = load_final(str(tmp_path))
+    assert config.pop("files").keys() == {"model.pt", "tokenizer.json"}
+    assert config == {"model": {"n": 2}, "tied": [["embed.weight", "head.weight"]]}
+    assert_equal(loaded, state)
+    assert loaded["embed.weight"].data_ptr() == loaded["head.weight"].data_ptr()
+    assert_equal(load_final(str(tmp_path / "final"))[1], torch.load(tmp_path / "final" / "model.pt", weights_only=True))
+    assert sorted(os.listdir(tmp_path)) == ["final", "tokenizer.json"]
+    assert sorted(os.listdir(tmp_path / "final")) == ["config.json", "model.pt", "tokenizer.json"]
+
+
+@pytest.mark.parametrize("name, content, words", [
+    ("config.json", b"[1]", "expected an object"), ("config.json", b"{", "config.json"), ("config.json", b"\xff", "config.json"),
+    ("model.pt", b"", "damaged"), ("model.pt", b"PK\x03\x04 no zip", "damaged"), ("model.pt", None, "damaged")])
+def test_not_a_model_folder(tmp_path, name, content, words):
+    """A folder without the files, or with others in their place: a UserError that names the file."""
+    (tmp_path / "tokenizer.json").write_text("{}")
+    save_final(str(tmp_path), {"a": torch.zeros(3)}, {}, str(tmp_path / "tokenizer.json"))
+    if content is None:
+        torch.save([1, 2], tmp_path / "final" / name)
+    else:
+        (tmp_path / "final" / name).write_bytes(content)
+    with pytest.raises(UserError, match=words):
+        load_final(str(tmp_path))
+    if name == "model.pt":  # a folder made by hand has no checksums
+        (tmp_path / "final" / "config.json").write_text("{}")
+        with pytest.raises(UserError, match="model.pt: "):
+            load_final(str(tmp_path))
+    with pytest.raises(UserError, match="no such file"):
+        load_final(str(tmp_path / "nowhere"))
+
+
+def test_command_line(tmp_path):
+    """python checkpoint.py STEP writes final/ from a checkpoint; a wrong folder is one line and exit code 2."""
+    (tmp_path / "tokenizer.json").write_text("{}")
+    z = training(0)
+    save_checkpoint(str(tmp_path), 1, {"model": z}, {}, config={"c": 1}, tokenizer_path=str(tmp_path / "tokenizer.json"))
+    done = subprocess.run([sys.executable, "checkpoint.py", str(tmp_path / "step-00000001")], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert_equal(load_final(str(tmp_path))[1], z.full_state_dict())
+    done = subprocess.run([sys.executable, "checkpoint.py", str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "meta.json" in done.stderr
