@@ -268,7 +268,7 @@ def eval_windows(tokens: TokenFile, seq_len: int, batch_size: int, rank: int = 0
     n_rows = -(-n_windows // (n_batches * world))  # and not batch_size, so that few rows are padding
     for i in range(n_batches):
         first = (i * world + rank) * n_rows
-        yield read_windows(tokens, np.arange(first, first + n_rows) * seq_len, seq_len, n_rows)
+        yield read_windows(tokens, np.arange(first, min(first + n_rows, n_windows)) * seq_len, seq_len, n_rows)
 
 
 # ---- the command --------------------------------------------------------------------------------------------------

@@ -697,6 +697,17 @@ def test_eval_windows_hold_every_target_once(tmp_path, n, seq_len, batch_size, w
     assert sorted(seen) == [i for i in range(1, n) if i not in bos_at] and len(seen) == tokens.n_targets
 
 
+@pytest.mark.parametrize("batch_size", [2, 5, 64])
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_eval_windows_of_the_first_rows_alone(tmp_path, batch_size, world):
+    """max_rows: the targets of exactly the first rows, whatever the world and the batch; more rows than there are: all."""
+    tokens = positions_file(tmp_path, 200)
+    for max_rows in (1, 7, 1000):
+        seen = [target for rank in range(world) for _, targets, _ in eval_windows(tokens, 8, batch_size, rank, world, max_rows)
+                for target in targets[targets != -100].tolist()]
+        assert sorted(seen) == list(range(1, min(8 * max_rows, 199) + 1))
+
+
 def test_text_shorter_than_one_window_says_what_to_change(tmp_path):
     tokens = positions_file(tmp_path, 64)
     Windows(tokens, 63, batch_size=1).batch(0)
