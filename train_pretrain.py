@@ -38,10 +38,10 @@ class Config(GPTConfig):  # every field of GPTConfig is a flag too
     seq_len: int = 256  # tokens in a row (T)
     max_seq_len: int = 0  # longest row the model is made for; 0: seq_len
     # optimisation
-    steps: int = 1200  # updates
+    steps: int = 500  # updates
     batch_size: int = 16  # rows per update over all ranks (B)
     micro_batch_size: int = 0  # rows per rank and forward; 0: the rank's whole share at once
-    lr: float = 4e-3  # peak learning rate
+    lr: float = 3e-3  # peak learning rate
     min_lr: float = 0.0  # learning rate at the last step
     warmup_steps: int = 50  # updates over which the rate climbs from 0
     decay: Literal["cosine", "linear", "flat-then-linear"] = "linear"  # how it falls afterwards

@@ -1,0 +1,113 @@
+"""The floor: flags, the log, sums over ranks, errors as one line."""
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+from typing import Literal
+
+import pytest
+import torch
+
+from common import Env, Log, UserError, matmul_peak, parse, require_positive, setup
+
+
+@dataclass
+class Base:
+    width: int = 8  # C
+
+
+@dataclass
+class Config(Base):
+    # data
+    data: str = "stdlib"  # corpus, 10 % of it for validation
+    # optimisation
+    lr: float = 4e-3  # peak
+    betas: tuple[float, float] = (0.9, 0.95)  # of Adam
+    zero: Literal[0, 1, 2] = 0  # stage
+    resume: bool = False  # go on
+    mask: bool = True  # on
+
+
+def test_every_kind_of_field_is_a_flag():
+    cfg = parse(Config, ["--lr", "1", "--betas", "0.8,0.9", "--zero", "2", "--resume", "--no-mask", "--width", "3"])
+    assert cfg == Config(width=3, lr=1.0, betas=(0.8, 0.9), zero=2, resume=True, mask=False)
+    assert isinstance(cfg.lr, float) and isinstance(cfg.zero, int)
+    assert parse(Config, []) == Config()
+
+
+@pytest.mark.parametrize("arguments, said", [
+    (["--lr", "fast"], "'fast', expected a finite float"), (["--lr", "nan"], "--lr"), (["--lr", "-1"], "--lr"),
+    (["--lr", "inf"], "--lr"), (["--width", "1.5"], "expected a finite int"), (["--width", "-1"], "--width"),
+    (["--betas", "0.9"], "comma"), (["--zero", "3"], "--zero"), (["--lrr", "1"], "did you mean --lr?"),
+    (["--no-masc"], "did you mean --no-mask?"), (["--qqqq"], "--help"), (["--lr"], "--lr"), (["text"], "text")])
+def test_bad_flags_are_one_clear_line(arguments, said):
+    with pytest.raises(UserError) as error:
+        parse(Config, arguments)
+    assert said in str(error.value) and "\n" not in str(error.value)
+
+
+def test_help_shows_groups_comments_and_defaults(capsys):
+    """The comment behind a field is its help, own and inherited; a comment on its own line is a heading."""
+    with pytest.raises(SystemExit):
+        parse(Config, ["--help"], "what it does")
+    shown = capsys.readouterr().out
+    for words in ("what it does", "data:", "optimisation:", "corpus, 10 % of it for validation [stdlib]", "[0.9,0.95]",
+                  "C [8]", "{0,1,2}", "--mask, --no-mask"):
+        assert words in shown
+
+
+def test_counts_without_an_off_value_are_refused_at_zero():
+    require_positive(Config(), "width")
+    with pytest.raises(UserError, match="--width 0"):
+        require_positive(Config(width=0), "width")
+
+
+def test_log_keeps_one_curve_over_a_resume(tmp_path, capsys):
+    """Events go to metrics.jsonl; a run that resumes after step 2 drops what an earlier life wrote beyond it, and a last
+    line that was cut short."""
+    env = Env(0, 1, 0, 1, torch.device("cpu"))
+    log = Log(str(tmp_path), env, steps=4, flops_per_token=1e6, peak_flops=1e9)
+    for step in (1, 2, 3):
+        log.count(100)
+        log.train(step, loss=1.0 / step)
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 1, "lo')
+    log = Log(str(tmp_path), env, steps=4, start=2)
+    log.event(3, loss=0.5)
+    events = [json.loads(line) for line in open(tmp_path / "metrics.jsonl")]
+    assert [(e["step"], e["loss"]) for e in events] == [(1, 1.0), (2, 0.5), (3, 0.5)]
+    rate = events[0]["tokens_per_second"]
+    assert rate > 0 and events[0]["mfu"] == pytest.approx(rate * 1e6 / 1e9) and events[0]["memory"] > 2**20
+    assert "step 1/4 | loss 1.0000" in capsys.readouterr().out
+
+
+def test_other_ranks_write_nothing(tmp_path, capsys):
+    log = Log(str(tmp_path), Env(1, 2, 1, 2, torch.device("cpu")), steps=1)
+    log.event(1, loss=1.0)
+    log.say("hello")
+    assert not list(tmp_path.iterdir()) and not capsys.readouterr().out
+
+
+def test_sum_of_one_rank_is_the_number_itself():
+    env = setup("cpu")
+    assert env.sum(2, torch.tensor(0.5), True) == [2.0, 0.5, 1.0]
+    env.close()
+
+
+def test_unknown_device_is_a_user_error():
+    with pytest.raises(UserError, match="--device abacus"):
+        setup("abacus")
+
+
+def test_peak_is_a_plausible_speed():
+    assert 1e8 < matmul_peak(torch.device("cpu"), size=256) < 1e14
+
+
+def test_run_turns_user_errors_into_exit_code_2():
+    """UserError: one line on stderr and 2; an integer result is the exit code; other errors keep their traceback."""
+    program = "from common import run, UserError\ndef main():\n    {}\nrun(main)"
+    for body, code, said in (("raise UserError('found this')", 2, "error: found this\n"), ("return 130", 130, ""),
+                             ("pass", 0, ""), ("raise KeyError(1)", 1, "KeyError")):
+        result = subprocess.run([sys.executable, "-c", program.format(body)], capture_output=True, text=True,
+                                cwd=__file__.rsplit("/", 2)[0])
+        assert result.returncode == code and (said in result.stderr if code == 1 else said == result.stderr)
