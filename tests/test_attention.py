@@ -1,0 +1,354 @@
+"""The tiled attention: equal to the ten-line definition, in memory and work what it promises, and at home with
+autograd's other tools."""
+import random
+import types
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+import bench
+import kernels
+from kernels import flash_attention, naive_attention, sdpa_attention
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+
+
+def normal(seed, *shape, dtype=torch.float64):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def inputs(seed, B, H, G, Tq, Tk, D, dtype=torch.float64):
+    """q (B, H, Tq, D), k and v (B, G, Tk, D) that want gradients, and a gradient for the output."""
+    shapes = [(B, H, Tq, D), (B, G, Tk, D), (B, G, Tk, D), (B, H, Tq, D)]
+    q, k, v, g = (normal(4 * seed + i, *shape, dtype=dtype) for i, shape in enumerate(shapes))
+    return [x.requires_grad_() for x in (q, k, v)], g
+
+
+def output_and_gradients(attention, qkv, g, **options):
+    out = attention(*qkv, **options)
+    return out, *torch.autograd.grad(out, qkv, g)
+
+
+def assert_equal(a, b, tolerance=1e-12):
+    for name, x, y in zip(("out", "dq", "dk", "dv"), a, b):
+        assert x.shape == y.shape and torch.isfinite(x).all(), name
+        assert (x - y).abs().max() <= tolerance * max(1, y.abs().max()) if x.numel() else True, \
+            f"{name} is off by {(x - y).abs().max():.1e}"
+
+
+def random_case(seed):
+    """Odd shapes, every option, small tiles so that all kinds of borders between them occur."""
+    r = random.Random(seed)
+    B, G, R, D = r.choice([1, 2, 3]), r.choice([1, 2, 3]), r.choice([1, 1, 2, 3]), r.choice([1, 3, 8])
+    Tq = r.choice([1, r.randint(1, 40)])
+    Tk = r.choice([Tq, r.randint(1, 40), r.randint(1, 40)])
+    options = {"causal": r.random() < 0.6, "block": (r.choice([2, 5, 7, 16]), r.choice([3, 8, 16, 50]))}
+    if r.random() < 0.3:
+        options["scale"] = r.uniform(0.1, 2)
+    if r.random() < 0.6:
+        generator = torch.Generator().manual_seed(seed)
+        ids = [torch.randint(-1, r.choice([1, 2, 5]), (B, T), generator=generator) for T in (Tq, Tk)]
+        if r.random() < 0.6:
+            ids = [x.sort(dim=1).values for x in ids]
+        options["segment_ids"], options["kv_segment_ids"] = ids
+        if Tq == Tk and r.random() < 0.5:
+            del options["kv_segment_ids"]
+    return inputs(seed, B, G * R, G, Tq, Tk, D), options
+
+
+def check_against_naive(attention, seeds):
+    for seed in seeds:
+        (qkv, g), options = random_case(seed)
+        plain = {name: value for name, value in options.items() if name != "block"}
+        try:
+            assert_equal(output_and_gradients(attention, qkv, g, **options),
+                         output_and_gradients(naive_attention, qkv, g, **plain))
+        except AssertionError as error:
+            shapes = [tuple(x.shape) for x in qkv]
+            raise AssertionError(f"case {seed}, {shapes}, {plain}: {error}") from None
+
+
+def test_equals_naive_on_random_shapes():
+    """Output and gradients equal the definition's to 1e-12 in float64, over 300 shapes with all sorts of options."""
+    check_against_naive(flash_attention, range(300))
+
+
+def test_default_tiles_equal_naive_and_sdpa():
+    """The three selectable attentions are one function, at lengths on both sides of the tile sizes."""
+    shapes = [(2, 2, 1, 700, 700), (1, 4, 2, 130, 643), (2, 3, 3, 64, 64), (1, 1, 1, 1, 1), (3, 2, 1, 1, 600),
+              (12, 6, 6, 129, 129)]
+    for seed, (B, H, G, Tq, Tk) in enumerate(shapes):
+        qkv, g = inputs(seed, B, H, G, Tq, Tk, 8)
+        ids = torch.arange(Tk).expand(B, -1) // 150 + 7
+        for options in ({}, {"causal": False}, {"segment_ids": ids[:, Tk - Tq:], "kv_segment_ids": ids}):
+            exact = output_and_gradients(naive_attention, qkv, g, **options)
+            assert_equal(output_and_gradients(flash_attention, qkv, g, **options), exact)
+            assert_equal(output_and_gradients(sdpa_attention, qkv, g, **options), exact)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_gradcheck(seed):
+    """The gradient is the derivative: finite differences in float64, with every option somewhere."""
+    B, H, G, Tq, Tk, D = [(1, 1, 1, 5, 5, 3), (2, 4, 2, 3, 7, 2), (1, 2, 1, 6, 4, 1), (1, 3, 3, 1, 5, 2),
+                          (2, 2, 2, 4, 4, 3), (1, 2, 2, 7, 7, 2)][seed]
+    qkv, _ = inputs(seed, B, H, G, Tq, Tk, D)
+    options = {"causal": seed != 4, "block": (2, 3), "scale": [None, 0.7][seed % 2]}
+    if seed in (1, 5):
+        options["segment_ids"] = torch.arange(Tq).expand(B, -1) // 2 - 1
+        options["kv_segment_ids"] = torch.arange(Tk).expand(B, -1) // 2 - 1
+    assert torch.autograd.gradcheck(lambda *x: flash_attention(*x, **options), qkv)
+
+
+@pytest.mark.parametrize("order", ["sorted", "shuffled"])
+def test_packed_documents_equal_separate_ones(order):
+    """A row of packed documents gives each document what it gets alone; shuffled ids only rename them."""
+    lengths = [3, 70, 1, 129, 40]
+    qkv, g = inputs(0, 1, 4, 2, sum(lengths), sum(lengths), 8)
+    names = torch.arange(len(lengths)) if order == "sorted" else torch.tensor([9, 2, 2**40, 0, 5])
+    ids = names.repeat_interleave(torch.tensor(lengths))[None]
+    packed = output_and_gradients(flash_attention, qkv, g, segment_ids=ids)
+    pieces = zip(*(x.split(lengths, 2) for x in (*qkv, g)))
+    separate = [output_and_gradients(naive_attention, [q, k, v], gradient) for q, k, v, gradient in pieces]
+    assert_equal(packed, [torch.cat(parts, 2) for parts in zip(*separate)])
+
+
+def test_no_leak_between_documents():
+    """Changing one document, even to NaN, leaves the outputs of the others bitwise as they were."""
+    (q, k, v), _ = inputs(1, 1, 2, 2, 256, 256, 8)
+    ids = torch.arange(256)[None] // 64
+    before = flash_attention(q, k, v, segment_ids=ids)
+    with torch.no_grad():
+        k[:, :, :64], v[:, :, :64] = torch.nan, torch.nan
+    assert torch.equal(flash_attention(q, k, v, segment_ids=ids)[:, :, 64:], before[:, :, 64:])
+
+
+@pytest.mark.parametrize("options, blind", [
+    ({"segment_ids": torch.tensor([[-1, -1, 0, 0, 3], [0, 0, 1, 1, -1]])}, [[0, 1], [4]]),
+    ({"segment_ids": torch.tensor([[0, 1, 2, 3, 4]] * 2), "kv_segment_ids": torch.full((2, 5), -1)},
+     [[0, 1, 2, 3, 4]] * 2)])
+def test_rows_that_see_nothing(options, blind):
+    """Padding, and queries whose id no key has, give exactly 0 and get exactly zero gradients."""
+    qkv, g = inputs(2, 2, 2, 1, 5, 5, 4)
+    for block in (None, (2, 2)):
+        out, dq, dk, dv = output_and_gradients(flash_attention, qkv, g, block=block, **options)
+        for b, rows in enumerate(blind):
+            assert not out[b, :, rows].any() and not dq[b, :, rows].any()
+        assert torch.isfinite(dk).all() and torch.isfinite(dv).all()
+
+
+def test_more_queries_than_keys():
+    """Causal is aligned bottom-right: with Tq > Tk the first Tq - Tk queries see nothing and give 0."""
+    qkv, g = inputs(3, 1, 2, 2, 9, 4, 4)
+    out, dq, *_ = output_and_gradients(flash_attention, qkv, g)
+    assert not out[:, :, :5].any() and not dq[:, :, :5].any() and out[:, :, 5:].all()
+
+
+def test_no_keys_at_all():
+    """Tk = 0 and B = 0 give zeros of the right shape."""
+    assert not flash_attention(normal(0, 2, 2, 3, 4), normal(0, 2, 2, 0, 4), normal(0, 2, 2, 0, 4)).any()
+    assert flash_attention(*[normal(0, 0, 2, 3, 4)] * 3).shape == (0, 2, 3, 4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_extreme_scores(dtype):
+    """Scores of +-1e5, where exp overflows: no NaN, and as close to the truth as scores rounded to eps * 1e5 allow."""
+    for seed in range(4):
+        (q, k, v), g = inputs(seed, 1, 2, 2, 200, 200, 16, dtype)
+        qkv = [(q.detach() * 300).requires_grad_(), (k.detach() * 100).requires_grad_(), v]
+        exact = output_and_gradients(naive_attention, [x.detach().double().requires_grad_() for x in qkv], g.double())
+        largest = (qkv[0] @ qkv[1].transpose(-1, -2)).abs().max() / 4
+        assert largest > 1e5
+        assert_equal(output_and_gradients(flash_attention, qkv, g, block=(32, 64)), exact,
+                     8 * largest * torch.finfo(dtype).eps)
+
+
+def test_maximum_that_rises_late():
+    """The running maximum rises from -1e4 to +1e4 along the row, as in no random data: every tile must rescale."""
+    qkv, g = inputs(5, 1, 1, 1, 64, 64, 4)
+    with torch.no_grad():
+        qkv[0][:] = 1
+        qkv[1][:] = torch.linspace(-1e4, 1e4, 64)[:, None] / 2
+    options = {"causal": False, "block": (16, 16)}
+    assert_equal(output_and_gradients(flash_attention, qkv, g, **options),
+                 output_and_gradients(naive_attention, qkv, g, causal=False), 1e-8)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_errors_no_larger_than_sdpa(dtype):
+    """Output and gradients are at most twice as far from the truth (80-bit floats) as those of PyTorch's kernel."""
+    errors = bench.relative_errors(dtype)
+    assert errors["ours"] <= 2 * errors["sdpa"], errors
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("B, G", [(2, 3), (1, 6), (1, 3)])
+def test_any_layout_in_same_dtype_out(B, G, dtype):
+    """Views as attention layers make them give bitwise what contiguous copies give, in the dtype of the input."""
+    qkv = normal(6, B, 50, 6 + 2 * G, 8, dtype=dtype)
+    views = [x.transpose(1, 2).requires_grad_() for x in qkv.split((6, G, G), 2)]  # (B, H or G, T, D), strided in T
+    copies = [x.detach().contiguous().requires_grad_() for x in views]
+    g = normal(7, B, 50, 6, 8, dtype=dtype).transpose(1, 2)
+    for a, b in zip(output_and_gradients(flash_attention, views, g), output_and_gradients(flash_attention, copies, g)):
+        assert a.dtype == dtype and torch.allclose(a, b, atol=1e-6)
+    assert (flash_attention(*views) + 1).add_(1).shape == g.shape  # and may be changed in place
+
+
+def test_half_precision_products(monkeypatch):
+    """On a GPU half-precision factors go into products with a float32 sum. Imitated here: exact to bfloat16."""
+    def multiply(a, b, out_dtype):
+        assert a.dtype == b.dtype == torch.bfloat16
+        return torch.matmul(a.to(out_dtype), b.to(out_dtype))
+
+    qkv, g = inputs(13, 2, 4, 2, 70, 70, 8, torch.bfloat16)
+    exact = output_and_gradients(naive_attention, [x.detach().double().requires_grad_() for x in qkv], g.double())
+    monkeypatch.setattr(kernels, "dtypes", lambda x: (x.dtype, torch.float32))
+    monkeypatch.setattr(torch, "bmm", multiply)
+    for a, b in zip(output_and_gradients(flash_attention, qkv, g, block=(16, 32)), exact):
+        assert (a - b).norm() <= 1e-2 * b.norm()
+
+
+# ---- work and memory ------------------------------------------------------------------------------------------------
+
+def scores_computed(monkeypatch, T, **options):
+    """How many scores the forward pass computes, from the sizes of its products."""
+    count, product = [0], kernels.product
+
+    def counting(a, b, scale, out):
+        count[0] += out.numel()
+        return product(a, b, scale, out)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(kernels, "product", counting)
+        patch.setattr(kernels, "add_product", lambda a, b, scale, out: None)
+        flash_attention(*[torch.zeros(1, 1, T, 1)] * 3, **options)
+    return count[0]
+
+
+def test_tiles_nobody_sees_are_not_computed(monkeypatch):
+    """Causal: the half below the diagonal and a tile's width. 8 packed documents: 1/6 of one, whatever their ids."""
+    T = 4096
+    one = scores_computed(monkeypatch, T)
+    assert T * T / 2 < one <= T * (T + 128) / 2
+    for ids in (torch.arange(T) // 512, torch.tensor([5, 0, 7, 3, 1, 6, 2, 4]).repeat_interleave(512)):
+        assert scores_computed(monkeypatch, T, segment_ids=ids[None]) <= one / 6
+    torn = torch.tensor([0, 1, 0, 1]).repeat_interleave(1024)  # each document in two pieces, the other one between them
+    assert scores_computed(monkeypatch, T, segment_ids=torn[None]) <= 0.65 * one
+    assert scores_computed(monkeypatch, T, causal=False) == T * T
+
+
+def test_memory_grows_with_T_not_with_its_square():
+    """Forward + backward at T = 4096 take a tenth of what one score matrix would, measured in a fresh process."""
+    extra = bench.in_fresh_process(bench.attention_memory, "ours", (1, 4, 4096, 32))
+    assert extra < 4 * 4096**2 * 4 / 10
+
+
+@pytest.mark.slow
+def test_memory_against_sdpa():
+    """At T = 16384 the peak is at most 1.25 times PyTorch's kernel's; from 2048 to 8192 it grows by 4, within 10 %."""
+    ours, sdpa = (bench.in_fresh_process(bench.attention_memory, p, (1, 4, 16384, 64)) for p in ("ours", "sdpa"))
+    assert ours <= 1.25 * sdpa
+    short, long = (bench.in_fresh_process(bench.attention_memory, "ours", (1, 8, T, 64)) for T in (2048, 8192))
+    assert 3.6 <= long / short <= 4.4
+
+
+# ---- together with PyTorch's other tools ----------------------------------------------------------------------------
+
+def test_compile_without_graph_break():
+    """torch.compile(fullgraph=True) takes it as one operator, with the same numbers forward and backward."""
+    qkv, g = inputs(8, 2, 4, 2, 90, 90, 8, torch.float32)
+    ids = torch.arange(90).expand(2, -1) // 40
+
+    def f(q, k, v):
+        return flash_attention(q.sin().transpose(1, 2).contiguous().transpose(1, 2), k, v, segment_ids=ids) * 2
+
+    compiled = torch.compile(f, fullgraph=True)
+    assert_equal(output_and_gradients(compiled, qkv, g), output_and_gradients(f, qkv, g), 1e-5)
+
+
+def test_autocast():
+    """Under autocast it computes in bfloat16, as PyTorch's kernel does, and hands float32 gradients back; also when the
+    backward pass runs inside the autocast region."""
+    qkv, g = inputs(9, 1, 2, 2, 40, 40, 8, torch.float32)
+    half = [x.detach().bfloat16().requires_grad_() for x in qkv]
+    plain = output_and_gradients(flash_attention, half, g.bfloat16())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cast = output_and_gradients(flash_attention, qkv, g.bfloat16())
+    assert cast[0].dtype == torch.bfloat16 and all(x.dtype == torch.float32 for x in cast[1:])
+    assert all(torch.equal(a.float(), b.float()) for a, b in zip(cast, plain))
+
+
+def test_activation_checkpointing():
+    """Recomputed in the backward pass: bitwise the same gradients."""
+    qkv, g = inputs(10, 1, 2, 1, 70, 70, 8)
+    again = output_and_gradients(lambda *x: checkpoint(flash_attention, *x, use_reentrant=False), qkv, g)
+    for a, b in zip(again, output_and_gradients(flash_attention, qkv, g)):
+        assert torch.equal(a, b)
+
+
+def test_everything_saved_goes_through_the_hooks():
+    """saved_tensors_hooks that put everything aside and hand back copies (offloading) change nothing."""
+    qkv, g = inputs(11, 1, 2, 2, 70, 70, 8)
+    plain = output_and_gradients(flash_attention, qkv, g)
+    seen = []
+
+    def pack(x):
+        seen.append(x.numel())
+        return x.clone()
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, torch.clone):
+        out = flash_attention(*qkv)
+    with torch.no_grad():
+        out.fill_(torch.nan)  # what the kernel kept must be the hooks' copy, not this tensor
+    for a, b in zip(torch.autograd.grad(out, qkv, g), plain[1:]):
+        assert torch.equal(a, b)
+    assert sum(seen) <= 4 * g.numel() + 2 * 70  # q, k, v, out and one number a row
+
+
+def test_double_backward_is_refused():
+    """Second derivatives are not written: an error, not wrong numbers."""
+    qkv, g = inputs(12, 1, 1, 1, 5, 5, 2)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(flash_attention(*qkv), qkv, g, create_graph=True)
+
+
+def test_shapes_that_do_not_fit_are_named():
+    """A ValueError that says what was found."""
+    q, k = torch.zeros(1, 3, 4, 8), torch.zeros(1, 2, 4, 8)
+    with pytest.raises(ValueError, match=r"\(1, 3, 4, 8\)"):
+        flash_attention(q, k, k)
+    with pytest.raises(ValueError, match="4 queries and 6 keys"):
+        flash_attention(q, *[torch.zeros(1, 3, 6, 8)] * 2, segment_ids=torch.zeros(1, 4, dtype=torch.long))
+
+
+# ---- the test of the tests ------------------------------------------------------------------------------------------
+
+def mutant(old, new):
+    """The module with one piece of its source replaced."""
+    with open(kernels.__file__) as file:
+        source = file.read()
+    assert source.count(old) == 1, f"{old!r} occurs {source.count(old)} times"
+    module = types.ModuleType(f"mutant{abs(hash((old, new)))}")
+    exec(source.replace(old, new).replace("llm_from_zero::", module.__name__ + "::"), module.__dict__)
+    return module
+
+
+@pytest.mark.parametrize("old, new", [
+    ("out=acc.mul_(shrink))", "out=acc)"),  # the rescale dropped from the numerator
+    ("l.mul_(shrink).add_(", "l.add_("),  # and from the denominator
+    (".triu_(1)[:, None]", ".triu_(0)[:, None]"),  # the mask off by one: a query does not see itself
+    (".triu_(1)[:, None]", ".triu_(2)[:, None]"),  # or sees one key of the future
+    ("dP.sub_(delta[heads, :, rows]).mul_(P)", "dP.mul_(P)"),  # delta missing
+    ("seen = i0 + self.Tk - self.Tq", "seen = i0"),  # causal aligned top-left
+    ("(low_q > high_k)", "(low_q >= high_k)"),  # a document's last tile skipped
+    ("spans[-1][2] or mask[i][j]", "mask[i][j]"),  # a joined tile forgets that its first part needs the mask
+    ("t.q[heads, rows], scale, out", "t.q[heads, rows], 1.0, out")])  # scale missing in dk
+def test_seeded_bugs_are_found(old, new):
+    """A test of the tests: the check against naive fails on each of the classic mistakes."""
+    with pytest.raises(AssertionError, match="off by|case"):
+        check_against_naive(mutant(old, new).flash_attention, range(60))
+
+
+def test_unchanged_copy_passes():
+    """The machinery of the previous test is not what fails there."""
+    check_against_naive(mutant("acc.mul_(shrink)", "acc.mul_(shrink) ").flash_attention, range(60))
