@@ -63,8 +63,8 @@ def test_counts_without_an_off_value_are_refused_at_zero():
 
 
 def test_log_keeps_one_curve_over_a_resume(tmp_path, capsys):
-    """Events go to metrics.jsonl; a run that resumes after step 2 drops what an earlier life wrote beyond it, and a last
-    line that was cut short."""
+    """Events go to metrics.jsonl; a run that resumes after step 2 drops what an earlier life wrote beyond it, and a
+    last line that was cut short."""
     env = Env(0, 1, 0, 1, torch.device("cpu"))
     log = Log(str(tmp_path), env, steps=4, flops_per_token=1e6, peak_flops=1e9)
     for step in (1, 2, 3):

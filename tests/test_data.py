@@ -225,7 +225,8 @@ def test_shakespeare_without_network_says_where_to_put_the_file(tmp_path, monkey
 
 
 def test_shakespeare_download_of_something_else_is_not_kept(tmp_path, monkeypatch):
-    monkeypatch.setattr(corpus.urllib.request, "urlopen", lambda url, timeout: io.BytesIO(b"<html>Please log in</html>"))
+    monkeypatch.setattr(corpus.urllib.request, "urlopen",
+                        lambda url, timeout: io.BytesIO(b"<html>Please log in</html>"))
     with pytest.raises(UserError, match="sha256"):
         prepare("shakespeare", tokenizer="char", cache=tmp_path)
     assert not files_under(tmp_path)
@@ -700,10 +701,11 @@ def test_eval_windows_hold_every_target_once(tmp_path, n, seq_len, batch_size, w
 @pytest.mark.parametrize("batch_size", [2, 5, 64])
 @pytest.mark.parametrize("world", [1, 2, 3])
 def test_eval_windows_of_the_first_rows_alone(tmp_path, batch_size, world):
-    """max_rows: the targets of exactly the first rows, whatever the world and the batch; more rows than there are: all."""
+    """max_rows: the targets of exactly the first rows, whatever the world and batch; more rows than there are: all."""
     tokens = positions_file(tmp_path, 200)
     for max_rows in (1, 7, 1000):
-        seen = [target for rank in range(world) for _, targets, _ in eval_windows(tokens, 8, batch_size, rank, world, max_rows)
+        seen = [target for rank in range(world)
+                for _, targets, _ in eval_windows(tokens, 8, batch_size, rank, world, max_rows)
                 for target in targets[targets != -100].tolist()]
         assert sorted(seen) == list(range(1, min(8 * max_rows, 199) + 1))
 

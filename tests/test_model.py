@@ -11,7 +11,8 @@ from common import UserError
 from model import GPT, GPTConfig, KVCache, choose, generate, restarting_positions, rotate
 
 SMALL = dict(vocab_size=37, n_layer=2, n_head=4, n_embd=32, max_seq_len=48)
-SWITCHES = [dict(zip(("norm", "position", "mlp", "qk_norm", "bias", "tie_embeddings", "n_kv_head", "attention"), values))
+SWITCHES = [dict(zip(("norm", "position", "mlp", "qk_norm", "bias", "tie_embeddings", "n_kv_head", "attention"),
+                     values))
             for values in [("rms", "rope", "swiglu", True, False, False, 4, "flash"),
                            ("layer", "learned", "gelu", False, True, True, 4, "flash"),
                            ("rms", "rope", "swiglu", False, False, True, 2, "naive"),
@@ -34,7 +35,7 @@ def some_ids(B, T, seed=0):
 
 @pytest.mark.parametrize("switches", SWITCHES)
 def test_logp_equals_float64_log_softmax(switches):
-    """model(ids, targets) is the log-softmax of model(ids) at the targets, 0 where masked; entropy and argmax likewise."""
+    """model(ids, targets) is the log-softmax of model(ids) at the targets, 0 where masked; entropy and argmax too."""
     model, ids = lively(**switches), some_ids(3, 17)
     targets = ids.roll(-1, 1)
     targets[:, ::4] = -100
@@ -63,8 +64,8 @@ def test_no_token_sees_the_future(switches):
 
 @pytest.mark.parametrize("switches", SWITCHES)
 def test_packed_documents_equal_separate_ones(switches):
-    """Two documents in one row, told apart by segment_ids, give what each gives alone: no attention across, and positions
-    restart."""
+    """Two documents in one row, told apart by segment_ids, give what each gives alone: no attention across, and
+    positions restart."""
     model, a, b = lively(**switches), some_ids(1, 9, seed=1), some_ids(1, 14, seed=2)
     row = torch.cat((a, b, torch.zeros(1, 3, dtype=torch.long)), 1)
     segments = torch.tensor([[0] * 9 + [1] * 14 + [-1] * 3])
@@ -77,7 +78,7 @@ def test_packed_documents_equal_separate_ones(switches):
 @pytest.mark.parametrize("switches", SWITCHES)
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
 def test_cached_generation_equals_recomputation(switches, temperature):
-    """KV-cache generation of ragged prompts draws what full recomputation of each row alone draws, greedy and sampled."""
+    """Cached generation of ragged prompts draws what full recomputation of each row alone draws, greedy and sampled."""
     model = lively(**switches)
     prompts = [some_ids(1, n, seed=n)[0].tolist() for n in (5, 1, 9)]
     new, logps = generate(model, prompts, max_new_tokens=12, temperature=temperature, seeds=[3, 4, 5], return_logp=True)
@@ -99,8 +100,8 @@ def test_generation_ends_at_eos_and_does_not_depend_on_neighbours():
     prompts = [[1, 2], [3, 4, 5], [6]]
     together = generate(model, prompts, max_new_tokens=30, seeds=[1, 2, 3], eos_id=7, temperature=1.5, banned=(0, 11))
     for i, prompt in enumerate(prompts):
-        assert generate(model, [prompt], max_new_tokens=30, seeds=[i + 1], eos_id=7, temperature=1.5, banned=(0, 11)) == \
-            [together[i]]
+        alone = generate(model, [prompt], max_new_tokens=30, seeds=[i + 1], eos_id=7, temperature=1.5, banned=(0, 11))
+        assert alone == [together[i]]
     for row in together:
         assert 7 not in row[:-1] and (row[-1] == 7 or len(row) == 30)
         assert not {0, 11} & set(row)
@@ -146,7 +147,7 @@ def test_generation_refuses_what_does_not_fit():
 
 
 def test_rotary_scores_depend_on_distance_alone():
-    """RoPE: <rotate(q, m), rotate(k, n)> depends on m - n only, and rotation keeps lengths (Su et al. 2021, section 3.2)."""
+    """RoPE: <rotate(q, m), rotate(k, n)> depends on m - n only, and lengths are kept (Su et al. 2021, section 3.2)."""
     model = GPT(GPTConfig(**SMALL))
     q, k = torch.randn(1, 1, 1, 8, generator=torch.Generator().manual_seed(0)), torch.ones(1, 1, 1, 8)
 
@@ -178,7 +179,8 @@ def test_positions_restart_with_each_segment():
 @pytest.mark.parametrize("switches", SWITCHES)
 def test_every_configuration_overfits_four_lines(switches):
     """Every switch builds and trains: four lines of text are learned by heart."""
-    lines = ["to be, or not to be, that is", "whether 'tis nobler in the mi", "the slings and arrows of outr", "or to take arms against a sea"]
+    lines = ["to be, or not to be, that is", "whether 'tis nobler in the mi",
+             "the slings and arrows of outr", "or to take arms against a sea"]
     alphabet = sorted(set("".join(lines)))
     ids = torch.tensor([[alphabet.index(c) for c in line[:28]] for line in lines])
     model = GPT(GPTConfig(**{**SMALL, **switches}))
@@ -223,17 +225,19 @@ def test_flops_formula_counts_the_matrix_products():
     ids = some_ids(2, T)
     with FlopCounterMode(display=False) as counter:
         F.cross_entropy(model(ids).flatten(0, 1), ids.flatten()).backward()
-    wasted = 2 * T * 6 * 2 * SMALL["n_embd"] * (T - 1)  # keys above the diagonal: rows * tokens * 6 layers C (2T - (T+1))
+    # keys above the diagonal: rows * tokens * 6 layers C (2T - (T+1))
+    wasted = 2 * T * 6 * 2 * SMALL["n_embd"] * (T - 1)
     assert counter.get_total_flops() == pytest.approx(2 * T * model.flops_per_token(T) + wasted, rel=1e-6)
 
 
 def test_weights_are_loaded_strictly():
-    """load_weights: another shape, a missing or an unknown name is one clear line; another head kind is left as born."""
+    """load_weights: another shape, a missing or unknown name is one clear line; another head kind is left as born."""
     source, target = lively(seed=3, dtype=torch.float32), GPT(GPTConfig(**SMALL))
     target.load_weights(source.state_dict(), "x")
     ids = some_ids(1, 8)
     assert torch.equal(source(ids), target(ids))
-    for broken in ({**source.state_dict(), "extra": torch.zeros(1)}, {**source.state_dict(), "norm.weight": torch.zeros(3)},
+    for broken in ({**source.state_dict(), "extra": torch.zeros(1)},
+                   {**source.state_dict(), "norm.weight": torch.zeros(3)},
                    {k: v for k, v in source.state_dict().items() if k != "norm.weight"}):
         with pytest.raises(UserError, match="norm.weight|extra"):
             target.load_weights(broken, "x")
@@ -266,7 +270,8 @@ def test_cache_holds_every_position_once():
 def test_shapes_of_every_switch_combination():
     """All 2^6 combinations of the switches run forward."""
     ids = some_ids(2, 6)
-    for norm, position, mlp, qk_norm, bias, tie in itertools.product(("rms", "layer"), ("rope", "learned"), ("swiglu", "gelu"),
-                                                                     (True, False), (True, False), (True, False)):
-        config = GPTConfig(**SMALL, norm=norm, position=position, mlp=mlp, qk_norm=qk_norm, bias=bias, tie_embeddings=tie)
+    for norm, position, mlp, qk_norm, bias, tie in itertools.product(
+            ("rms", "layer"), ("rope", "learned"), ("swiglu", "gelu"), (True, False), (True, False), (True, False)):
+        config = GPTConfig(**SMALL, norm=norm, position=position, mlp=mlp,
+                           qk_norm=qk_norm, bias=bias, tie_embeddings=tie)
         assert GPT(config)(ids).shape == (2, 6, 37)

@@ -17,9 +17,9 @@ from train_pretrain import Config, lr_at
 from zero import Zero
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-TINY = ["--tokenizer", "byte", "--n_layer", "2", "--n_embd", "32", "--n_head", "2", "--seq_len", "24", "--batch_size", "12",
-        "--warmup_steps", "5", "--eval_every", "0", "--save_every", "0", "--log_every", "1", "--eval_rows", "24",
-        "--device", "cpu"]
+TINY = ["--tokenizer", "byte", "--n_layer", "2", "--n_embd", "32", "--n_head", "2",
+        "--seq_len", "24", "--batch_size", "12", "--warmup_steps", "5", "--eval_every", "0", "--save_every", "0",
+        "--log_every", "1", "--eval_rows", "24", "--device", "cpu"]
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +100,7 @@ def test_two_processes_give_the_one_process_curve(reference, text, tmp_path):
 
 
 def test_resuming_is_bitwise_equal_to_not_stopping(reference, text, tmp_path):
-    """Steps 1..10, a new process state, steps 11..20: final weights and losses are bitwise those of the unbroken run."""
+    """Steps 1..10, a new process state, steps 11..20: final weights and losses bitwise those of the unbroken run."""
     with pytest.raises(Stop):  # die right after the checkpoint of step 10
         interrupted(text, tmp_path, 10)
     assert not (tmp_path / "final").exists()
@@ -149,7 +149,7 @@ def test_a_signal_saves_at_the_next_step_and_says_so(text, tmp_path):
                                    ["--offload", "optim,acts"],
                                    pytest.param(["--compile"], marks=pytest.mark.slow)])
 def test_every_way_of_running_trains(reference, text, tmp_path, flags):
-    """Each option trains to about the loss of the plain run; recomputation, offload and compilation to the same loss."""
+    """Each option trains to about the loss of the plain run; recomputation, offload and compilation to the same."""
     events, _ = train(text, tmp_path, "--steps", "20", *flags)
     expected, found = curve(reference[1])[-1][1], curve(events)[-1][1]
     exact = flags[0] in ("--activation_checkpointing", "--offload")

@@ -26,14 +26,15 @@ def finished(tmp_path_factory):
     model = GPT(config)
     for p in model.parameters():
         p.data += 0.3 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()))
-    save_final(str(out), model.state_dict(), {"model": dataclasses.asdict(config), "head": "lm"}, str(out / "tokenizer.json"))
+    save_final(str(out), model.state_dict(), {"model": dataclasses.asdict(config), "head": "lm"},
+               str(out / "tokenizer.json"))
     return out, model, tokenizer
 
 
 @pytest.mark.parametrize("n", [2, 3, 9, 17, 40])
 @pytest.mark.parametrize("seq_len, stride", [(8, 8), (8, 3), (8, 1), (1, 1), (64, 5)])
 def test_strided_rows_score_every_token_once_with_enough_context(n, seq_len, stride):
-    """Every id but the first is a target once, right after its predecessor, with min(t, seq_len - stride) ids before it."""
+    """Each id but the first is a target once, right after its predecessor, with min(t, seq_len - stride) ids before."""
     ids = np.arange(100, 100 + n)
     seen = []
     for row, targets in strided_rows(ids, seq_len, stride):
@@ -68,7 +69,8 @@ def test_evaluate_prints_json_and_refuses_what_is_no_text(finished, tmp_path, ca
     (tmp_path / "text.txt").write_text("To be, or not to be, that is the question. " * 3)
     results = []
     for flags in ([], ["--stride", "4"], ["--seq_len", "8"]):
-        assert evaluate.main(["--model", str(out), "--data", str(tmp_path / "text.txt"), "--device", "cpu", *flags]) == 0
+        args = ["--model", str(out), "--data", str(tmp_path / "text.txt"), "--device", "cpu", *flags]
+        assert evaluate.main(args) == 0
         results.append(json.loads(capsys.readouterr().out))
     assert [r["tokens"] for r in results] == [130] * 3 and len({r["loss"] for r in results}) == 3
     (tmp_path / "empty.txt").write_text("")
