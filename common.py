@@ -43,7 +43,7 @@ def run(main) -> None:
 # ---- flags --------------------------------------------------------------------------------------------------------
 
 def _number(kind, text: str):
-    """int or float from a flag. No hyper-parameter here is negative, and nan or inf would pass every later comparison."""
+    """int or float from a flag. None of ours is negative, and nan or inf would pass every later comparison."""
     try:
         value = kind(text)
     except ValueError:
@@ -75,7 +75,7 @@ class _Parser(argparse.ArgumentParser):
 def parse(config_class, argv=None, doc: str | None = None):
     """Command line -> an instance of the dataclass `config_class`.
 
-    Every field is a flag `--name`; its trailing comment is the help text, a comment on a line of its own starts a group.
+    Every field is a flag `--name`; the comment behind it is the help text, one on a line of its own starts a group.
     bool fields also get `--no-name`; Literal[...] fields accept only their values. Unknown flags are an error.
     """
     parser = _Parser(description=doc, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -136,7 +136,7 @@ class Env:
 
     @property
     def exit_code(self) -> int:
-        """130 after Ctrl-C as a shell expects; 0 after SIGTERM, since a saved run that was asked to leave has not failed."""
+        """130 after Ctrl-C, as a shell expects; 0 after SIGTERM: to save and leave when asked to is no failure."""
         return 130 if self.stop_signal == signal.SIGINT else 0
 
     def sum(self, *numbers) -> list[float]:
@@ -186,7 +186,8 @@ def setup(device: str = "auto", timeout: float = 600.0) -> Env:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world))
     env = Env(rank, world, local_rank, local_world, chosen)
     if world > 1:
-        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=datetime.timedelta(seconds=timeout))
+        backend = "nccl" if chosen.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout))
     for number in (signal.SIGTERM, signal.SIGINT):
         env.old_handlers[number] = signal.signal(number, env._on_signal)
     return env
@@ -223,8 +224,8 @@ def _show(value) -> str:
 class Log:
     """One JSON object per event in out/metrics.jsonl, one line on the screen; only rank 0 writes.
 
-    steps: the last step of the run; start: the step it begins after (later events of an earlier life are dropped, so that
-    a resumed run has one curve); flops_per_token and peak_flops (per process): for MFU, 0 leaves it out.
+    steps: the last step of the run; start: the step it begins after (later events of an earlier life are dropped, so
+    that a resumed run has one curve); flops_per_token and peak_flops (per process): for MFU, 0 leaves it out.
     """
 
     def __init__(self, out: str, env: Env, *, steps: int, start: int = 0, flops_per_token=0.0, peak_flops=0.0):

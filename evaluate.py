@@ -1,7 +1,7 @@
 """How well does a model predict a text?
 
     python evaluate.py --model out/pretrain --data my.txt                 rows of seq_len that do not overlap
-    python evaluate.py --model out/pretrain --data my.txt --stride 64     each token sees at least seq_len - 64 before it
+    python evaluate.py --model out/pretrain --data my.txt --stride 64     each token sees seq_len - 64 or more before it
 
 Prints the mean loss (nats per token), perplexity exp(loss), and bits per byte of the text, which alone can be compared
 between tokenizers: total loss / ln 2 / UTF-8 bytes.

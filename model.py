@@ -7,7 +7,7 @@ Shapes everywhere: B batch, T time, C width, H query heads, G key/value heads, D
     logits = model(ids)                     # (B, T, V), for generation and tests
     new = generate(model, prompts, ...)     # ragged prompts, KV cache
 
-Read in this order: GPTConfig, GPT.forward, Block, Attention; then the two kernels that make it lean:
+Read in this order: GPTConfig, GPT.forward, Block, Attention, generate; then kernels.py, which keeps it lean:
 flash_attention (never holds T x T scores) and target_logp (never holds B x T x V logits).
 """
 from __future__ import annotations
@@ -23,6 +23,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from common import UserError
+from kernels import flash_attention, naive_attention, sdpa_attention, target_logp
 
 
 @dataclass
@@ -49,7 +50,7 @@ class GPTConfig:
         if self.n_head < 1 or self.n_embd % self.n_head:
             raise UserError(f"--n_embd {self.n_embd} is not divisible by --n_head {self.n_head}; change one of them")
         if self.n_head % self.n_kv_head:
-            raise UserError(f"--n_head {self.n_head} is not divisible by --n_kv_head {self.n_kv_head}; change one of them")
+            raise UserError(f"--n_head {self.n_head} is not divisible by --n_kv_head {self.n_kv_head}; change one")
         if self.position == "rope" and self.n_embd // self.n_head % 2:
             raise UserError(f"rotary positions need an even head width, found {self.n_embd // self.n_head}; "
                             "change --n_embd or --n_head, or use --position learned")
@@ -66,54 +67,6 @@ class GPTConfig:
                 raise UserError(f"{where}: found {name} = {value!r}, expected "
                                 f"{f'a {type(defaults[name]).__name__}' if name in defaults else 'no such field'}")
         return cls(**values)
-
-
-# ---- attention ----------------------------------------------------------------------------------------------------
-
-def naive_attention(q, k, v, *, causal=True, segment_ids=None, kv_segment_ids=None, scale=None):
-    """Attention as the formula says, softmax(q k^T / sqrt(D)) v: the definition that flash_attention must equal."""
-    Tq, Tk, repeat = q.shape[2], k.shape[2], q.shape[1] // k.shape[1]
-    k, v = k.repeat_interleave(repeat, 1), v.repeat_interleave(repeat, 1)  # (B, H, Tk, D)
-    scores = q @ k.transpose(-1, -2) * (q.shape[-1] ** -0.5 if scale is None else scale)  # (B, H, Tq, Tk)
-    visible = torch.ones(Tq, Tk, dtype=torch.bool, device=q.device)
-    if causal:
-        visible = visible.tril(Tk - Tq)
-    if segment_ids is not None:
-        kv_segment_ids = segment_ids if kv_segment_ids is None else kv_segment_ids
-        visible = visible & (segment_ids[:, None, :, None] == kv_segment_ids[:, None, None, :]) \
-            & (kv_segment_ids >= 0)[:, None, None, :]
-    p = scores.masked_fill(~visible, -torch.inf).softmax(-1)
-    return p.masked_fill(~visible, 0.0) @ v  # a row that sees nothing: softmax gives NaN, the answer is 0
-
-
-def sdpa_attention(q, k, v, *, causal=True, segment_ids=None, kv_segment_ids=None, scale=None):
-    """PyTorch's own fused kernel, for comparison and as an alternative."""
-    Tq, Tk = q.shape[2], k.shape[2]
-    if segment_ids is None and (Tq == Tk or not causal):
-        return F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
-    mask = torch.ones(Tq, Tk, dtype=torch.bool, device=q.device).tril(Tk - Tq if causal else Tk)
-    if segment_ids is not None:
-        kv_segment_ids = segment_ids if kv_segment_ids is None else kv_segment_ids
-        mask = mask & (segment_ids[:, None, :, None] == kv_segment_ids[:, None, None, :]) \
-            & (kv_segment_ids >= 0)[:, None, None, :]
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
-
-
-def flash_attention(q, k, v, *, causal=True, segment_ids=None, kv_segment_ids=None, scale=None):
-    return sdpa_attention(q, k, v, causal=causal, segment_ids=segment_ids, kv_segment_ids=kv_segment_ids, scale=scale)
-
-
-# ---- log-probabilities --------------------------------------------------------------------------------------------
-
-def target_logp(hidden, weight, targets, *, bias=None, temperature=1.0, with_stats=False):
-    logits = F.linear(hidden, weight, bias) / temperature  # (N, V)
-    logits = logits if logits.dtype == torch.float64 else logits.float()
-    logp = logits.log_softmax(-1)
-    picked = logp.gather(-1, targets.clamp(min=0)[:, None])[:, 0].masked_fill(targets < 0, 0.0)  # (N,)
-    if not with_stats:
-        return picked
-    trained = targets >= 0
-    return picked, -(logp.exp() * logp).sum(-1) * trained, (logits.argmax(-1) == targets) & trained
 
 
 # ---- the network --------------------------------------------------------------------------------------------------
@@ -207,10 +160,11 @@ class LMHead(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(config.vocab_size, config.n_embd))
 
-    def forward(self, x, targets=None, temperature=1.0, with_stats=False):
+    def forward(self, x, targets=None, temperature=1.0, with_stats=False, equal_weights=False):
         if targets is None:
             return F.linear(x, self.weight) / temperature  # (B, T, V)
-        out = target_logp(x.flatten(0, 1), self.weight, targets.flatten(), temperature=temperature, with_stats=with_stats)
+        out = target_logp(x.flatten(0, 1), self.weight, targets.flatten(), temperature=temperature,
+                          with_stats=with_stats, equal_weights=equal_weights)
         return tuple(o.view_as(targets) for o in out) if with_stats else out.view_as(targets)  # (B, T)
 
 
@@ -233,7 +187,8 @@ class GPT(nn.Module):
         with_stats=True adds the entropy (B, T) and whether the target was the argmax (B, T) bool;
       without: logits / temperature (B, T, V); head="scalar": (B, T) float32.
     segment_ids tell documents apart inside a row: attention does not cross them and positions restart at each change
-    (-1: padding). cache: a KVCache; then only the last position's logits are returned, (B, 1, V).
+    (-1: padding). equal_weights: a promise that the loss weighs all trained tokens alike, which saves target_logp a
+    product. cache: a KVCache; then only the last position's logits are returned, (B, 1, V).
     """
 
     def __init__(self, config: GPTConfig, head: Literal["lm", "scalar"] = "lm", seed: int = 0):
@@ -254,7 +209,7 @@ class GPT(nn.Module):
         initialise(self, seed)
 
     def forward(self, ids, targets=None, *, segment_ids=None, positions=None, temperature=1.0, with_stats=False,
-                cache=None):
+                equal_weights=False, cache=None):
         if segment_ids is not None and cache is None:
             if bool((segment_ids == segment_ids[:, :1]).all()):
                 segment_ids = None  # one document a row: the causal mask alone is the same and cheaper
@@ -270,14 +225,14 @@ class GPT(nn.Module):
             x = x + self.position(positions)
             rope = None
         else:
-            rope = (self.cos[positions][:, :, None].to(x.dtype), self.sin[positions][:, :, None].to(x.dtype))  # (B, T, 1, D)
+            rope = [table[positions][:, :, None].to(x.dtype) for table in (self.cos, self.sin)]  # (B, T, 1, D) twice
         kv_segment_ids = None if cache is None else cache.advance(segment_ids, ids.shape[1])  # (B, Tk)
         for i, block in enumerate(self.blocks):
             x = block(x, rope, segment_ids, kv_segment_ids, None if cache is None else cache.layers[i])
         x = self.norm(x if cache is None else x[:, -1:])
         if isinstance(self.head, ScalarHead):
             return self.head(x)
-        return self.head(x, targets, temperature, with_stats)
+        return self.head(x, targets, temperature, with_stats, equal_weights)
 
     def load_weights(self, weights: dict, where: str) -> None:
         """Copy {name: tensor} into the parameters. Names and shapes must match, except that the head is left as it was
@@ -289,12 +244,12 @@ class GPT(nn.Module):
                 continue
             found, expected = (tuple(d[name].shape) if name in d else "nothing" for d in (weights, own))
             if found != expected:
-                raise UserError(f"{where}: found {found} for {name}, expected {expected}; it is a model of another shape")
+                raise UserError(f"{where}: found {found} for {name}, expected {expected}; it is another model")
             with torch.no_grad():
                 own[name].copy_(weights[name])
 
     def units(self) -> list[nn.Module]:
-        """The modules that ZeRO gathers one at a time; whatever is in none of them is gathered once for the whole pass."""
+        """The modules that ZeRO gathers one at a time; what is in none of them is gathered once for the whole pass."""
         ends = [] if self.config.tie_embeddings else [self.embed, self.head]
         return [*ends, *self.blocks]
 
@@ -370,7 +325,7 @@ class KVCache:
         self.segment_ids = None
 
     def advance(self, segment_ids, T: int):
-        """Note the T new tokens' segment ids (B, T); returns those of all keys (B, Tk), None where nothing is padded."""
+        """Note the T new tokens' segment ids (B, T); returns those of all keys (B, Tk), None if nothing is padded."""
         if segment_ids is not None:
             past = [] if self.segment_ids is None else [self.segment_ids]
             self.segment_ids = torch.cat((*past, segment_ids), 1)
@@ -397,8 +352,8 @@ def choose(logits, uniforms, temperature=1.0, top_k=0, top_p=1.0):
 
 
 @torch.no_grad()
-def generate(model, prompts, *, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, repetition_penalty=1.0, eos_id=None,
-             banned=(), seeds=None, return_logp=False, on_token=None):
+def generate(model, prompts, *, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, repetition_penalty=1.0,
+             eos_id=None, banned=(), seeds=None, return_logp=False, on_token=None):
     """Continue each prompt (a non-empty list of ids); returns one list of new ids per prompt, eos_id included if drawn.
 
     Ragged prompts are padded on the left. seeds: one integer per prompt; row i's draws depend on seeds[i] alone, not on

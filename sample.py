@@ -62,7 +62,8 @@ def main(argv=None) -> int:
     prompt = [tokenizer.bos_id, *tokenizer.encode(text)]
     room = model.config.max_seq_len - len(prompt)
     if room < 1:
-        raise UserError(f"the prompt has {len(prompt)} tokens, but the model's rows end at {model.config.max_seq_len}; shorten it")
+        raise UserError(f"the prompt has {len(prompt)} tokens, but the model's rows end at {model.config.max_seq_len}; "
+                        "shorten it")
     for number in range(cfg.n):
         print(text, end="")
         generate(model, [prompt], max_new_tokens=min(cfg.max_new_tokens or room, room), temperature=cfg.temperature,

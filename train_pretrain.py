@@ -1,11 +1,12 @@
 """Pretraining: learn to predict the next token of plain text.
 
-    minimise  L = - sum_t m_t log p(x_{t+1} | x_<=t) / sum_t m_t      (Radford et al. 2018, eq. 1; m_t = 0 where nothing is
-                                                                       to be predicted: padding, the start of a document)
-One process, defaults for a laptop:   python train_pretrain.py --out out/pretrain
-Your own text:                        python train_pretrain.py --data my.txt --out out/mine
-Two processes (GPUs or CPU):          torchrun --nproc_per_node 2 train_pretrain.py --zero 3 --out out/pretrain
-The nanoGPT laptop recipe:            python train_pretrain.py --data shakespeare --tokenizer char --seq_len 64 --batch_size 12
+    minimise  L = - sum_t m_t log p(x_{t+1} | x_<=t) / sum_t m_t        (Radford et al. 2018, eq. 1)
+
+m_t is 0 where there is nothing to predict: padding, and the start of the next document.
+
+    python train_pretrain.py --out out/pretrain                             one process, defaults for a laptop
+    python train_pretrain.py --data my.txt --out out/mine                   your own text
+    torchrun --nproc_per_node 2 train_pretrain.py --zero 3 --out out/two    two processes, on GPUs or CPU
 """
 from __future__ import annotations
 
@@ -31,7 +32,7 @@ class Config(GPTConfig):  # every field of GPTConfig is a flag too
     data: str = "stdlib"  # corpus: stdlib, shakespeare, or a path (.txt, .json, .jsonl, each also .gz)
     val_data: str = ""  # corpus to validate on; empty: the last val_fraction of data
     val_fraction: float = 0.1  # of the characters
-    tokenizer: str = ""  # byte, char, bpe (trained on data), a tiktoken name, or a tokenizer.json; empty: init's, else bpe
+    tokenizer: str = ""  # byte, char, bpe (trained on data), a tiktoken name, a tokenizer.json; empty: init's, else bpe
     vocab_size: int = 2048  # of a bpe trained here; the other tokenizers bring their own
     cache: str = "data"  # folder for token files, so that a second start reads no text
     windows: Literal["random", "sequential"] = "random"  # where the rows of a batch begin
@@ -91,7 +92,7 @@ def pretrain_loss(logp):
 
 @torch.no_grad()
 def evaluate(model, tokens: TokenFile, cfg: Config, env) -> dict:
-    """Mean loss per token over the validation text, each token predicted once, in rows of seq_len that do not overlap."""
+    """Mean loss per token of the validation text, each token predicted once, in rows of seq_len without overlap."""
     loss, count = torch.zeros((), device=env.device, dtype=torch.float64), 0
     batches = eval_windows(tokens, cfg.seq_len, cfg.batch_size, env.rank, env.world, cfg.eval_rows)
     for ids, targets, segment_ids in batches:  # (b, T) each
@@ -137,20 +138,23 @@ def main(argv=None) -> int:
     parameters, flops = model.parameter_count(), model.flops_per_token(cfg.seq_len)
     zero = Zero(model.to(env.device), units=model.units(), stage=cfg.zero, dtype=getattr(torch, cfg.dtype),
                 offload=tuple(filter(None, cfg.offload.split(","))), lr=cfg.lr, weight_decay=cfg.weight_decay,
-                betas=cfg.betas, eps=cfg.eps, activation_checkpointing=cfg.activation_checkpointing, compile=cfg.compile)
+                betas=cfg.betas, eps=cfg.eps, activation_checkpointing=cfg.activation_checkpointing,
+                compile=cfg.compile)
 
     # where were we
     lock = claim(cfg.out, cfg.resume) if env.is_main else None  # noqa: F841 - held until this function returns
     env.barrier()
     found = load_checkpoint(cfg.out, {"model": zero}) if cfg.resume else None
-    start, extra = found or (0, {"skipped": 0, "tokenizer": tokenizer.fingerprint, "micro_batch_size": cfg.micro_batch_size})
+    start, extra = found or (0, {"skipped": 0, "tokenizer": tokenizer.fingerprint,
+                                 "micro_batch_size": cfg.micro_batch_size})
     if extra["tokenizer"] != tokenizer.fingerprint:
         raise UserError(f"{cfg.out}: its checkpoint was trained with another tokenizer; choose another --out")
     config = {"model": dataclasses.asdict(model_config), "head": "lm", "run": dataclasses.asdict(cfg)}
 
     share = -(-cfg.batch_size // env.world)  # rows per rank and update
     micro = min(cfg.micro_batch_size or share, share)  # rows per forward
-    log = Log(cfg.out, env, steps=cfg.steps, start=start, flops_per_token=flops, peak_flops=matmul_peak(env.device))
+    log = Log(cfg.out, env, steps=cfg.steps, start=start, flops_per_token=flops,
+              peak_flops=matmul_peak(env.device, getattr(torch, cfg.dtype)))
     log.say(f"{parameters:,} parameters, {flops / 1e6:.1f} MFLOP per token; a large matrix product runs at "
             f"{log.peak_flops / 1e9:.0f} GFLOP/s per process")
     log.say(f"{len(train_tokens):,} training and {len(val_tokens):,} validation tokens ({tokenizer.kind}, V = "
@@ -165,28 +169,31 @@ def main(argv=None) -> int:
         if cfg.sample_tokens:
             with zero.gathered():
                 if env.is_main:
-                    new = generate(model, [[tokenizer.bos_id]], max_new_tokens=min(cfg.sample_tokens, model_config.max_seq_len - 1),
-                                   eos_id=tokenizer.end_id, banned=(tokenizer.pad_id,), seeds=[cfg.seed])
+                    length = min(cfg.sample_tokens, model_config.max_seq_len - 1)
+                    new = generate(model, [[tokenizer.bos_id]], max_new_tokens=length, eos_id=tokenizer.end_id,
+                                   banned=(tokenizer.pad_id,), seeds=[cfg.seed])
                     log.say("    " + tokenizer.decode(new[0]).replace("\n", "\n    "))
 
     # the loop: exactly cfg.steps updates, numbered from 1; evaluation and checkpoint also at the last
     skipped = extra["skipped"]
     for step in range(start + 1, cfg.steps + 1):
-        ids, targets, segment_ids = (part.to(env.device) for part in train.batch(step - 1, env.rank, env.world))  # (b, T)
+        batch = train.batch(step - 1, env.rank, env.world)
+        ids, targets, segment_ids = (part.to(env.device) for part in batch)  # (b, T) each
         n_tokens, stop = env.sum((targets >= 0).sum(), env.stop_signal != 0)  # ONE denominator, whatever the split
         loss_sum = torch.zeros((), device=env.device)
         for row in range(0, share, micro):
             rows = slice(row, row + micro)
-            loss = pretrain_loss(model(ids[rows], targets[rows], segment_ids=segment_ids[rows])) / n_tokens
+            logp = model(ids[rows], targets[rows], segment_ids=segment_ids[rows], equal_weights=True)  # (b, T)
+            loss = pretrain_loss(logp) / n_tokens
             zero.backward(loss)
             loss_sum += loss.detach()
         info = zero.step(lr_at(step, cfg), cfg.clip)
         skipped += info.skipped
         log.count(n_tokens)
-        if step % cfg.log_every == 0 or step == start + 1:
+        last = step == cfg.steps
+        if step % cfg.log_every == 0 or step == start + 1 or last:
             log.train(step, loss=env.sum(loss_sum)[0], grad_norm=info.norm, learning_rate=lr_at(step, cfg),
                       **({"skipped": skipped} if skipped else {}))
-        last = step == cfg.steps
         if last or (cfg.eval_every and step % cfg.eval_every == 0):
             evaluate_and_show(step)
             log.restart_clock()

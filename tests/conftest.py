@@ -4,6 +4,7 @@ import sys
 
 import pytest
 
+os.environ["OMP_NUM_THREADS"] = "1"  # tiny tensors: threads only wait for each other, above all on a busy machine
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 

@@ -118,7 +118,7 @@ def test_extreme_logits(dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_half_precision(dtype, monkeypatch):
-    """Results are float32 and gradients keep their parameter's dtype; against float64, both are at most twice as far off
+    """Results are float32 and gradients keep their parameter's dtype; against float64, both at most twice as far off
     as the untiled ones, although the weight's gradient is summed over fifty chunks."""
     monkeypatch.setattr(kernels, "LOGITS_AT_ONCE", 10 * 64)
     parameters, targets = inputs(5, 500, 32, 64, bias=False, dtype=dtype, untrained=0)
