@@ -1,6 +1,7 @@
 """Speed and memory, each figure beside its peers', measured in the same run.
 
     python bench.py attention --out bench_attention.json    # minutes on two cores; on a GPU: bfloat16, T up to 32768
+    python bench.py train --out bench_train.json            # whole updates, as a share of the matrix product's speed
 
 Peers take turns (A B A B ...), so that a noisy neighbour hits all alike. A time is a median; a ratio is the median of
 the ratios within one turn, with its quartiles. Memory is measured in a fresh process.
@@ -19,6 +20,8 @@ import torch
 import torch.nn.functional as F
 
 from kernels import flash_attention, naive_attention, sdpa_attention, target_logp
+from model import GPT, GPTConfig
+from zero import Zero
 
 PEERS = {"ours": flash_attention, "sdpa": sdpa_attention, "naive": naive_attention}
 
@@ -166,12 +169,17 @@ def step_of(attention, inputs, g, **options):
     return lambda: torch.autograd.grad(attention(*inputs, **options), inputs, g)
 
 
+def report(title: str, tables: list[Table]) -> dict:
+    """What goes into the JSON file: the tables and the circumstances."""
+    return {"title": title, "torch": torch.__version__, "threads": torch.get_num_threads(),
+            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+            "tables": {table.title: table.rows for table in tables}}
+
+
 def bench_attention(args) -> dict:
     """The table of the tiled kernels. On a CPU float32, on a GPU bfloat16."""
     tables = attention_on_gpu(args.repeats) if torch.cuda.is_available() else attention_on_cpu(args.repeats, args.quick)
-    return {"title": "attention", "torch": torch.__version__, "threads": torch.get_num_threads(),
-            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-            "tables": {table.title: table.rows for table in tables}}
+    return report("attention", tables)
 
 
 def attention_on_cpu(repeats: int, quick: bool) -> list[Table]:
@@ -269,7 +277,47 @@ def attention_on_gpu(repeats: int) -> list[Table]:
     return [table]
 
 
-BENCHES = {"attention": bench_attention}
+def bench_train(args) -> dict:
+    """Whole updates (forward, backward, clip, AdamW) of a GPT, beside the same model with PyTorch's attention.
+
+    MFU: GPT.flops_per_token x tokens per second / FLOP/s of a large square matrix product, measured in the same turns.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    B, T, layers, width = (16, 64, 2, 128) if args.quick else (16, 256, 6, 384)
+    ids = torch.randint(0, 71, (B, T + 1), generator=torch.Generator().manual_seed(0)).to(device)
+
+    def update(attention: str, compile: bool):
+        config = GPTConfig(vocab_size=71, n_layer=layers, n_head=6 if width % 6 == 0 else 4, n_embd=width, max_seq_len=T,
+                           attention=attention)
+        model = GPT(config)
+        flops = model.flops_per_token(T) * B * T
+        zero = Zero(model.to(device), units=model.units(), dtype=dtype, compile=compile)
+
+        def step():
+            zero.backward(-model(ids[:, :-1], ids[:, 1:], equal_weights=True).sum() / (B * T))
+            zero.step(1e-3, 1.0)
+        return step, flops
+
+    made = {f"{attention}{', compiled' if compile else ''}": update(attention, compile)
+            for attention in ("flash", "sdpa") for compile in (False, True)}
+    flops = made["flash"][1]
+    a = torch.randn(1024 if device.type == "cpu" else 8192, 1024 if device.type == "cpu" else 8192).to(device, dtype)
+    peers = {name: step for name, (step, _) in made.items()} | {"product": lambda: [a @ a for _ in range(8)]}
+    seconds = interleave(peers, args.repeats, device.type)
+    product = [8 * 2 * len(a)**3 / s for s in seconds["product"]]  # FLOP/s
+    table = Table(f"GPT of {layers} layers, width {width}, seq_len {T}, batch {B}, {dtype}: MFU against a product of "
+                  f"{statistics.median(product) / 1e9:.0f} GFLOP/s")
+    for name, least in (("flash", 0.50), ("flash, compiled", 0.62), ("sdpa", ""), ("sdpa, compiled", "")):
+        mfu = sorted(flops / s / p for s, p in zip(seconds[name], product))
+        table.add(f"MFU, {name}", statistics.median(mfu), mfu[0], mfu[-1], at_least=least,
+                  **{"ms": statistics.median(seconds[name]) * 1e3, "tokens/s": B * T / statistics.median(seconds[name])})
+    for suffix in ("", ", compiled"):
+        table.add(f"speed, flash / sdpa{suffix}", *ratio(seconds["sdpa" + suffix], seconds["flash" + suffix]), at_least=0.95)
+    return report("train", [table])
+
+
+BENCHES = {"attention": bench_attention, "train": bench_train}
 
 
 def main(argv=None) -> None:
