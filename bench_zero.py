@@ -246,7 +246,8 @@ def step_table(repeats: int) -> Table:
 # ---- does not fit -------------------------------------------------------------------------------------------------------
 
 def under_a_cap(stage: int, offload: list[str], layers: int, cap: int) -> dict:
-    """Build and train 3 steps with at most `cap` more bytes of private memory than PyTorch itself needs (RLIMIT_DATA)."""
+    """Build and train 3 steps with at most `cap` more bytes of private memory than PyTorch itself needs
+    (RLIMIT_DATA)."""
     resource.setrlimit(resource.RLIMIT_DATA, (memory_now("VmData") + cap, resource.RLIM_INFINITY))
     ids = batch(dist.get_rank(), 1, 16)
     try:

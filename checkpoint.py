@@ -72,11 +72,13 @@ def save_checkpoint(out: str, step: int, models: dict[str, Zero], extra: dict, *
 
 
 def load_checkpoint(out: str, models: dict[str, Zero], bitwise: dict | None = None) -> tuple[int, dict] | None:
-    """Restore the newest checkpoint of `out` that is whole; all ranks call it. Returns (step, extra), None if none exists.
+    """Restore the newest checkpoint of `out` that is whole; all ranks call it. Returns (step, extra), None if none
+    exists.
 
     A damaged one is named in a warning and the one before it is taken; UserError if all are damaged, or if the newest
     whole one belongs to another model. bitwise: settings of this run (as micro_batch_size) that should equal those in
-    extra, or else, as with another world size, number of threads or PyTorch, a warning says that the last bits will differ.
+    extra, or else, as with another world size, number of threads or PyTorch, a warning says that the last bits will
+    differ.
     """
     rank, world = _ranks()
     names = _together((lambda: steps(out)) if rank == 0 else None)[0]
@@ -124,7 +126,8 @@ SCALARS = ("updates", "loss_scale", "good_steps", "skipped")
 
 
 def layout(z: Zero) -> dict:
-    """JSON-able: which tensors lie in which flat vector. A checkpoint must match it, whatever its world size and stage."""
+    """JSON-able: which tensors lie in which flat vector. A checkpoint must match it, whatever its world size and
+    stage."""
     return {unit.name: [[[name for name, _, _ in slot.places], list(slot.shape), slot.start] for slot in unit.slots]
             for unit in z.units}
 
@@ -139,7 +142,8 @@ def _vectors(unit) -> dict[str, torch.Tensor]:
 def state_shards(z: Zero) -> dict:
     """This rank's part of all that training needs: {"units": {unit: {vector: (n,) tensor}}, "buffers", "scalars"}.
 
-    A vector is master, exp_avg or exp_avg_sq: elements [r S, (r+1) S) of the flat vector, without the padding at its end.
+    A vector is master, exp_avg or exp_avg_sq: elements [r S, (r+1) S) of the flat vector, without the padding at its
+    end.
     """
     units = {}
     for unit in z.units:
@@ -150,7 +154,8 @@ def state_shards(z: Zero) -> dict:
 
 @torch.no_grad()
 def load_shards(z: Zero, shards: list[dict]) -> None:
-    """shards: state_shards() of every rank of the run that saved, in rank order; its world size and stage do not matter."""
+    """shards: state_shards() of every rank of the run that saved, in rank order; its world size and stage do not
+    matter."""
     for unit in z.units:
         for key, mine in _vectors(unit).items():
             start = -unit.low  # of the next piece, counted from the start of my own vector
@@ -203,7 +208,8 @@ def final_folder(folder: str) -> str:
 
 
 def load_final(folder: str) -> tuple[dict, dict[str, torch.Tensor]]:
-    """(config, {name: tensor}) of a folder that save_final wrote; the run's folder will do too. Tensors are read when used."""
+    """(config, {name: tensor}) of a folder that save_final wrote; the run's folder will do too. Tensors are read when
+    used."""
     folder = final_folder(folder)
     config = _read_json(os.path.join(folder, "config.json"))
     path = os.path.join(folder, "model.pt")

@@ -16,24 +16,28 @@ parameters, p bytes per weight in forward and backward (2 or 4), k micro-batches
     3 + weights                    4 P/N     + 4 P/N        + 8 P/N                 k f 3pP  (2 gathers, 1 reduce)
     * 0 when p = 4: then the masters are the weights, or a slice of them
 
-plus, for a moment, one unit (block) of weights at stage 3 and about three at every reduce of stages 2-3. So stage 3 sends
-1.5x of data parallelism at k = 1, but 1.5k x with accumulation, where stage 1 stays at 1x: the stage to accumulate with.
+plus, for a moment, one unit (block) of weights at stage 3 and about three at every reduce of stages 2-3. So stage 3
+sends 1.5x of data parallelism at k = 1, but 1.5k x with accumulation, where stage 1 stays at 1x: the stage to
+accumulate with.
 
-Example, 7 B parameters, p = 2, in GB per GPU; activations come on top, so leave a quarter free:
-                     N = 1      2      4      8     16     64       fits on 24 GB         80 GB         141 GB
-    stage 0            126    126    126    126    126    126       never                never         N >= 1
-    stage 1            126     84     63   52.5   47.3   43.3       never                N >= 4        N >= 2
-    stage 2            126     70     42     28     21   15.8       N >= 64              N >= 4        N >= 2
-    stage 3            112     56     28     14      7    1.8       N >= 8               N >= 2        N >= 1 (tight)
-    stage 3, offload optim: 14/N on the GPU, 112/N in the host: one 24 GB card, with 112 GB of main memory beside it.
+Example, 7 B parameters, p = 2, GB per GPU; last, the fewest GPUs that leave a quarter of their memory for activations:
+                     N = 1      2      4      8     16     64      of 24 GB   80 GB   141 GB
+    stage 0            126    126    126    126    126    126         never   never    never
+    stage 1            126     84     63   52.5   47.3   43.3         never       5        2
+    stage 2            126     70     42     28     21   15.8            28       3        2
+    stage 3            112     56     28     14      7    1.8             7       2        2
+    3, offload optim    14      7    3.5    1.8    0.9    0.2             1       1        1     + 112/N in main memory
 The common estimate of 168 GB for full fine-tuning of 7 B in float32 is 24 bytes per parameter: 16 of model states (the
-table with p = 4: weights 28 + gradients 28 + moments 56 = 112 GB) and half as much again as a rule of thumb for activations,
-which really follow batch x length and not the parameters; activation_checkpointing takes most of them away.
+table with p = 4: weights 28 + gradients 28 + moments 56 = 112 GB), and as a rule of thumb half as much again for
+activations. Those follow batch x length and not the parameters; activation_checkpointing takes most of them away.
 
-How it works. A unit is a module whose parameters become one flat vector, cut in N equal shards. Its parameters are deleted
-and plugged in anew at every forward by `Use`, an autograd function that fetches weights on the way in and reduces gradients
-on the way back. The stages differ in three small methods: Unit.fetch, Unit.reduce, Unit.publish. Stage 0, plain
-all-reduce, is the one that the others must equal.
+Several machines, the same two words on each: torchrun --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d
+--rdzv_endpoint FIRST_MACHINE:29500 train_pretrain.py --zero 3 ... (with --out on a file system that all of them share).
+
+How it works. A unit is a module whose parameters become one flat vector, cut in N equal shards. Its parameters are
+deleted and plugged in anew at every forward by `Use`, an autograd function that fetches weights on the way in and
+reduces gradients on the way back. The stages differ in three small methods: Unit.fetch, Unit.reduce, Unit.publish.
+Stage 0, plain all-reduce, is the one that the others must equal.
 """
 from __future__ import annotations
 
@@ -80,8 +84,8 @@ class Use(torch.autograd.Function):
 class Unit:
     """One module's parameters as one flat vector, padded to N S elements; rank r owns [r S, (r+1) S).
 
-    slots: the parameters in the vector's order: with weight decay, without, frozen; so decay is one boundary in a shard.
-    values: their initial values; trainable, decaying: how many of the slots are.
+    slots: the parameters in the vector's order: with weight decay, without, frozen; so decay is one boundary in a
+    shard. values: their initial values; trainable, decaying: how many of the slots are.
     """
 
     def __init__(self, zero: Zero, name: str, module: nn.Module, slots: list[Slot], values: list[torch.Tensor],
@@ -97,8 +101,9 @@ class Unit:
         zero.comm.broadcast(flat)  # ranks that were seeded differently would train a mixture
         self.low, self.high = (0, self.S * world) if stage == 0 else (rank * self.S, (rank + 1) * self.S)
 
-        # full: the weights that compute, at stages 0-2. master: this rank's part of the truth; without a cast it is a slice
-        # of full and costs nothing. copy: this rank's part of the weights, where stage 3 has only its masters in host memory.
+        # full: the weights that compute, at stages 0-2. master: this rank's part of the truth; without a cast it is a
+        # slice of full and costs nothing. copy: this rank's part of the weights, where stage 3 has only its masters
+        # in host memory.
         self.offloaded = zero.offloads("params") or (trainable > 0 and zero.offloads("optim"))
         self.full = flat.to(zero.dtype) if stage < 3 else None
         self.master = flat[self.low:self.high]
@@ -110,7 +115,8 @@ class Unit:
             memory.resident.add(self.full.data_ptr())
         self.copy = self.compute_shard() if stage == 3 and self.offloaded and not zero.offloads("params") else None
 
-        # Stage 3: a gather under way; the weights, from their first use in backward to reduce; the storage to keep recipes of.
+        # Stage 3: a gather under way; the weights, from their first use in backward to reduce; the storage to keep
+        # recipes of.
         self.pending = self.held = self.recipe_for = None
         self.gathers_in_backward = self.filled = False  # filled: grad holds gradients of this step, not of the last one
         self.original = module.forward
@@ -157,8 +163,7 @@ class Unit:
         self.held = None
         if self.zero.stage < 2:
             for part, gradient in zip(self.views(self.grad), gradients):
-                if gradient is None:
-                    gradient = torch.zeros((), device=part.device)
+                gradient = part.new_zeros(()) if gradient is None else gradient
                 part.add_(gradient) if self.filled else part.copy_(gradient)
             self.filled = True
             return
@@ -216,7 +221,9 @@ class Unit:
             total += chunk
         accumulate = self.filled and self.zero.stage >= 2
         if self.offloaded:
-            arrived = torch.empty_like(self.shard_grad) if accumulate else self.shard_grad
+            arrived = self.shard_grad
+            if accumulate:
+                arrived = self.zero.memory.empty(total.numel(), total.dtype, host=True)
             self.zero.memory.to_host(arrived, total)
             if accumulate:
                 self.zero.memory.wait()
@@ -233,6 +240,8 @@ class Unit:
         """What calling the module runs from now on."""
         if self.zero.is_gathered:
             return self.original(*args, **kwargs)
+        if torch.is_autocast_enabled(self.zero.device.type):  # autograd would keep its casted copies of all the weights
+            raise RuntimeError("autocast with Zero: choose the compute dtype by Zero(dtype=...)")
         if not torch.is_grad_enabled():
             return self.run(*args, **kwargs)
         # Of nested saved_tensors_hooks only the innermost pair acts: ours must stand outside of checkpoint, or it would
@@ -255,8 +264,8 @@ class Unit:
             self.recipe_for = None
 
     def hooks(self):
-        """What autograd keeps for backward: of gathered weights a recipe (where to look after gathering again); of large
-        activations, if they are offloaded, a copy in host memory."""
+        """What autograd keeps for backward: of gathered weights a recipe (where to look after gathering again); of
+        large activations, if they are offloaded, a copy in host memory."""
         if self.zero.stage < 3 and not self.zero.offloads("acts"):
             return contextlib.nullcontext()
 
@@ -280,16 +289,16 @@ class Zero:
     """Shards a model, owns its optimizer (AdamW), and takes the place of loss.backward() and optimizer.step().
 
     units: modules that are fetched one at a time (blocks; untied embedding and head). A parameter that is not inside
-        exactly one of them belongs to the root unit, fetched for the whole forward and backward.
-    dtype: of weights and activations; masters, gradients and moments are float32 (float64 if dtype is).
-    offload: "optim" masters, moments and gradient shards in host memory, updated there; "params" (stage 3) weight shards
-        too; "acts" large activations; "disk" the moments in a file instead of memory.
-    frozen: no gradients, no optimizer (a reference or reward model); sharded at stage 3 only.
-    activation_checkpointing, compile: of every unit that is a member of a ModuleList, i.e. of the blocks.
-    overlap: gather one unit ahead, and let one reduce run beside the computation. The same numbers, more memory.
-    init(module, prefix): for a model built under torch.device("meta") because no rank may hold it whole: fills one unit's
-        parameters, in place, with numbers that depend on nothing but their full names (prefix + "." + name).
-    Afterwards the model's Parameters are gone: model(...) works as before, model.parameters() is empty.
+        exactly one of them belongs to the root unit, fetched for the whole forward and backward. dtype: of weights
+        and activations; masters, gradients and moments are float32 (float64 if dtype is). offload: "optim" masters,
+        moments and gradient shards in host memory, updated there; "params" (stage 3) weight shards too; "acts" large
+        activations; "disk" the moments in a file instead of memory. frozen: no gradients, no optimizer (a reference
+        or reward model); sharded at stage 3 only. activation_checkpointing, compile: of every unit that is a member
+        of a ModuleList, i.e. of the blocks. overlap: gather one unit ahead, and let one reduce run beside the
+        computation. The same numbers, more memory. init(module, prefix): for a model built under torch.device("meta")
+        because no rank may hold it whole: fills one unit's parameters, in place, with numbers that depend on nothing
+        but their full names (prefix + "." + name). Afterwards the model's Parameters are gone: model(...) works as
+        before, model.parameters() is empty.
     """
 
     def __init__(self, model: nn.Module, *, units: list[nn.Module], stage: int = 0, dtype: torch.dtype = torch.float32,
@@ -326,7 +335,8 @@ class Zero:
         return what in self.offload
 
     def _optimizer(self, lr, betas, eps, weight_decay) -> torch.optim.AdamW:
-        """AdamW (Loshchilov & Hutter 2019) is elementwise: it neither knows nor cares that its tensors are flat shards."""
+        """AdamW (Loshchilov & Hutter 2019) is elementwise: it neither knows nor cares that its tensors are flat
+        shards."""
         groups = [{"params": [], "weight_decay": weight_decay}, {"params": [], "weight_decay": 0.0}]
         state = {}
         for unit in self.trained:
@@ -343,7 +353,8 @@ class Zero:
     # ---- communication beside computation
 
     def prefetch_after(self, unit: Unit) -> None:
-        """Start gathering what will be fetched next: the order is that of the first forward, in backward its reverse."""
+        """Start gathering what will be fetched next: the order is that of the first forward, in backward its
+        reverse."""
         if not self.overlap:
             return
         if unit not in self.order:
@@ -408,7 +419,8 @@ class Zero:
 
     @contextlib.contextmanager
     def gathered(self):
-        """Whole weights in every module, without gradients: no collective inside, so ranks may stop at different lengths."""
+        """Whole weights in every module, without gradients: no collective inside, so ranks may stop at different
+        lengths."""
         for unit in self.units:
             plug(unit.slots, unit.views(unit.fetch()))
         self.is_gathered = True

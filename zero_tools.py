@@ -41,7 +41,8 @@ def aligned(numel: int) -> int:
 
 
 def group_parameters(model: nn.Module, units: list[nn.Module]) -> list[tuple[str, nn.Module, list]]:
-    """(name, module, [places of each parameter]) per unit, last the model itself with what is not inside exactly one unit."""
+    """(name, module, [places of each parameter]) per unit, last the model itself with what is not inside exactly one
+    unit."""
     found: dict[nn.Parameter, list] = {}
     for prefix, module in model.named_modules(remove_duplicate=False):
         for key, p in module._parameters.items():
@@ -133,7 +134,8 @@ class Comm:
                 dist.all_reduce(x)
 
     def all_gather(self, whole: torch.Tensor, shard: torch.Tensor, later: bool = False):
-        """whole (N S,) <- the shards (S,) of all ranks. Sends (N-1)/N of the whole. later: returns a handle for wait()."""
+        """whole (N S,) <- the shards (S,) of all ranks. Sends (N-1)/N of the whole. later: returns a handle for
+        wait()."""
         if self.world == 1:
             if whole.data_ptr() != shard.data_ptr():
                 whole.copy_(shard)
@@ -144,7 +146,8 @@ class Comm:
             return gather(whole, shard, async_op=later)
 
     def reduce_scatter(self, x: torch.Tensor, deliver: Callable[[torch.Tensor], None]) -> None:
-        """x (N S,) of every rank -> deliver(chunks (N, S)): what each rank holds of MY shard, to be summed in rank order.
+        """x (N S,) of every rank -> deliver(chunks (N, S)): what each rank holds of MY shard, to be summed in rank
+        order.
 
         gloo's own reduce-scatter all-reduces a clone, twice the bytes (PyTorch #118911). This sends (N-1)/N of x, gives
         the same sum whatever the timing, and lets the receiver add 16-bit gradients in float32.
@@ -192,7 +195,7 @@ def naming_lost_ranks(what: str):
         except RuntimeError:  # the store died with the rank that served it
             lost = ["0"]
         who = f"rank {', '.join(lost)} died, hangs or raised an error" if lost else "the ranks lost their connection"
-        raise UserError(f"{what} failed on rank {rank}: {who} ({str(error).splitlines()[0]})") from error
+        raise UserError(f"{what} failed on rank {rank}: {who} ({str(error).splitlines()[0][:200]})") from error
 
 
 # ---- memory -------------------------------------------------------------------------------------------------------
@@ -216,7 +219,8 @@ class Memory:
         return torch.empty(numel, dtype=dtype, device=self.device)
 
     def on_disk(self, numel: int, dtype: torch.dtype) -> torch.Tensor:
-        """Zeros in a file of the temporary folder (TMPDIR, which should be a fast disk). Unlinked at once, it dies with us."""
+        """Zeros in a file of the temporary folder (TMPDIR, which should be a fast disk). Unlinked at once, it dies
+        with us."""
         handle, path = tempfile.mkstemp(prefix="zero-")
         os.close(handle)
         try:
@@ -255,7 +259,8 @@ class Memory:
             torch.cuda.synchronize(self.device)
 
     def park(self, x: torch.Tensor):
-        """What autograd shall keep instead of x: with offload "acts", a host copy of its storage (one for all its views).
+        """What autograd shall keep instead of x: with offload "acts", a host copy of its storage (one for all its
+        views).
 
         Never of weights or buffers: they stay on the device anyway.
         """

@@ -1,4 +1,5 @@
-"""A pool of processes that play the ranks of one job after another, so that `import torch` is paid once per test session.
+"""A pool of processes that play the ranks of one job after another, so that `import torch` is paid once per test
+session.
 
     ranks().run(3, function, *args)  ->  [function(*args) of rank 0, of rank 1, of rank 2]
 
@@ -19,7 +20,8 @@ ANSWER_SECONDS = 60
 
 
 class RankFailed(Exception):
-    """Some ranks raised; .answers holds per rank ("ok", value), ("error" or "silent", text), or None of a rank that died."""
+    """Some ranks raised; .answers holds per rank ("ok", value), ("error" or "silent", text), or None of a rank that
+    died."""
 
     def __init__(self, answers):
         self.answers = answers

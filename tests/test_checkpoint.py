@@ -55,7 +55,8 @@ def moments(z):
 
 
 def run_part(out, stage, first, last, save=True):
-    """Resume `out` if it holds anything, train to `last`, save. Returns (step it began with, weights, optimizer state)."""
+    """Resume `out` if it holds anything, train to `last`, save. Returns (step it began with, weights, optimizer
+    state)."""
     z = training(stage)
     found = load_checkpoint(out, {"model": z})
     at_load = moments(z)
@@ -67,8 +68,8 @@ def run_part(out, stage, first, last, save=True):
 
 
 def test_reshard_at_any_world_size_and_stage(tmp_path):
-    """2 -> 3 -> 1 -> 2 ranks at stages 3, 2, 0, 1: the optimizer state right after each load is bitwise what was saved, and
-    the end is that of an uninterrupted run to 1e-6; extra comes back."""
+    """2 -> 3 -> 1 -> 2 ranks at stages 3, 2, 0, 1: the optimizer state right after each load is bitwise what was
+    saved, and the end is that of an uninterrupted run to 1e-6; extra comes back."""
     out, saved = str(tmp_path), None
     for world, stage, first, last in ((2, 3, 0, 2), (3, 2, 2, 4), (1, 0, 4, 6), (2, 1, 6, 8)):
         part = ranks().run(world, run_part, out, stage, first, last)[0] if world > 1 else run_part(out, stage, first, last)
@@ -97,8 +98,8 @@ def test_resume_is_bitwise(tmp_path, stage):
 
 
 def test_consolidate_equals_full_state_dict(tmp_path):
-    """One process without torch.distributed reads a two-rank checkpoint; tied names are both there; files open with a plain
-    torch.load(weights_only=True)."""
+    """One process without torch.distributed reads a two-rank checkpoint; tied names are both there; files open with a
+    plain torch.load(weights_only=True)."""
     state = ranks().run(2, run_part, str(tmp_path), 3, 0, 2)[0][1]
     folder = str(tmp_path / "step-00000002")
     assert_equal(consolidate(folder), state)
@@ -157,8 +158,8 @@ POINTS = [(0, "inside the shard"), (1, "inside the shard"), (1, "after the shard
 @pytest.mark.parametrize("rank, point", [POINTS[1], POINTS[3], *(pytest.param(*p, marks=pytest.mark.slow)
                                                                  for p in (POINTS[0], POINTS[2], POINTS[4]))])
 def test_killed_inside_a_save(tmp_path, rank, point):
-    """kill -9 of a rank at any point of a save: the other rank ends with an error, no step folder is ever partial, and the
-    run goes on at 1, 2 or 3 ranks from the last whole one."""
+    """kill -9 of a rank at any point of a save: the other rank ends with an error, no step folder is ever partial,
+    and the run goes on at 1, 2 or 3 ranks from the last whole one."""
     ranks().run(2, run_part, str(tmp_path / "run"), 3, 0, 2)
     with pytest.raises(RankFailed) as failure:
         ranks().run(2, save_and_die, str(tmp_path / "run"), rank, point, patience=5)
@@ -181,8 +182,8 @@ def test_killed_inside_a_save(tmp_path, rank, point):
 # ---- disks that fail ------------------------------------------------------------------------------------------------
 
 def test_no_space_left(tmp_path):
-    """A full disk while a shard or meta.json is written: a UserError naming the folder, nothing of the step is left, the
-    earlier checkpoint is untouched."""
+    """A full disk while a shard or meta.json is written: a UserError naming the folder, nothing of the step is left,
+    the earlier checkpoint is untouched."""
     z, out = training(0), str(tmp_path)
     save_checkpoint(out, 1, {"model": z}, {})
     for writes in (0, 1):
@@ -251,8 +252,8 @@ def damage_cut(path):
 @pytest.mark.parametrize("name", ["rank000.pt", "config.json", "tokenizer.json", "meta.json"])
 @pytest.mark.parametrize("damage", [damage_flip, damage_cut, os.remove])
 def test_damaged_file_is_named_and_the_previous_checkpoint_used(two_saved, capsys, name, damage):
-    """A flipped byte, a lost byte, a lost file: a warning names the file, the checkpoint before is loaded; with both damaged,
-    an error."""
+    """A flipped byte, a lost byte, a lost file: a warning names the file, the checkpoint before is loaded; with both
+    damaged, an error."""
     damage(two_saved / "step-00000002" / name)
     assert load_checkpoint(str(two_saved), {"model": training(0)}) == (1, {"n": 1})
     assert f"step-00000002/{name}" in capsys.readouterr().err
@@ -270,7 +271,8 @@ class Malicious:
 
 
 def test_pickles_that_run_code_are_refused(two_saved, tmp_path):
-    """A pickle that would create a file, in place of a shard (with matching checksums) or of model.pt, is refused unrun."""
+    """A pickle that would create a file, in place of a shard (with matching checksums) or of model.pt, is refused
+    unrun."""
     trap, folder = tmp_path / "trap", two_saved / "step-00000002"
     for make in (lambda: pickle.dumps(Malicious(trap)), lambda: torch_saved(Malicious(trap)),
                  lambda: torch_saved({"model": Malicious(trap)})):
@@ -313,7 +315,8 @@ def test_checkpoint_of_another_model(two_saved, change, words):
 
 
 def test_other_settings_warn(two_saved, capsys):
-    """Another number of threads or ranks, another micro_batch_size, another torch: loads, and says the bits will differ."""
+    """Another number of threads or ranks, another micro_batch_size, another torch: loads, and says the bits will
+    differ."""
     with mock.patch.object(torch, "get_num_threads", lambda: 77):
         load_checkpoint(str(two_saved), {"model": training(0)}, bitwise={"n": 3})
     warning = capsys.readouterr().err
@@ -372,8 +375,8 @@ def test_fuzzed_meta(tmp_path, tries, resign):
 # ---- final models ---------------------------------------------------------------------------------------------------
 
 def test_final_round_trip(tmp_path):
-    """Weights, config and tokenizer come back; config names the tied tensors, which are stored once; saving again replaces the
-    folder as a whole."""
+    """Weights, config and tokenizer come back; config names the tied tensors, which are stored once; saving again
+    replaces the folder as a whole."""
     z, tokenizer = training(0), tmp_path / "tokenizer.json"
     tokenizer.write_text('{"kind": "byte"}')
     state = z.full_state_dict()

@@ -48,8 +48,8 @@ def gpt(tied=False, seed=0):
 
 
 class Odd(nn.Module):
-    """All that is awkward: a scalar parameter, a block smaller than the number of ranks, one that is never used, one that
-    runs twice, a frozen matrix, a frozen block, a buffer."""
+    """All that is awkward: a scalar parameter, a block smaller than the number of ranks, one that is never used, one
+    that runs twice, a frozen matrix, a frozen block, a buffer."""
 
     def __init__(self):
         super().__init__()
@@ -88,8 +88,8 @@ def loss_of(model, ids, count):
 # ---- the oracle: one process, the plain model, gradients added in a known order -------------------------------------
 
 def one_process(kind, data, stage, clip=CLIP):
-    """Train the plain model on all ranks' micro-batches. Stage 1 sums over micro-batches first, then over ranks; stages 2
-    and 3 the other way round. Returns (state_dict, norms)."""
+    """Train the plain model on all ranks' micro-batches. Stage 1 sums over micro-batches first, then over ranks;
+    stages 2 and 3 the other way round. Returns (state_dict, norms)."""
     model = make(kind)
     named = [p for p in model.parameters() if p.requires_grad]
     groups = [{"params": [p for p in named if p.dim() >= 2], "weight_decay": DECAY},
@@ -140,8 +140,9 @@ def assert_equal(state, expected, label=""):
 
 @pytest.mark.parametrize("world", [2, 3])
 def test_stages_are_bitwise_one_process(world):
-    """Stages 1-3, k = 1..3 micro-batches, tied and untied, recomputation on and off: after two clipped steps the weights
-    are bit for bit those of one process that adds the same gradients in the same order; the fp64 norms agree to 1e-12."""
+    """Stages 1-3, k = 1..3 micro-batches, tied and untied, recomputation on and off: after two clipped steps the
+    weights are bit for bit those of one process that adds the same gradients in the same order; the fp64 norms agree
+    to 1e-12."""
     cases = [((kind, batches(world, k), stage), {"activation_checkpointing": recompute})
              for kind in ("tied", "untied") for k in (1, 2, 3) for stage in (1, 2, 3) for recompute in (False, True)]
     answers = ranks().run(world, many, cases)
@@ -156,8 +157,8 @@ def test_stages_are_bitwise_one_process(world):
 
 
 def test_stage_0_and_one_rank():
-    """Stage 0 on 3 ranks equals one process to 1e-6 (gloo's ring adds in its own order); on one rank every stage, without
-    torch.distributed, is bitwise the plain loop."""
+    """Stage 0 on 3 ranks equals one process to 1e-6 (gloo's ring adds in its own order); on one rank every stage,
+    without torch.distributed, is bitwise the plain loop."""
     (state, norms, _), *_ = ranks().run(3, many, [(("untied", batches(3, 2), 0), {})])[0]
     expected, expected_norms = one_process("untied", batches(3, 2), 1)
     assert norms == pytest.approx(expected_norms, rel=1e-5)
@@ -169,8 +170,8 @@ def test_stage_0_and_one_rank():
 
 
 def test_overlap_and_offload_change_no_bit():
-    """Prefetch and asynchronous reduce, optimizer, parameters, activations and moments elsewhere than on the device: the same
-    bits at every stage, with recomputation and without."""
+    """Prefetch and asynchronous reduce, optimizer, parameters, activations and moments elsewhere than on the device:
+    the same bits at every stage, with recomputation and without."""
     data = batches(2, 2)
     variants = [{}, {"overlap": True}, {"offload": ("optim",)}, {"offload": ("acts",)}, {"offload": ("optim", "disk")},
                 {"offload": ("optim", "acts"), "activation_checkpointing": True, "overlap": True}]
@@ -206,8 +207,9 @@ def test_compiled_blocks():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_compute_dtypes(dtype):
-    """16-bit compute: weights and activations are 16-bit, masters and gradients float32, micro-batches add in float32; the
-    update is near the float32 one. float64 keeps everything wide. All stages agree bitwise with each other at k = 1."""
+    """16-bit compute: weights and activations are 16-bit, masters and gradients float32, micro-batches add in
+    float32; the update is near the float32 one. float64 keeps everything wide. All stages agree bitwise with each
+    other at k = 1."""
     states = ranks().run(2, dtype_case, dtype)[0]
     expected, _ = one_process("untied", batches(2, 1), 2)
     for state in states:
@@ -236,8 +238,8 @@ def dtype_case(dtype):
 
 
 def test_sixteen_bit_gradients_add_in_float32():
-    """256 micro-batches of a gradient of 1 in bfloat16 sum to 256; a bfloat16 accumulator would stop at 256 only by luck,
-    and adding 1 + 2^-7 there would lose the small part."""
+    """256 micro-batches of a gradient of 1 in bfloat16 sum to 256; a bfloat16 accumulator would stop at 256 only by
+    luck, and adding 1 + 2^-7 there would lose the small part."""
     for stage in (0, 2):
         model = nn.Sequential(nn.Linear(1, 1, bias=False))
         z = Zero(model, units=[model[0]], stage=stage, dtype=torch.bfloat16)
@@ -298,8 +300,8 @@ def with_bug(i, stage):
 
 
 def test_seeded_bugs_turn_the_comparison_red():
-    """A lost gradient, swapped or shifted chunks, dividing twice, stale weights, a forgotten publish, a local norm, decay of
-    the norms: each makes the comparison of group 1 fail."""
+    """A lost gradient, swapped or shifted chunks, dividing twice, stale weights, a forgotten publish, a local norm,
+    decay of the norms: each makes the comparison of group 1 fail."""
     jobs = [(i, stage) for i, (*_, stages) in enumerate(SEEDED_BUGS) for stage in stages]
     expected, _ = one_process("untied", batches(2, 1), 2)
     assert_equal(sharded_by_two(), expected)
@@ -354,8 +356,8 @@ def count_all_bytes(jobs):
 
 @pytest.mark.parametrize("world", [2, 3])
 def test_bytes_held_and_sent_are_the_formulas(world):
-    """Counted over storages and collectives: exactly the table at the head of zero.py, here written down once more by hand;
-    no temporary stays alive after backward."""
+    """Counted over storages and collectives: exactly the table at the head of zero.py, here written down once more by
+    hand; no temporary stays alive after backward."""
     jobs = [("untied", stage, k, options) for stage in (0, 1, 2, 3) for k in (1, 2)
             for options in ({}, {"dtype": torch.bfloat16}, {"overlap": True}, {"offload": ("optim",)},
                             {"activation_checkpointing": True})]
@@ -385,8 +387,8 @@ def test_bytes_held_and_sent_are_the_formulas(world):
 
 
 def test_peak_of_gathered_weights():
-    """At stage 3, alive at once are the root and one unit, with overlap two, with recomputation too. (On one rank, since
-    gloo's worker thread may hold a finished gather a moment longer.)"""
+    """At stage 3, alive at once are the root and one unit, with overlap two, with recomputation too. (On one rank,
+    since gloo's worker thread may hold a finished gather a moment longer.)"""
     sizes = padded(gpt(), 1)
     for overlap, recompute in itertools.product((False, True), (False, True)):
         _, _, _, peak, alive, _ = count_bytes("untied", 3, 2, {"overlap": overlap, "activation_checkpointing": recompute})
@@ -410,8 +412,8 @@ class Spy(nn.Module):
 @pytest.mark.parametrize("stage", [0, 3])
 @pytest.mark.parametrize("recompute", [False, True])
 def test_checkpointing_really_drops_and_recomputes(stage, recompute):
-    """With activation checkpointing each block runs twice per micro-batch and its inner activations are gone between forward
-    and backward; at stage 3 weights are gathered as often as without."""
+    """With activation checkpointing each block runs twice per micro-batch and its inner activations are gone between
+    forward and backward; at stage 3 weights are gathered as often as without."""
     model = nn.Sequential(*(nn.Sequential() for _ in range(0)))
     model.blocks = nn.ModuleList(Spy() for _ in range(3))
     model.forward = lambda x: functools.reduce(lambda y, block: block(y), model.blocks, x)
@@ -449,8 +451,8 @@ def scale_case():
 
 
 def test_loss_scale_follows_the_vote_in_the_right_order():
-    """One rank overflows: all skip, the weights stay bitwise, the scale halves. The step that earns a larger scale is itself
-    unscaled by the old one: its norm is that of the float32 gradient."""
+    """One rank overflows: all skip, the weights stay bitwise, the scale halves. The step that earns a larger scale is
+    itself unscaled by the old one: its norm is that of the float32 gradient."""
     history = ranks().run(2, scale_case)
     for rank, steps in enumerate(history):
         infos, unchanged, scales = zip(*steps)
@@ -482,7 +484,8 @@ def nan_case(stage, poisoned):
 
 
 def test_one_nan_makes_all_ranks_skip():
-    """A NaN in one rank's gradient of one block: every rank skips, weights and moments stay, and the next step is sound."""
+    """A NaN in one rank's gradient of one block: every rank skips, weights and moments stay, and the next step is
+    sound."""
     for stage in (0, 1, 2, 3):
         for infos, unchanged, last in ranks().run(2, nan_case, stage, 3):
             assert all(info.skipped for info in infos) and unchanged and not last.skipped and math.isfinite(last.norm)
@@ -561,8 +564,9 @@ def generation_case(stage):
 
 
 def test_generation_with_ragged_lengths():
-    """gathered(): no collective inside, so ranks may generate different lengths; the same tokens as the plain model; backward
-    and step are refused; an exception restores; evaluation outside leaves gradients alone and frees what it gathered."""
+    """gathered(): no collective inside, so ranks may generate different lengths; the same tokens as the plain model;
+    backward and step are refused; an exception restores; evaluation outside leaves gradients alone and frees what it
+    gathered."""
     for stage in (0, 3):
         assert len(set(ranks().run(3, generation_case, stage))) == 1
 
@@ -591,8 +595,8 @@ def ppo_case():
 
 
 def test_four_models_in_one_process():
-    """Actor, critic, reference and reward model interleaved: the trained ones equal plain training, the frozen ones stay, hold
-    no optimizer bytes and send no gradients."""
+    """Actor, critic, reference and reward model interleaved: the trained ones equal plain training, the frozen ones
+    stay, hold no optimizer bytes and send no gradients."""
     actor, critic, reference, reward = (gpt(seed=i) for i in range(4))
     optimizers = [torch.optim.AdamW([{"params": [p for p in m.parameters() if p.dim() >= 2], "weight_decay": DECAY},
                                      {"params": [p for p in m.parameters() if p.dim() < 2], "weight_decay": 0.0}],
@@ -616,8 +620,8 @@ def test_four_models_in_one_process():
 # ---- 13: uneven and partly frozen -----------------------------------------------------------------------------------
 
 def test_odd_model():
-    """Scalars, more ranks than elements, a block used twice, an unused one, frozen ones: stages 0-3 on 3 ranks equal one
-    process (bitwise from stage 1 up), frozen tensors and buffers do not move."""
+    """Scalars, more ranks than elements, a block used twice, an unused one, frozen ones: stages 0-3 on 3 ranks equal
+    one process (bitwise from stage 1 up), frozen tensors and buffers do not move."""
     data = batches(3, 2)
     cases = [(("odd", data, stage), options) for stage in (0, 1, 2, 3)
              for options in ({}, {"activation_checkpointing": True, "overlap": True}, {"offload": ("optim",)})]
@@ -648,8 +652,8 @@ def one_sided(folder):
 
 
 def test_a_block_used_on_one_rank_only(tmp_path):
-    """Conditional blocks that differ between ranks are forbidden; with TORCH_DISTRIBUTED_DEBUG=DETAIL the error says which
-    collectives do not match, at once instead of at the timeout."""
+    """Conditional blocks that differ between ranks are forbidden; with TORCH_DISTRIBUTED_DEBUG=DETAIL the error says
+    which collectives do not match, at once instead of at the timeout."""
     start = time.monotonic()
     with pytest.raises(RankFailed, match="mismatch|Mismatch|not match|differ"):
         ranks().run(2, one_sided, str(tmp_path))
@@ -706,8 +710,8 @@ def test_options_that_make_no_sense(options, words):
 # ---- 14: activation offload -----------------------------------------------------------------------------------------
 
 def test_activations_are_parked_once_and_weights_never():
-    """Each large storage goes to the host once, however many views of it autograd saves; weights and buffers never; after
-    backward nothing is left there. With checkpointing only the block inputs go."""
+    """Each large storage goes to the host once, however many views of it autograd saves; weights and buffers never;
+    after backward nothing is left there. With checkpointing only the block inputs go."""
     data = batches(1, 1)
     for stage, recompute in itertools.product((0, 3), (False, True)):
         model = gpt()
@@ -736,8 +740,8 @@ def test_activations_are_parked_once_and_weights_never():
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_cuda_bytes_and_offload():
-    """torch.cuda.memory_allocated grows by exactly what the formula says (to the allocator's 512 bytes a tensor); offloading
-    changes no bit."""
+    """torch.cuda.memory_allocated grows by exactly what the formula says (to the allocator's 512 bytes a tensor);
+    offloading changes no bit."""
     states = []
     for offload in ((), ("optim",), ("optim", "params"), ("optim", "params", "acts")):
         torch.cuda.synchronize()
