@@ -14,7 +14,7 @@ from torch import Tensor
 
 # ---- attention ----------------------------------------------------------------------------------------------------
 # softmax(q k^T / sqrt(D)) v has T x T scores but T x D results. The tiled version never holds more than one tile of
-# scores: for each query tile (128 rows) it walks over the key tiles (up to 512 columns) that some of its rows may see.
+# scores: for each query tile (64 to 256 rows) it walks over the key tiles (up to 512 columns) that some row may see.
 #
 #                    keys ->
 #              +-----------+-----------+
@@ -38,7 +38,7 @@ from torch import Tensor
 # version moves every score about 5 times forward and 8 backward. Memory: O(T D), and a tile.
 
 LOG2E = math.log2(math.e)
-SCORES_AT_ONCE = {"cpu": 2**19, "cuda": 2**24}  # of a tile, its heads together; on a CPU 2 MB, about what caches hold
+SCORES_AT_ONCE = {"cpu": 2**20, "cuda": 2**24}  # of a tile, its heads together; on a CPU 4 MB, to stay in the caches
 
 
 def visible(q, k, causal: bool, segment_ids: Tensor | None, kv_segment_ids: Tensor | None) -> Tensor:
@@ -87,8 +87,9 @@ def flash_attention(q, k, v, *, causal=True, segment_ids=None, kv_segment_ids=No
                          f"for {q.shape[2]} queries and {k.shape[2]} keys")
     if torch.is_autocast_enabled(q.device.type):
         q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
-    if block is None:  # a GPU wants fewer, larger kernels; in a short row small tiles waste less above the diagonal
-        block = (512, 1024) if q.is_cuda else (128 if q.shape[2] > 512 else 64, 512)
+    if block is None:  # in a short row small tiles waste less above the diagonal; a GPU wants fewer, larger kernels
+        T = q.shape[2]
+        block = (512, 1024) if q.is_cuda else (64 if T <= 512 else 128 if T <= 1024 else 256, 512)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     return tiled_attention(q, k, v, segment_ids, kv_segment_ids, causal, scale, *block)[0]
 

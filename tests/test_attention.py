@@ -226,12 +226,12 @@ def scores_computed(monkeypatch, T, **options):
 
 
 def test_tiles_nobody_sees_are_not_computed(monkeypatch):
-    """Causal: the half below the diagonal and a tile's width. 8 packed documents: 1/6 of one, whatever their ids."""
+    """Causal: the half below the diagonal and a tile's width. 8 packed documents: 1/5 of one, whatever their ids."""
     T = 4096
     one = scores_computed(monkeypatch, T)
-    assert T * T / 2 < one <= T * (T + 128) / 2
+    assert T * T / 2 < one <= T * (T + 256) / 2
     for ids in (torch.arange(T) // 512, torch.tensor([5, 0, 7, 3, 1, 6, 2, 4]).repeat_interleave(512)):
-        assert scores_computed(monkeypatch, T, segment_ids=ids[None]) <= one / 6
+        assert scores_computed(monkeypatch, T, segment_ids=ids[None]) <= one / 5
     torn = torch.tensor([0, 1, 0, 1]).repeat_interleave(1024)  # each document in two pieces, the other one between them
     assert scores_computed(monkeypatch, T, segment_ids=torn[None]) <= 0.65 * one
     assert scores_computed(monkeypatch, T, causal=False) == T * T
