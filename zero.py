@@ -31,28 +31,41 @@ The common estimate of 168 GB for full fine-tuning of 7 B in float32 is 24 bytes
 table with p = 4: weights 28 + gradients 28 + moments 56 = 112 GB), and as a rule of thumb half as much again for
 activations. Those follow batch x length and not the parameters; activation_checkpointing takes most of them away.
 
-Several machines, the same two words on each: torchrun --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d
---rdzv_endpoint FIRST_MACHINE:29500 train_pretrain.py --zero 3 ... (with --out on a file system that all of them share).
+Several machines: the same command on each, with --out on a file system that they share:
+    torchrun --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint FIRST:29500 train_pretrain.py --zero 3
 
-How it works. A unit is a module whose parameters become one flat vector, cut in N equal shards. Its parameters are
-deleted and plugged in anew at every forward by `Use`, an autograd function that fetches weights on the way in and
-reduces gradients on the way back. The stages differ in three small methods: Unit.fetch, Unit.reduce, Unit.publish.
-Stage 0, plain all-reduce, is the one that the others must equal.
+How it works. A unit is a module whose parameters become one flat vector, cut in N shards. Its parameters are deleted
+and plugged in anew at every forward by `Use`, an autograd function that fetches weights on the way in and reduces
+gradients on the way back. The stages differ in three small methods: Unit.fetch, Unit.reduce, Unit.publish.
 """
 from __future__ import annotations
 
 import contextlib
 import math
-from typing import Callable, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 import zero_tools
 from common import UserError
-from zero_tools import Slot, aligned, plug
+from zero_tools import Slot, aligned, plug, sum_of_squares
+
+
+def data_parallel_step(model: nn.Module, optimizer: torch.optim.Optimizer, clip: float) -> float:
+    """Stage 0 as the ten lines that all the rest must equal (the tests compare); call it after loss.backward()."""
+    for p in model.parameters():
+        dist.all_reduce(p.grad)
+    norm = torch.cat([p.grad.double().flatten() for p in model.parameters()]).norm().item()
+    for p in model.parameters():
+        p.grad *= min(1.0, clip / (norm + 1e-6))
+    optimizer.step()
+    optimizer.zero_grad()
+    return norm
 
 
 class StepInfo(NamedTuple):
@@ -84,8 +97,8 @@ class Use(torch.autograd.Function):
 class Unit:
     """One module's parameters as one flat vector, padded to N S elements; rank r owns [r S, (r+1) S).
 
-    slots: the parameters in the vector's order: with weight decay, without, frozen; so decay is one boundary in a
-    shard. values: their initial values; trainable, decaying: how many of the slots are.
+    slots, values: the parameters in the vector's order: with weight decay, without, frozen; so decay is one boundary.
+    trainable, decaying: how many of the slots are.
     """
 
     def __init__(self, zero: Zero, name: str, module: nn.Module, slots: list[Slot], values: list[torch.Tensor],
@@ -100,11 +113,9 @@ class Unit:
             view.copy_(value.detach())
         zero.comm.broadcast(flat)  # ranks that were seeded differently would train a mixture
         self.low, self.high = (0, self.S * world) if stage == 0 else (rank * self.S, (rank + 1) * self.S)
-
         # full: the weights that compute, at stages 0-2. master: this rank's part of the truth; without a cast it is a
-        # slice of full and costs nothing. copy: this rank's part of the weights, where stage 3 has only its masters
-        # in host memory.
-        self.offloaded = zero.offloads("params") or (trainable > 0 and zero.offloads("optim"))
+        # slice of full and costs nothing. copy: this rank's part of the weights, where only its master is in the host.
+        self.offloaded = "params" in zero.offload or (trainable > 0 and "optim" in zero.offload)
         self.full = flat.to(zero.dtype) if stage < 3 else None
         self.master = flat[self.low:self.high]
         if self.offloaded:
@@ -113,12 +124,11 @@ class Unit:
             self.master = self.master.clone()
         if self.full is not None:
             memory.resident.add(self.full.data_ptr())
-        self.copy = self.compute_shard() if stage == 3 and self.offloaded and not zero.offloads("params") else None
+        self.copy = self.compute_shard() if stage == 3 and self.offloaded and "params" not in zero.offload else None
 
-        # Stage 3: a gather under way; the weights, from their first use in backward to reduce; the storage to keep
-        # recipes of.
-        self.pending = self.held = self.recipe_for = None
-        self.gathers_in_backward = self.filled = False  # filled: grad holds gradients of this step, not of the last one
+        self.filled = False  # grad holds gradients of this step, not of the last one
+        self.pending = self.held = None  # stage 3: a gather under way; weights, from first use in backward to reduce
+        self.recipe_for, self.gathers_in_backward = None, False  # the storage that autograd must not keep; see hooks()
         self.original = module.forward
         self.fwd = torch.compile(self.original) if zero.compile and self.is_block else self.original
         if not trainable:
@@ -129,21 +139,22 @@ class Unit:
             return min(max(end - self.low, 0), self.high - self.low)
 
         self.decay, self.end = owned(decaying), owned(trainable)
-        moment = memory.on_disk if zero.offloads("disk") else lambda *a: memory.empty(*a, host=self.offloaded).zero_()
-        self.exp_avg, self.exp_avg_sq = moment(self.end, zero.wide), moment(self.end, zero.wide)
+        self.exp_avg, self.exp_avg_sq = (memory.moment(self.end, zero.wide, host=self.offloaded) for _ in range(2))
+        part = self.high - self.low
         if stage < 2:
             self.grad = memory.empty(flat.numel(), zero.wide).zero_()
-            self.shard_grad = self.grad[self.low:self.high]
-        if stage >= 2 or self.offloaded:
-            self.shard_grad = memory.empty(self.master.numel(), zero.wide, host=self.offloaded).zero_()
-            self.grad = self.grad if stage < 2 else self.shard_grad
+            self.shard_grad = memory.empty(part, zero.wide, True) if self.offloaded else self.grad[self.low:self.high]
+        else:
+            self.grad = self.shard_grad = memory.empty(part, zero.wide, host=self.offloaded).zero_()
 
     def views(self, whole: torch.Tensor) -> list[torch.Tensor]:
         return [whole[slot.start:slot.start + slot.numel].view(slot.shape) for slot in self.slots]
 
     def compute_shard(self) -> torch.Tensor:
         """This rank's part of the weights, on the device and in the compute dtype."""
-        return self.zero.memory.to_device(self.master, self.zero.dtype) if self.offloaded else self.master.to(self.zero.dtype)
+        if self.offloaded:
+            return self.zero.memory.to_device(self.master, self.zero.dtype)
+        return self.master.to(self.zero.dtype)
 
     # ---- the four stages are these three methods
 
@@ -219,16 +230,10 @@ class Unit:
         total = chunks[0].to(self.zero.wide)
         for chunk in chunks[1:]:
             total += chunk
-        accumulate = self.filled and self.zero.stage >= 2
+        more = self.filled and self.zero.stage >= 2  # this step's earlier micro-batches are in the shard already
         if self.offloaded:
-            arrived = self.shard_grad
-            if accumulate:
-                arrived = self.zero.memory.empty(total.numel(), total.dtype, host=True)
-            self.zero.memory.to_host(arrived, total)
-            if accumulate:
-                self.zero.memory.wait()
-                self.shard_grad.add_(arrived)
-        elif accumulate:
+            self.zero.memory.to_host(self.shard_grad, total, add=more)
+        elif more:
             self.shard_grad.add_(total)
         elif self.shard_grad.data_ptr() != total.data_ptr():
             self.shard_grad.copy_(total)
@@ -254,7 +259,7 @@ class Unit:
     def run(self, *args, **kwargs):
         train = self.trainable and torch.is_grad_enabled()
         weights = Use.apply(self, self.zero.trigger) if train else self.views(self.fetch())
-        if self.zero.stage == 3 and self is not self.zero.root:  # the root is in use until backward ends: kept as it is
+        if self.zero.stage == 3 and self is not self.zero.root:  # the root is needed until backward ends, so it is kept
             self.recipe_for = weights[0].untyped_storage().data_ptr()
         plug(self.slots, weights)
         try:
@@ -266,7 +271,7 @@ class Unit:
     def hooks(self):
         """What autograd keeps for backward: of gathered weights a recipe (where to look after gathering again); of
         large activations, if they are offloaded, a copy in host memory."""
-        if self.zero.stage < 3 and not self.zero.offloads("acts"):
+        if self.zero.stage < 3 and "acts" not in self.zero.offload:
             return contextlib.nullcontext()
 
         def pack(x):
@@ -289,16 +294,16 @@ class Zero:
     """Shards a model, owns its optimizer (AdamW), and takes the place of loss.backward() and optimizer.step().
 
     units: modules that are fetched one at a time (blocks; untied embedding and head). A parameter that is not inside
-        exactly one of them belongs to the root unit, fetched for the whole forward and backward. dtype: of weights
-        and activations; masters, gradients and moments are float32 (float64 if dtype is). offload: "optim" masters,
-        moments and gradient shards in host memory, updated there; "params" (stage 3) weight shards too; "acts" large
-        activations; "disk" the moments in a file instead of memory. frozen: no gradients, no optimizer (a reference
-        or reward model); sharded at stage 3 only. activation_checkpointing, compile: of every unit that is a member
-        of a ModuleList, i.e. of the blocks. overlap: gather one unit ahead, and let one reduce run beside the
-        computation. The same numbers, more memory. init(module, prefix): for a model built under torch.device("meta")
-        because no rank may hold it whole: fills one unit's parameters, in place, with numbers that depend on nothing
-        but their full names (prefix + "." + name). Afterwards the model's Parameters are gone: model(...) works as
-        before, model.parameters() is empty.
+        exactly one of them belongs to the root unit, fetched once for the whole forward and backward.
+    dtype: of weights and activations; masters, gradients and moments are float32 (float64 if dtype is).
+    offload: "optim" masters, moments and gradient shards in host memory, updated there; "params" (stage 3) weight
+        shards too; "acts" large activations; "disk" the moments in a file instead of memory.
+    frozen: no gradients, no optimizer (a reference or reward model); sharded at stage 3 only.
+    activation_checkpointing, compile: of every unit that is a member of a ModuleList, i.e. of the blocks.
+    overlap: gather one unit ahead, and let one reduce run beside the computation. The same numbers, more memory.
+    init(module, prefix): for a model built under torch.device("meta") because no rank may hold it whole (then device
+        says where to): fills one unit's parameters in place, with numbers that depend on their full names alone.
+    Afterwards the model's Parameters are gone: model(...) works as before, model.parameters() is empty.
     """
 
     def __init__(self, model: nn.Module, *, units: list[nn.Module], stage: int = 0, dtype: torch.dtype = torch.float32,
@@ -306,7 +311,7 @@ class Zero:
                  betas: tuple[float, float] = (0.9, 0.95), eps: float = 1e-8, frozen: bool = False,
                  activation_checkpointing: bool = False, compile: bool = False, overlap: bool = False,
                  init: Callable[[nn.Module, str], None] | None = None, device: torch.device | str | None = None):
-        check_options(stage, offload, frozen)
+        zero_tools.check_options(stage, offload, frozen)
         self.model, self.stage, self.dtype, self.frozen, self.offload = model, stage, dtype, frozen, tuple(offload)
         self.activation_checkpointing, self.compile, self.overlap = activation_checkpointing, compile, overlap
         self.wide = torch.float64 if dtype == torch.float64 else torch.float32
@@ -325,18 +330,13 @@ class Zero:
                 zero_tools.materialise(parameters, self.device)
                 init(module, name)
             self.units.append(Unit(self, name or "root", module, *zero_tools.take_out(parameters, frozen)))
-        for unit in self.units:
-            unit.module.forward = unit.forward
+            module.forward = self.units[-1].forward
         self.root = next((unit for unit in self.units if unit.module is model), None)
         self.trained = [unit for unit in self.units if unit.trainable]
         self.optimizer = self._optimizer(lr, betas, eps, weight_decay) if self.trained else None
 
-    def offloads(self, what: str) -> bool:
-        return what in self.offload
-
     def _optimizer(self, lr, betas, eps, weight_decay) -> torch.optim.AdamW:
-        """AdamW (Loshchilov & Hutter 2019) is elementwise: it neither knows nor cares that its tensors are flat
-        shards."""
+        """AdamW (Loshchilov & Hutter 2019) is elementwise: it need not know that its tensors are slices of shards."""
         groups = [{"params": [], "weight_decay": weight_decay}, {"params": [], "weight_decay": 0.0}]
         state = {}
         for unit in self.trained:
@@ -344,17 +344,14 @@ class Zero:
                 p = nn.Parameter(unit.master[part])
                 p.grad = unit.shard_grad[part]
                 group["params"].append(p)
-                state[p] = {"step": torch.zeros((), device=p.device), "exp_avg": unit.exp_avg[part],
-                            "exp_avg_sq": unit.exp_avg_sq[part]}
+                moments = {"exp_avg": unit.exp_avg[part], "exp_avg_sq": unit.exp_avg_sq[part]}
+                state[p] = {"step": torch.zeros((), device=p.device), **moments}
         optimizer = torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)
         optimizer.state.update(state)
         return optimizer
 
-    # ---- communication beside computation
-
     def prefetch_after(self, unit: Unit) -> None:
-        """Start gathering what will be fetched next: the order is that of the first forward, in backward its
-        reverse."""
+        """Start gathering what comes next, in the order of the first forward, or in backward its reverse."""
         if not self.overlap:
             return
         if unit not in self.order:
@@ -391,8 +388,8 @@ class Zero:
         for unit in reversed(self.trained):
             unit.finish_gradients()
         self.memory.wait()
-        squares = torch.stack([zero_tools.sum_of_squares(unit.shard_grad) for unit in self.trained]).to(self.device)  # (units,)
-        if self.stage > 0:  # one all-reduce is norm, overflow vote and NaN guard: an inf anywhere is an inf everywhere
+        squares = torch.stack([sum_of_squares(unit.shard_grad) for unit in self.trained]).to(self.device)  # (units,)
+        if self.stage > 0:  # norm, overflow vote and NaN guard in one: an inf anywhere is an inf everywhere
             self.comm.all_reduce(squares)
         scale, norm = self.loss_scale, squares.sum().sqrt().item() / self.loss_scale
         if not math.isfinite(norm):
@@ -400,8 +397,8 @@ class Zero:
             if self.dtype == torch.float16:
                 self.loss_scale = max(1.0, self.loss_scale / 2)
             if self.skipped == 20:
-                bad = next(unit.name for unit, square in zip(self.trained, squares.tolist()) if not math.isfinite(square))
-                raise UserError(f"20 steps in a row had a gradient that is not finite, first in {bad}; lower --lr, "
+                bad = [unit.name for unit, square in zip(self.trained, squares.tolist()) if not math.isfinite(square)]
+                raise UserError(f"20 steps in a row had a gradient that is not finite, first in {bad[0]}; lower --lr, "
                                 "or use --dtype bfloat16 or float32")
             return StepInfo(norm, True, scale)
         factor = min(1.0, clip / (norm + 1e-6) if clip else 1.0) / scale
@@ -419,8 +416,7 @@ class Zero:
 
     @contextlib.contextmanager
     def gathered(self):
-        """Whole weights in every module, without gradients: no collective inside, so ranks may stop at different
-        lengths."""
+        """Whole weights in every module, no gradients, no communication: ranks may generate different lengths."""
         for unit in self.units:
             plug(unit.slots, unit.views(unit.fetch()))
         self.is_gathered = True
@@ -452,15 +448,3 @@ class Zero:
     def report(self) -> str:
         """A few lines for the log: bytes held by this rank, as counted and by formula; bytes sent; temporary peaks."""
         return zero_tools.report(self)
-
-
-def check_options(stage: int, offload: tuple[str, ...], frozen: bool) -> None:
-    if stage not in (0, 1, 2, 3):
-        raise UserError(f"--zero {stage}: expected 0, 1, 2 or 3")
-    for kind in offload:
-        if kind not in ("optim", "params", "acts", "disk"):
-            raise UserError(f"--offload {kind}: expected a comma list of optim, params, acts, disk")
-    if "params" in offload and stage != 3:
-        raise UserError(f"--offload params needs --zero 3, found --zero {stage}: other stages hold all weights on the device")
-    if not frozen and "optim" not in offload and ("params" in offload or "disk" in offload):
-        raise UserError("--offload params and disk need optim too: the optimizer works where its masters are")

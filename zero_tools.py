@@ -13,7 +13,8 @@ import os
 import tempfile
 import time
 import weakref
-from typing import Callable, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -23,7 +24,19 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from common import UserError
 
 PARK_BYTES = 1 << 20  # smaller activations are not worth a copy to the host
-ALIGN = 16  # elements: vector kernels round a ragged end differently, so unaligned shards would give results that depend on N
+ALIGN = 16  # elements: vector kernels round a ragged end differently, so results of unaligned shards would depend on N
+
+
+def check_options(stage: int, offload: tuple[str, ...], frozen: bool) -> None:
+    if stage not in (0, 1, 2, 3):
+        raise UserError(f"--zero {stage}: expected 0, 1, 2 or 3")
+    for kind in offload:
+        if kind not in ("optim", "params", "acts", "disk"):
+            raise UserError(f"--offload {kind}: expected a comma list of optim, params, acts, disk")
+    if "params" in offload and stage != 3:
+        raise UserError(f"--offload params needs --zero 3, found {stage}: other stages hold all weights on the device")
+    if not frozen and "optim" not in offload and ("params" in offload or "disk" in offload):
+        raise UserError("--offload params and disk need optim too: the optimizer works where its masters are")
 
 
 # ---- flat vectors -------------------------------------------------------------------------------------------------
@@ -219,12 +232,11 @@ class Memory:
         return torch.empty(numel, dtype=dtype, device=self.device)
 
     def on_disk(self, numel: int, dtype: torch.dtype) -> torch.Tensor:
-        """Zeros in a file of the temporary folder (TMPDIR, which should be a fast disk). Unlinked at once, it dies
-        with us."""
+        """Zeros in a file of the temporary folder (TMPDIR: on a fast disk). It has no name, so it dies with us."""
         handle, path = tempfile.mkstemp(prefix="zero-")
         os.close(handle)
         try:
-            return torch.from_file(path, shared=True, size=numel, dtype=dtype)
+            return torch.from_file(path, shared=True, size=max(1, numel), dtype=dtype)[:numel]
         finally:
             os.unlink(path)
 
@@ -236,9 +248,19 @@ class Memory:
         self.peak[kind] = max(self.peak.get(kind, 0), sum(n_bytes for k, _, n_bytes, _ in self.alive if k == kind))
         return x
 
-    def to_host(self, target: torch.Tensor, x: torch.Tensor) -> None:
-        """target (host) <- x (device); wait() before reading it."""
+    def moment(self, numel: int, dtype: torch.dtype, host: bool) -> torch.Tensor:
+        """Zeros for one of Adam's moments."""
+        if "disk" in self.offload:
+            return self.on_disk(numel, dtype)
+        return self.empty(numel, dtype, host).zero_()
+
+    def to_host(self, target: torch.Tensor, x: torch.Tensor, add: bool = False) -> None:
+        """target (host) <- x (device), or target + x; wait() before reading it."""
         self.moved["to_host"] += x.nbytes
+        if add:
+            self.wait()
+            target.add_(x.to("cpu"))
+            return
         if self.side is None:
             target.copy_(x)
             return
@@ -259,8 +281,7 @@ class Memory:
             torch.cuda.synchronize(self.device)
 
     def park(self, x: torch.Tensor):
-        """What autograd shall keep instead of x: with offload "acts", a host copy of its storage (one for all its
-        views).
+        """What autograd keeps in place of x: with offload "acts", a host copy of its storage, one for all its views.
 
         Never of weights or buffers: they stay on the device anyway.
         """
@@ -351,10 +372,10 @@ def report(z) -> str:
              f"model states held: {mib(held(z))}; by formula {sum(held_by_formula(z).values()) / 2**20:.1f} MiB"]
     if z.trained and z.comm.world > 1:
         lines.append(f"to send per step of one micro-batch: {mib(sent_by_formula(z))}")
-    for name, table in (("sent so far", z.comm.sent), ("moved so far", z.memory.moved), ("temporaries, peak", z.memory.peak)):
-        lines += [f"{name}: {mib(table)}"] if table else []
+    so_far = {"sent so far": z.comm.sent, "moved so far": z.memory.moved, "temporaries, peak": z.memory.peak}
+    lines += [f"{name}: {mib(table)}" for name, table in so_far.items() if table]
     if z.device.type == "cuda":
-        allocated, reserved = torch.cuda.memory_allocated(z.device), torch.cuda.memory_reserved(z.device)
-        lines.append(f"allocator: {allocated / 2**20:.1f} MiB in use, {(reserved - allocated) / 2**20:.1f} MiB of slack, "
-                     f"peak {torch.cuda.max_memory_allocated(z.device) / 2**20:.1f} MiB")
+        used, reserved = torch.cuda.memory_allocated(z.device), torch.cuda.memory_reserved(z.device)
+        peak = torch.cuda.max_memory_allocated(z.device)
+        lines.append("allocator: " + mib({"in use": used, "slack": reserved - used}) + f", peak {peak / 2**20:.1f} MiB")
     return "\n".join(lines)

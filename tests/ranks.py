@@ -25,7 +25,8 @@ class RankFailed(Exception):
 
     def __init__(self, answers):
         self.answers = answers
-        super().__init__("\n".join(f"rank {r}: {a[1] if a else 'died'}" for r, a in enumerate(answers) if not a or a[0] != "ok"))
+        failed = [f"rank {r}: {a[1] if a else 'died'}" for r, a in enumerate(answers) if not a or a[0] != "ok"]
+        super().__init__("\n".join(failed))
 
 
 def _play(pipe):

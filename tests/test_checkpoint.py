@@ -14,12 +14,13 @@ from unittest import mock
 
 import pytest
 import torch
+from ranks import RankFailed, ranks
+from test_zero import CLIP, DECAY, LR, assert_equal, gpt, loss_of, near
 
 import checkpoint
 from checkpoint import consolidate, load_checkpoint, load_final, save_checkpoint, save_final, steps
 from common import UserError
-from ranks import RankFailed, ranks
-from test_zero import CLIP, DECAY, LR, assert_equal, gpt, loss_of
+from model import GPT, GPTConfig
 from zero import Zero
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -72,7 +73,7 @@ def test_reshard_at_any_world_size_and_stage(tmp_path):
     saved, and the end is that of an uninterrupted run to 1e-6; extra comes back."""
     out, saved = str(tmp_path), None
     for world, stage, first, last in ((2, 3, 0, 2), (3, 2, 2, 4), (1, 0, 4, 6), (2, 1, 6, 8)):
-        part = ranks().run(world, run_part, out, stage, first, last)[0] if world > 1 else run_part(out, stage, first, last)
+        part = ranks().run(world, run_part, out, stage, first, last)[0]
         found, state, at_load, at_end = part
         if saved:
             assert found == (first, {"seen": 6 * first})
@@ -83,7 +84,7 @@ def test_reshard_at_any_world_size_and_stage(tmp_path):
     z = training(0)
     train(z, 0, 8)
     expected = z.full_state_dict()
-    assert all(torch.allclose(state[name], expected[name], rtol=0, atol=1e-5) for name in expected)
+    assert near(state, expected, 1e-5)
 
 
 @pytest.mark.parametrize("stage", [0, 3])
@@ -139,7 +140,7 @@ def save_and_die(out, rank, point):
                     file.write(b"half")
                 die()
             entry = real_write(path, content)
-            if (point == "after the shard" and name.startswith("rank")) or (point == "after meta" and name == "meta.json"):
+            if (point, name) in (("after the shard", f"rank{rank:03d}.pt"), ("after meta", "meta.json")):
                 die()
             return entry
 
@@ -152,7 +153,8 @@ def save_and_die(out, rank, point):
     save_checkpoint(out, 3, {"model": z}, {"seen": 18})
 
 
-POINTS = [(0, "inside the shard"), (1, "inside the shard"), (1, "after the shard"), (0, "after meta"), (0, "after the rename")]
+POINTS = [(0, "inside the shard"), (1, "inside the shard"), (1, "after the shard"), (0, "after meta"),
+          (0, "after the rename")]
 
 
 @pytest.mark.parametrize("rank, point", [POINTS[1], POINTS[3], *(pytest.param(*p, marks=pytest.mark.slow)
@@ -175,7 +177,7 @@ def test_killed_inside_a_save(tmp_path, rank, point):
         out = str(tmp_path / f"copy{world}")
         shutil.copytree(tmp_path / "run", out)
         state = ranks().run(world, run_part, out, 3, whole, 4)[0][1]
-        assert all(torch.allclose(state[name], expected[name], rtol=0, atol=1e-5) for name in expected)
+        assert near(state, expected, 1e-5)
         assert all(name.startswith("step-") for name in os.listdir(out))  # leftovers are gone after the next save
 
 
@@ -302,12 +304,13 @@ def torch_saved(value):
 
 
 @pytest.mark.parametrize("change, words", [
-    ({"n_embd": 32}, r"qkv.weight is \(48, 16\) there and \(96, 32\) here"), ({"n_layer": 3}, "blocks.2.*missing there"),
+    ({"n_embd": 32}, r"qkv.weight is \(48, 16\) there and \(96, 32\) here"),
+    ({"n_layer": 3}, "blocks.2.*missing there"),
     ({"tie_embeddings": False}, "other units|head.weight")])
 def test_checkpoint_of_another_model(two_saved, change, words):
     """The first tensor that differs is named, with both shapes."""
-    from model import GPT, GPTConfig
-    model = GPT(GPTConfig(**{**dict(vocab_size=33, n_layer=2, n_head=2, n_embd=16, max_seq_len=12, tie_embeddings=True), **change}))
+    shape = dict(vocab_size=33, n_layer=2, n_head=2, n_embd=16, max_seq_len=12, tie_embeddings=True)
+    model = GPT(GPTConfig(**{**shape, **change}))
     with pytest.raises(UserError, match=words):
         load_checkpoint(str(two_saved), {"model": Zero(model, units=model.units())})
     with pytest.raises(UserError, match="holds model, expected actor"):
@@ -335,7 +338,7 @@ def mutate(data: bytes, rng: random.Random) -> bytes:
         elif kind == 1:
             del data[i:i + rng.choice((1, 2, 50))]
         elif kind == 2:
-            data[i:i] = rng.choice((b"9" * 30, b"[" * 5000, b"null", b'"', b"{}", b"1e999", b"-1", b"\xff\x00", b"../../x"))
+            data[i:i] = rng.choice((b"9" * 30, b"[" * 5000, b"null", b'"', b"{}", b"1e999", b"-1", b"\xff\x00", b"../x"))
         elif i < len(data):
             data[i:i] = data[i:i + 40]
     return bytes(data)
@@ -393,7 +396,8 @@ def test_final_round_trip(tmp_path):
 
 
 @pytest.mark.parametrize("name, content, words", [
-    ("config.json", b"[1]", "expected an object"), ("config.json", b"{", "config.json"), ("config.json", b"\xff", "config.json"),
+    ("config.json", b"[1]", "expected an object"), ("config.json", b"{", "config.json"),
+    ("config.json", b"\xff", "config.json"),
     ("model.pt", b"", "damaged"), ("model.pt", b"PK\x03\x04 no zip", "damaged"), ("model.pt", None, "damaged")])
 def test_not_a_model_folder(tmp_path, name, content, words):
     """A folder without the files, or with others in their place: a UserError that names the file."""
@@ -415,11 +419,14 @@ def test_not_a_model_folder(tmp_path, name, content, words):
 
 def test_command_line(tmp_path):
     """python checkpoint.py STEP writes final/ from a checkpoint; a wrong folder is one line and exit code 2."""
+    def command(folder):
+        return subprocess.run([sys.executable, "checkpoint.py", folder], cwd=ROOT, capture_output=True, text=True)
+
+    out, z = str(tmp_path), training(0)
     (tmp_path / "tokenizer.json").write_text("{}")
-    z = training(0)
-    save_checkpoint(str(tmp_path), 1, {"model": z}, {}, config={"c": 1}, tokenizer_path=str(tmp_path / "tokenizer.json"))
-    done = subprocess.run([sys.executable, "checkpoint.py", str(tmp_path / "step-00000001")], cwd=ROOT, capture_output=True, text=True)
+    save_checkpoint(out, 1, {"model": z}, {}, config={"c": 1}, tokenizer_path=out + "/tokenizer.json")
+    done = command(out + "/step-00000001")
     assert done.returncode == 0, done.stderr
-    assert_equal(load_final(str(tmp_path))[1], z.full_state_dict())
-    done = subprocess.run([sys.executable, "checkpoint.py", str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
+    assert_equal(load_final(out)[1], z.full_state_dict())
+    done = command(out)
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "meta.json" in done.stderr
