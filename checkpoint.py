@@ -17,13 +17,14 @@ import os
 import re
 import shutil
 import sys
+from functools import partial
 
 import torch
 import torch.distributed as dist
 
 from common import UserError, run
 from zero import Zero
-from zero_tools import naming_lost_ranks
+from zero_tools import naming_lost_ranks, rank_and_world
 
 VERSION = 1
 
@@ -34,11 +35,13 @@ def save_checkpoint(out: str, step: int, models: dict[str, Zero], extra: dict, *
 
     Raises UserError on all ranks alike when any of them cannot write; then nothing of this step is left behind.
     """
-    rank, world = _ranks()
+    rank, world = rank_and_world()
     folder, tmp = os.path.join(out, f"step-{step:08d}"), os.path.join(out, f"tmp-{step:08d}")
 
     def prepare():
-        _clear_leftovers(out)
+        for name in os.listdir(out) if os.path.isdir(out) else []:
+            if re.fullmatch(r"tmp-(old-step-)?\d{8}", name):  # of a save that was killed
+                shutil.rmtree(os.path.join(out, name))
         os.makedirs(tmp)
 
     def write_shard():
@@ -48,14 +51,14 @@ def save_checkpoint(out: str, step: int, models: dict[str, Zero], extra: dict, *
 
     def finish():
         if config is not None:
-            files["config.json"] = _write(os.path.join(tmp, "config.json"), _json(config))
+            files["config.json"] = _write(os.path.join(tmp, "config.json"), config)
         if tokenizer_path is not None:
             with open(tokenizer_path, "rb") as source:
                 files["tokenizer.json"] = _write(os.path.join(tmp, "tokenizer.json"), source.read())
         meta = {"version": VERSION, "step": step, "world": world, "threads": torch.get_num_threads(),
                 "torch": torch.__version__, "layout": {key: layout(z) for key, z in models.items()},
                 "files": files, "extra": extra}
-        _write(os.path.join(tmp, "meta.json"), _json({**meta, "sha256": _digest(meta)}))
+        _write(os.path.join(tmp, "meta.json"), {**meta, "sha256": _digest(meta)})
         _replace_folder(tmp, folder)
         for name in steps(out)[keep:]:
             shutil.rmtree(_hide_folder(os.path.join(out, name)))
@@ -80,15 +83,13 @@ def load_checkpoint(out: str, models: dict[str, Zero], bitwise: dict | None = No
     extra, or else, as with another world size, number of threads or PyTorch, a warning says that the last bits will
     differ.
     """
-    rank, world = _ranks()
+    rank, world = rank_and_world()
     names = _together((lambda: steps(out)) if rank == 0 else None)[0]
     problem = None
     for name in names:
         folder = os.path.join(out, name)
         try:
-            meta = _together(lambda: read_meta(folder))[0]  # noqa: B023 - called at once
-            files = sorted(meta["files"].items())
-            _together(lambda: [_verify(folder, *entry) for entry in files[rank::world]])  # noqa: B023
+            meta = _together(partial(_examine, folder, slice(rank, None, world)))[0]  # each rank hashes its share
         except UserError as error:
             problem = error
             if rank == 0:
@@ -107,9 +108,7 @@ def load_checkpoint(out: str, models: dict[str, Zero], bitwise: dict | None = No
 
 def consolidate(folder: str, key: str = "model") -> dict[str, torch.Tensor]:
     """{name: tensor} of one model in a step folder: one process, no torch.distributed, no GPU, no model code."""
-    meta = read_meta(folder)
-    for entry in meta["files"].items():
-        _verify(folder, *entry)
+    meta = _examine(folder, slice(None))
     if key not in meta["layout"]:
         raise UserError(f"{folder}: holds {', '.join(meta['layout'])}, not {key}")
     shards, state = _read_shards(folder, meta, key), {}
@@ -126,24 +125,20 @@ SCALARS = ("updates", "loss_scale", "good_steps", "skipped")
 
 
 def layout(z: Zero) -> dict:
-    """JSON-able: which tensors lie in which flat vector. A checkpoint must match it, whatever its world size and
-    stage."""
+    """JSON-able: which tensors lie in which flat vector. A checkpoint must match it; world size and stage are free."""
     return {unit.name: [[[name for name, _, _ in slot.places], list(slot.shape), slot.start] for slot in unit.slots]
             for unit in z.units}
 
 
 def _vectors(unit) -> dict[str, torch.Tensor]:
     """What is kept of a unit; each begins at element unit.low of its flat vector."""
-    if not unit.trainable:
-        return {"master": unit.master}
-    return {"master": unit.master, "exp_avg": unit.exp_avg, "exp_avg_sq": unit.exp_avg_sq}
+    return {key: getattr(unit, key) for key in ("master", "exp_avg", "exp_avg_sq")[:3 if unit.trainable else 1]}
 
 
 def state_shards(z: Zero) -> dict:
     """This rank's part of all that training needs: {"units": {unit: {vector: (n,) tensor}}, "buffers", "scalars"}.
 
-    A vector is master, exp_avg or exp_avg_sq: elements [r S, (r+1) S) of the flat vector, without the padding at its
-    end.
+    A vector is master, exp_avg or exp_avg_sq: elements [r S, (r+1) S) of the flat one, without the padding at its end.
     """
     units = {}
     for unit in z.units:
@@ -154,8 +149,7 @@ def state_shards(z: Zero) -> dict:
 
 @torch.no_grad()
 def load_shards(z: Zero, shards: list[dict]) -> None:
-    """shards: state_shards() of every rank of the run that saved, in rank order; its world size and stage do not
-    matter."""
+    """shards: state_shards() of all ranks of the run that saved, in rank order, whatever its world size and stage."""
     for unit in z.units:
         for key, mine in _vectors(unit).items():
             start = -unit.low  # of the next piece, counted from the start of my own vector
@@ -165,7 +159,7 @@ def load_shards(z: Zero, shards: list[dict]) -> None:
                     mine[first:last].copy_(piece[first - start:last - start])
                 start += piece.numel()
             if start + unit.low != unit.length:
-                raise UserError(f"{key} of {unit.name} has {start + unit.low} elements in the checkpoint, {unit.length} here")
+                raise UserError(f"{unit.name}: {key} has {start + unit.low} elements, expected {unit.length}")
         unit.publish()
     z.model.load_state_dict(shards[0]["buffers"])
     for key in SCALARS:
@@ -193,7 +187,7 @@ def save_final(out: str, state_dict: dict[str, torch.Tensor], config: dict, toke
         with open(tokenizer_path, "rb") as source:
             config["files"] = {"model.pt": _write(os.path.join(tmp, "model.pt"), state_dict),
                                "tokenizer.json": _write(os.path.join(tmp, "tokenizer.json"), source.read())}
-        _write(os.path.join(tmp, "config.json"), _json(config))
+        _write(os.path.join(tmp, "config.json"), config)
         _replace_folder(tmp, folder)
     except (OSError, RuntimeError) as error:
         shutil.rmtree(tmp, ignore_errors=True)
@@ -208,8 +202,7 @@ def final_folder(folder: str) -> str:
 
 
 def load_final(folder: str) -> tuple[dict, dict[str, torch.Tensor]]:
-    """(config, {name: tensor}) of a folder that save_final wrote; the run's folder will do too. Tensors are read when
-    used."""
+    """(config, {name: tensor}) of a folder that save_final wrote, or of the run's; tensors are read when used."""
     folder = final_folder(folder)
     config = _read_json(os.path.join(folder, "config.json"))
     path = os.path.join(folder, "model.pt")
@@ -256,12 +249,6 @@ def steps(out: str) -> list[str]:
     return sorted((n for n in names if re.fullmatch(r"step-\d{8}", n)), reverse=True)
 
 
-def _clear_leftovers(out: str) -> None:
-    for name in os.listdir(out) if os.path.isdir(out) else []:
-        if re.fullmatch(r"tmp-(old-)?(step-)?\d{8}", name):  # of a save that was killed
-            shutil.rmtree(os.path.join(out, name))
-
-
 def _replace_folder(tmp: str, folder: str) -> None:
     """Rename tmp to folder, for good even if the power goes."""
     _sync_folder(tmp)
@@ -293,32 +280,24 @@ class _Hashing:
     """A file that hashes what passes through, so that it need not be read again."""
 
     def __init__(self, file):
-        self.file, self.hash, self.bytes = file, hashlib.sha256(), 0
+        self.file, self.hash, self.flush = file, hashlib.sha256(), file.flush
 
     def write(self, data) -> int:
         self.hash.update(data)
-        self.bytes += len(data)
         return self.file.write(data)
-
-    def flush(self) -> None:
-        self.file.flush()
 
 
 def _write(path: str, content: bytes | dict) -> dict:
-    """A new file of bytes, or of (nested) {name: tensor}, forced to the disk; returns its entry for meta.json."""
+    """A new file, forced to the disk: bytes as they are, dicts as JSON or (*.pt) tensors. Returns its size and hash."""
     with open(path, "wb") as file:
         hashing = _Hashing(file)
-        if isinstance(content, bytes):
-            hashing.write(content)
-        else:
+        if path.endswith(".pt"):
             torch.save(content, hashing)
+        else:
+            hashing.write(content if isinstance(content, bytes) else json.dumps(content, indent=1).encode())
         file.flush()
         os.fsync(file.fileno())
-    return {"bytes": hashing.bytes, "sha256": hashing.hash.hexdigest()}
-
-
-def _json(value) -> bytes:
-    return json.dumps(value, indent=1).encode()
+        return {"bytes": file.tell(), "sha256": hashing.hash.hexdigest()}
 
 
 def _read_json(path: str):
@@ -331,7 +310,7 @@ def _read_json(path: str):
         raise UserError(f"{path}: cannot be read: {error}") from None
 
 
-def read_meta(folder: str) -> dict:
+def _read_meta(folder: str) -> dict:
     """meta.json, checked for everything that the loader relies on; UserError otherwise."""
     path = os.path.join(folder, "meta.json")
     meta = _read_json(path)
@@ -351,24 +330,29 @@ def read_meta(folder: str) -> dict:
     return meta
 
 
+def _examine(folder: str, part: slice) -> dict:
+    """meta.json, after checking it and that part of the files it lists."""
+    meta = _read_meta(folder)
+    for name, entry in sorted(meta["files"].items())[part]:
+        _verify(folder, name, entry)
+    return meta
+
+
 def _digest(meta: dict) -> str:
     return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
 
 
-def _verify(folder: str, name: str, expected) -> None:
-    path, expected = os.path.join(folder, name), expected if isinstance(expected, dict) else {}
+def _verify(folder: str, name: str, expected: dict) -> None:
+    path = os.path.join(folder, name)
     try:
-        size = os.path.getsize(path)
-        if size != expected.get("bytes"):
-            raise UserError(f"{path}: has {size} bytes and should have {expected.get('bytes')}; the file is damaged")
-        hashed = hashlib.sha256()
+        size, hashed = os.path.getsize(path), hashlib.sha256()
         with open(path, "rb") as file:
             while block := file.read(1 << 20):
                 hashed.update(block)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
-    if hashed.hexdigest() != expected.get("sha256"):
-        raise UserError(f"{path}: its checksum is not the one noted when it was written; the file is damaged")
+    if {"bytes": size, "sha256": hashed.hexdigest()} != expected:
+        raise UserError(f"{path}: its {size} bytes are not what was written: size or checksum differ; it is damaged")
 
 
 def _load(path: str):
@@ -378,7 +362,7 @@ def _load(path: str):
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except Exception as error:  # whatever a hostile or damaged file makes the unpickler raise
-        raise UserError(f"{path}: not a file of tensors: {str(error).splitlines()[0] if str(error) else error!r}") from None
+        raise UserError(f"{path}: not a file of tensors: {(str(error) or repr(error)).splitlines()[0]}") from None
 
 
 def _read_shards(folder: str, meta: dict, key: str) -> list[dict]:
@@ -432,15 +416,10 @@ def _warn_of_changes(folder: str, meta: dict, now: dict) -> None:
     changed = [f"{key} was {was} and is {value}" for key, value in now.items()
                if (was := meta.get(key, meta["extra"].get(key))) != value]
     if changed:
-        print(f"warning: {folder}: {', '.join(changed)}: the run goes on, but not bitwise as it would have", file=sys.stderr)
+        print(f"warning: {folder}: {', '.join(changed)}: going on, but the last bits will differ", file=sys.stderr)
 
 
 # ---- all ranks together ---------------------------------------------------------------------------------------------
-
-def _ranks() -> tuple[int, int]:
-    inside = dist.is_available() and dist.is_initialized()
-    return (dist.get_rank(), dist.get_world_size()) if inside else (0, 1)
-
 
 def _together(action) -> list:
     """Run action() (None: nothing to do) on every rank; returns all results in rank order. If one fails, all raise."""
@@ -448,7 +427,7 @@ def _together(action) -> list:
         mine = (True, action() if action else None)
     except (UserError, OSError, RuntimeError) as error:
         mine = (False, str(error))
-    rank, world = _ranks()
+    rank, world = rank_and_world()
     everyone = [mine] * world
     if world > 1:
         with naming_lost_ranks("checkpoint"):

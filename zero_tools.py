@@ -122,6 +122,11 @@ def sum_of_squares(x: torch.Tensor, chunk: int = 1 << 20) -> torch.Tensor:
 
 # ---- collectives --------------------------------------------------------------------------------------------------
 
+def rank_and_world() -> tuple[int, int]:
+    inside = dist.is_available() and dist.is_initialized()
+    return (dist.get_rank(), dist.get_world_size()) if inside else (0, 1)
+
+
 class Comm:
     """The collectives ZeRO needs; without a process group, a world of one. sent: bytes this rank put on the wire.
 
@@ -129,8 +134,7 @@ class Comm:
     """
 
     def __init__(self, memory: Memory, overlap: bool = False):
-        inside = dist.is_available() and dist.is_initialized()
-        self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if inside else (0, 1)
+        self.rank, self.world = rank_and_world()
         self.memory, self.overlap, self.under_way = memory, overlap, None
         self.sent = collections.Counter()
 
