@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import datetime
 import difflib
@@ -36,8 +37,13 @@ def run(main) -> None:
         code = main()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
-        os._exit(2)  # not sys.exit: other ranks may wait in a collective, and a clean shutdown would wait for them
-    sys.exit(code or 0)
+        code = 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr, flush=True)
+        code = 130
+    else:
+        sys.exit(code or 0)
+    os._exit(code)  # not sys.exit: other ranks may wait in a collective, and a clean shutdown would wait for them
 
 
 # ---- flags --------------------------------------------------------------------------------------------------------
@@ -48,7 +54,7 @@ def _number(kind, text: str):
         value = kind(text)
     except ValueError:
         value = math.nan
-    if not 0 <= value < math.inf:
+    if not 0 <= value < (2**63 if kind is int else math.inf):
         raise argparse.ArgumentTypeError(f"found {text!r}, expected a finite {kind.__name__} >= 0")
     return value
 
@@ -64,7 +70,10 @@ def _float(text: str) -> float:
 def _pair(text: str) -> tuple[float, ...]:
     if text.count(",") != 1:
         raise argparse.ArgumentTypeError(f"found {text!r}, expected two numbers with a comma between")
-    return tuple(_float(part) for part in text.split(","))
+    pair = tuple(_float(part) for part in text.split(","))
+    if max(pair) >= 1:
+        raise argparse.ArgumentTypeError(f"found {text!r}, expected numbers below 1")
+    return pair
 
 
 class _Parser(argparse.ArgumentParser):
@@ -161,6 +170,8 @@ class Env:
         if self.stop_signal:
             raise KeyboardInterrupt  # the second one means it
         self.stop_signal = number
+        if self.is_main:
+            print("\nstopping after this step; once more to stop at once", file=sys.stderr, flush=True)
 
 
 def setup(device: str = "auto", timeout: float = 600.0) -> Env:
@@ -179,7 +190,9 @@ def setup(device: str = "auto", timeout: float = 600.0) -> Env:
     try:
         chosen = torch.device(device)
     except RuntimeError:
-        raise UserError(f"--device {device}: expected auto, cpu, cuda or cuda:N") from None
+        chosen = torch.device("meta")
+    if chosen.type not in ("cpu", "cuda"):
+        raise UserError(f"--device {device}: expected auto, cpu, cuda or cuda:N")
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
     if local_world > 1:  # torchrun sets OMP_NUM_THREADS=1, which leaves most cores idle
@@ -233,15 +246,32 @@ class Log:
         self.live = env.is_main and sys.stdout.isatty()
         self.path = os.path.join(out, "metrics.jsonl")
         if env.is_main:
-            os.makedirs(out, exist_ok=True)
-            kept = []
-            if start and os.path.exists(self.path):
-                with open(self.path, encoding="utf-8") as file:
-                    kept = [line for line in file if line.endswith("\n") and json.loads(line)["step"] <= start]
-            with open(self.path + ".tmp", "w", encoding="utf-8") as file:
-                file.writelines(kept)
-            os.replace(self.path + ".tmp", self.path)
+            with self._writing():
+                os.makedirs(out, exist_ok=True)
+                kept = []
+                if start and os.path.exists(self.path):
+                    with open(self.path, encoding="utf-8", errors="replace") as file:
+                        kept = [line for line in file if self._step_of(line) <= start]
+                with open(self.path + ".tmp", "w", encoding="utf-8") as file:
+                    file.writelines(kept)
+                os.replace(self.path + ".tmp", self.path)
         self.restart_clock()
+
+    @contextlib.contextmanager
+    def _writing(self):
+        try:
+            yield
+        except OSError as error:
+            raise UserError(f"{self.path}: cannot be written: {error.strerror}; free space, or choose another "
+                            "--out") from None
+
+    @staticmethod
+    def _step_of(line: str) -> float:
+        """The step of a line of metrics.jsonl; infinite for what a crash has left of one."""
+        try:
+            return json.loads(line)["step"] if line.endswith("\n") else math.inf
+        except (ValueError, KeyError, TypeError):
+            return math.inf
 
     def restart_clock(self) -> None:
         """Call after evaluation and saving, so that tokens/s speaks of training alone."""
@@ -267,8 +297,9 @@ class Log:
         """Write one event; live: on a terminal the next live line overwrites this one."""
         if not self.env.is_main:
             return
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **numbers}) + "\n")
+        finite = {k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in numbers.items()}
+        with self._writing(), open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, **finite}) + "\n")  # JSON has no nan: null
         shown = dict(numbers)
         words = [f"step {step}/{self.steps}"]
         speed, mfu, memory = (shown.pop(k, None) for k in ("tokens_per_second", "mfu", "memory"))

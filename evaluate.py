@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from checkpoint import final_folder, load_final
-from common import UserError, parse, run, setup
+from common import UserError, parse, require_positive, run, setup
 from corpus import read_corpus
 from model import GPT, GPTConfig
 from tokenizer import Tokenizer
@@ -82,6 +82,7 @@ def perplexity(model, tokenizer, documents, seq_len: int, stride: int, batch_siz
 
 def main(argv=None) -> int:
     cfg = parse(Config, argv, __doc__)
+    require_positive(cfg, "batch_size")
     env = setup(cfg.device)
     folder = final_folder(cfg.model)
     config, weights = load_final(folder)

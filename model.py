@@ -47,7 +47,10 @@ class GPTConfig:
 
     def __post_init__(self):
         self.n_kv_head = self.n_kv_head or self.n_head
-        if self.n_head < 1 or self.n_embd % self.n_head:
+        for name in ("n_layer", "n_head", "n_embd", "rope_theta", "norm_eps"):
+            if getattr(self, name) <= 0:
+                raise UserError(f"--{name} {getattr(self, name)}: expected more than 0")
+        if self.n_embd % self.n_head:
             raise UserError(f"--n_embd {self.n_embd} is not divisible by --n_head {self.n_head}; change one of them")
         if self.n_head % self.n_kv_head:
             raise UserError(f"--n_head {self.n_head} is not divisible by --n_kv_head {self.n_kv_head}; change one")
@@ -210,15 +213,15 @@ class GPT(nn.Module):
 
     def forward(self, ids, targets=None, *, segment_ids=None, positions=None, temperature=1.0, with_stats=False,
                 equal_weights=False, cache=None):
+        if ids.shape[1] > self.config.max_seq_len:
+            raise UserError(f"found a row of {ids.shape[1]} tokens, but the model was made for rows of "
+                            f"{self.config.max_seq_len} (its max_seq_len)")
         if segment_ids is not None and cache is None:
             if bool((segment_ids == segment_ids[:, :1]).all()):
                 segment_ids = None  # one document a row: the causal mask alone is the same and cheaper
             elif positions is None:
                 positions = restarting_positions(segment_ids)  # (B, T)
         if positions is None:
-            if ids.shape[1] > self.config.max_seq_len:
-                raise UserError(f"{ids.shape[1]} tokens in a row, but the model was made for --max_seq_len "
-                                f"{self.config.max_seq_len}")
             positions = torch.arange(ids.shape[1], device=ids.device)[None]  # (1, T)
         x = self.embed(ids)  # (B, T, C)
         if self.position is not None:
@@ -344,6 +347,7 @@ def choose(logits, uniforms, temperature=1.0, top_k=0, top_p=1.0):
     if top_k or top_p < 1:
         ranked, order = p.sort(dim=-1, descending=True, stable=True)
         drop = ranked.cumsum(-1) - ranked >= top_p  # the mass before a token already suffices
+        drop[:, 0] = False
         if top_k:
             drop[:, top_k:] = True
         p = p.scatter(-1, order, ranked.masked_fill(drop, 0.0))
@@ -383,6 +387,7 @@ def generate(model, prompts, *, max_new_tokens, temperature=1.0, top_k=0, top_p=
         logits = model(ids, segment_ids=segment_ids, positions=positions, cache=cache)[:, -1].float()  # (B, V)
         full = logits
         if repetition_penalty != 1:
+            logits = logits.clone()  # full keeps what the model said
             for row, prompt in enumerate(prompts):
                 seen = torch.tensor(sorted({*prompt, *new[row]}), device=device)
                 logits[row, seen] = torch.where(logits[row, seen] > 0, logits[row, seen] / repetition_penalty,

@@ -4,6 +4,8 @@
 #   bash run.sh my_text.txt  on your own text
 # Interrupted? The same command goes on where it stopped. To start afresh, remove the folder under out/.
 set -euo pipefail
+data=${1:-stdlib}
+[ -e "$data" ] && data=$(cd "$(dirname "$data")" && pwd)/$(basename "$data")  # as seen from where you are
 cd "$(dirname "$0")"
 
 # the environment: made once, again when requirements.txt changes
@@ -14,9 +16,9 @@ if ! cmp -s requirements.txt .venv/requirements.txt; then
     cp requirements.txt .venv/
 fi
 
-data=${1:-stdlib}
-name=$(basename "$data" .txt)
-out=out/pretrain-$name
+# one folder per text, told apart by name and content
+out=out/pretrain-$(basename "$data" .txt)
+[ -e "$data" ] && out=$out-$(cksum < "$data" | cut -d" " -f1)
 
 set -x
 .venv/bin/python train_pretrain.py --data "$data" --out "$out" --resume

@@ -10,7 +10,7 @@ import os
 from dataclasses import dataclass
 
 from checkpoint import final_folder, load_final
-from common import UserError, parse, run, setup
+from common import UserError, parse, require_positive, run, setup
 from model import GPT, GPTConfig, generate
 from tokenizer import Tokenizer
 
@@ -45,6 +45,7 @@ class Printer:
 
 def main(argv=None) -> int:
     cfg = parse(Config, argv, __doc__)
+    require_positive(cfg, "n", "top_p", "repetition_penalty")
     env = setup(cfg.device)
     folder = final_folder(cfg.model)
     config, weights = load_final(folder)
@@ -64,11 +65,14 @@ def main(argv=None) -> int:
     if room < 1:
         raise UserError(f"the prompt has {len(prompt)} tokens, but the model's rows end at {model.config.max_seq_len}; "
                         "shorten it")
+    if cfg.max_new_tokens > room:
+        raise UserError(f"--max_new_tokens {cfg.max_new_tokens}: the model's rows end at {model.config.max_seq_len}, "
+                        f"which leaves {room}")
     for number in range(cfg.n):
         print(text, end="")
-        generate(model, [prompt], max_new_tokens=min(cfg.max_new_tokens or room, room), temperature=cfg.temperature,
+        generate(model, [prompt], max_new_tokens=cfg.max_new_tokens or room, temperature=cfg.temperature,
                  top_k=cfg.top_k, top_p=cfg.top_p, repetition_penalty=cfg.repetition_penalty, eos_id=tokenizer.end_id,
-                 banned=(tokenizer.pad_id,), seeds=[cfg.seed + number], on_token=Printer(tokenizer))
+                 banned=tokenizer.specials_but_end, seeds=[cfg.seed + number], on_token=Printer(tokenizer))
         print("\n" + "-" * 40 if number + 1 < cfg.n else "")
     env.close()
     return 0

@@ -303,6 +303,7 @@ class Tokenizer:
         self.vocab_size = self.encoding.n_vocab
         ids = range(self.vocab_size - len(SPECIALS), self.vocab_size)
         self.pad_id, self.bos_id, self.system_id, self.user_id, self.assistant_id, self.end_id = ids
+        self.specials_but_end = tuple(ids[:-1])  # what a completion of plain text must not draw
 
     def encode(self, text: str) -> list[int]:
         """Ordinary text only: the names of special tokens are spelled out.

@@ -91,16 +91,19 @@ def pretrain_loss(logp):
 
 
 @torch.no_grad()
-def evaluate(model, tokens: TokenFile, cfg: Config, env) -> dict:
-    """Mean loss per token of the validation text, each token predicted once, in rows of seq_len without overlap."""
+def evaluate(model, tokens: TokenFile, rows: int, cfg: Config, env) -> dict:
+    """Mean loss per token of the validation text, each token predicted once, in rows of seq_len without overlap,
+    so many of them at once on each rank. UserError if the loss is not finite: what has blown up is not worth saving."""
     loss, count = torch.zeros((), device=env.device, dtype=torch.float64), 0
-    batches = eval_windows(tokens, cfg.seq_len, cfg.batch_size, env.rank, env.world, cfg.eval_rows)
+    batches = eval_windows(tokens, cfg.seq_len, rows, env.rank, env.world, cfg.eval_rows)
     for ids, targets, segment_ids in batches:  # (b, T) each
         ids, targets, segment_ids = ids.to(env.device), targets.to(env.device), segment_ids.to(env.device)
         loss += pretrain_loss(model(ids, targets, segment_ids=segment_ids))
         count += int((targets >= 0).sum())
     loss, count = env.sum(loss, count)
     mean = loss / count
+    if not math.isfinite(mean):
+        raise UserError(f"the validation loss is {mean}; lower --lr, or use --dtype float32 or bfloat16")
     return {"eval_loss": mean, "eval_perplexity": math.exp(min(mean, 700.0)),
             "eval_bits_per_byte": mean / math.log(2) * tokens.n_targets / tokens.n_bytes}
 
@@ -128,10 +131,16 @@ def main(argv=None) -> int:
             raise UserError(f"--tokenizer {cfg.tokenizer}: not the tokenizer of --init {cfg.init}; leave the flag out")
         config, weights = load_final(cfg.init)
         model_config = GPTConfig.from_dict({**config["model"], "attention": cfg.attention}, cfg.init)
+        for name, value in dataclasses.asdict(model_config).items():
+            if name not in ("vocab_size", "max_seq_len") and getattr(cfg, name) not in (value, getattr(Config(), name)):
+                raise UserError(f"--{name} {getattr(cfg, name)}: the model of --init has {value}; leave the flag out")
     else:
         shape = {f.name: getattr(cfg, f.name) for f in dataclasses.fields(GPTConfig)}
         shape |= {"vocab_size": tokenizer.vocab_size, "max_seq_len": cfg.max_seq_len or cfg.seq_len}
         model_config = GPTConfig(**shape)
+    if cfg.seq_len > model_config.max_seq_len:
+        raise UserError(f"--seq_len {cfg.seq_len}: the model's rows end at {model_config.max_seq_len}; lower it"
+                        + ("" if cfg.init else ", or raise --max_seq_len"))
     model = GPT(model_config, seed=cfg.seed)
     if cfg.init:
         model.load_weights(weights, cfg.init)
@@ -144,12 +153,23 @@ def main(argv=None) -> int:
     # where were we
     lock = claim(cfg.out, cfg.resume) if env.is_main else None  # noqa: F841 - held until this function returns
     env.barrier()
-    found = load_checkpoint(cfg.out, {"model": zero}) if cfg.resume else None
-    start, extra = found or (0, {"skipped": 0, "tokenizer": tokenizer.fingerprint,
-                                 "micro_batch_size": cfg.micro_batch_size})
-    if extra["tokenizer"] != tokenizer.fingerprint:
-        raise UserError(f"{cfg.out}: its checkpoint was trained with another tokenizer; choose another --out")
     config = {"model": dataclasses.asdict(model_config), "head": "lm", "run": dataclasses.asdict(cfg)}
+    # What a resumed run must share with the one it continues, and what it should, or else its curve bends:
+    same = {"model": {**config["model"], "attention": ""}, "tokenizer": tokenizer.fingerprint}
+    should = {"data": train_tokens.note} | {name: getattr(cfg, name) for name in (
+        "windows", "seq_len", "batch_size", "micro_batch_size", "lr", "min_lr", "warmup_steps", "decay", "weight_decay",
+        "betas", "eps", "clip", "seed", "dtype", "attention")}
+    should["betas"] = list(cfg.betas)  # as JSON gives it back
+    start, skipped = 0, 0
+    found = load_checkpoint(cfg.out, {"model": zero}, bitwise=should) if cfg.resume else None
+    if found:
+        start, extra = found
+        skipped = extra["skipped"]
+        for name, value in same.items():
+            if extra[name] != value:
+                raise UserError(f"{cfg.out}: its checkpoint has another {name}; choose another --out")
+        if start > cfg.steps:
+            raise UserError(f"--steps {cfg.steps}: {cfg.out} is already at step {start}; give more steps")
 
     share = -(-cfg.batch_size // env.world)  # rows per rank and update
     micro = min(cfg.micro_batch_size or share, share)  # rows per forward
@@ -165,17 +185,18 @@ def main(argv=None) -> int:
         log.say(f"going on after step {start}" if found else f"--resume: nothing in {cfg.out} yet, starting fresh")
 
     def evaluate_and_show(step: int) -> None:
-        log.event(step, **evaluate(model, val_tokens, cfg, env))
+        log.event(step, **evaluate(model, val_tokens, micro, cfg, env))
         if cfg.sample_tokens:
             with zero.gathered():
                 if env.is_main:
                     length = min(cfg.sample_tokens, model_config.max_seq_len - 1)
                     new = generate(model, [[tokenizer.bos_id]], max_new_tokens=length, eos_id=tokenizer.end_id,
-                                   banned=(tokenizer.pad_id,), seeds=[cfg.seed])
+                                   banned=tokenizer.specials_but_end, seeds=[cfg.seed])
                     log.say("    " + tokenizer.decode(new[0]).replace("\n", "\n    "))
 
     # the loop: exactly cfg.steps updates, numbered from 1; evaluation and checkpoint also at the last
-    skipped = extra["skipped"]
+    if start == cfg.steps:
+        evaluate_and_show(start)  # finished before: say how it went
     for step in range(start + 1, cfg.steps + 1):
         batch = train.batch(step - 1, env.rank, env.world)
         ids, targets, segment_ids = (part.to(env.device) for part in batch)  # (b, T) each
@@ -198,8 +219,8 @@ def main(argv=None) -> int:
             evaluate_and_show(step)
             log.restart_clock()
         if last or stop or (cfg.save_every and step % cfg.save_every == 0):
-            save_checkpoint(cfg.out, step, {"model": zero}, {**extra, "skipped": skipped}, keep=cfg.keep, config=config,
-                            tokenizer_path=tokenizer_path)
+            save_checkpoint(cfg.out, step, {"model": zero}, {**same, **should, "skipped": skipped}, keep=cfg.keep,
+                            config=config, tokenizer_path=tokenizer_path)
             log.restart_clock()
         if stop:
             log.say(f"asked to stop: saved after step {step}; go on with --resume")

@@ -38,7 +38,7 @@ def test_every_kind_of_field_is_a_flag():
 @pytest.mark.parametrize("arguments, said", [
     (["--lr", "fast"], "'fast', expected a finite float"), (["--lr", "nan"], "--lr"), (["--lr", "-1"], "--lr"),
     (["--lr", "inf"], "--lr"), (["--width", "1.5"], "expected a finite int"), (["--width", "-1"], "--width"),
-    (["--betas", "0.9"], "comma"), (["--zero", "3"], "--zero"), (["--lrr", "1"], "did you mean --lr?"),
+    (["--betas", "0.9"], "comma"), (["--betas", "0.9,1"], "below 1"), (["--width", "1" * 30], "--width"), (["--zero", "3"], "--zero"), (["--lrr", "1"], "did you mean --lr?"),
     (["--no-masc"], "did you mean --no-mask?"), (["--qqqq"], "--help"), (["--lr"], "--lr"), (["text"], "text")])
 def test_bad_flags_are_one_clear_line(arguments, said):
     with pytest.raises(UserError) as error:
@@ -71,11 +71,12 @@ def test_log_keeps_one_curve_over_a_resume(tmp_path, capsys):
         log.count(100)
         log.train(step, loss=1.0 / step)
     with open(tmp_path / "metrics.jsonl", "a") as file:
-        file.write('{"step": 1, "lo')
+        file.write('garbage\n{"step": 1}{\n{"step": 1, "lo')
     log = Log(str(tmp_path), env, steps=4, start=2)
-    log.event(3, loss=0.5)
+    log.event(3, loss=0.5, grad_norm=float("nan"))
     events = [json.loads(line) for line in open(tmp_path / "metrics.jsonl")]
     assert [(e["step"], e["loss"]) for e in events] == [(1, 1.0), (2, 0.5), (3, 0.5)]
+    assert events[-1]["grad_norm"] is None  # JSON has no nan
     rate = events[0]["tokens_per_second"]
     assert rate > 0 and events[0]["mfu"] == pytest.approx(rate * 1e6 / 1e9) and events[0]["memory"] > 2**20
     assert "step 1/4 | loss 1.0000" in capsys.readouterr().out

@@ -132,6 +132,10 @@ def test_repetition_penalty_makes_seen_tokens_less_likely():
     model = lively(dtype=torch.float32)
     plain = generate(model, [[1, 2, 3]], max_new_tokens=20, temperature=0)[0]
     assert generate(model, [[1, 2, 3]], max_new_tokens=20, temperature=0, repetition_penalty=1.0)[0] == plain
+    _, logps = generate(model, [[1, 2, 3]], max_new_tokens=1, temperature=1.0, repetition_penalty=5.0, return_logp=True,
+                        seeds=[4])  # log-probabilities are the model's own, before the penalty
+    token = generate(model, [[1, 2, 3]], max_new_tokens=1, temperature=1.0, repetition_penalty=5.0, seeds=[4])[0][0]
+    assert logps[0][0] == pytest.approx(model(torch.tensor([[1, 2, 3]]))[0, -1].log_softmax(-1)[token].item(), abs=1e-5)
     penalised = generate(model, [[1, 2, 3]], max_new_tokens=20, temperature=0, repetition_penalty=1e6)[0]
     assert len(set(penalised)) == 20 and not {1, 2, 3} & set(penalised)
 

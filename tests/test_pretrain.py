@@ -1,6 +1,8 @@
 """Pretraining from the command line to the finished model: through main([...]) and through torchrun."""
 import json
 import os
+import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -221,6 +223,12 @@ BAD = {
     "unknown offload": (["--offload", "disk,x"], "offload"),
     "unknown device": (["--device", "abacus"], "--device"),
     "init from nowhere": (["--init", "nowhere"], "nowhere"),
+    "rows longer than the model's": (["--max_seq_len", "20"], "--seq_len"),
+    "no width": (["--n_embd", "0"], "--n_embd"),
+    "no rotation": (["--rope_theta", "0"], "--rope_theta"),
+    "betas of 1 and more": (["--betas", "0.9,1.5"], "--betas"),
+    "a seed beyond 64 bits": (["--seed", str(2**64)], "--seed"),
+    "a device that computes nothing": (["--device", "meta"], "--device"),
 }
 
 
@@ -243,6 +251,34 @@ def test_exit_code_of_bad_input_is_2(text, tmp_path):
     assert errors.startswith("error: nowhere.txt") and errors.count("\n") == 1
 
 
+def test_resuming_another_run_is_refused_or_said(reference, text, tmp_path, capfd):
+    """Another model of the same tensor shapes and fewer steps than done are refused; another seed is a warning."""
+    with pytest.raises(UserError, match="another model"):
+        train_pretrain.main(arguments(text, reference[0], "--steps", "30", "--resume", "--rope_theta", "500"))
+    with pytest.raises(UserError, match="already at step 20"):
+        train_pretrain.main(arguments(text, reference[0], "--steps", "10", "--resume"))
+    shutil.copytree(reference[0], tmp_path / "copy")
+    train(text, tmp_path / "copy", "--steps", "20", "--resume", "--seed", "7")  # nothing left to do: only evaluates
+    shown = capfd.readouterr()
+    assert "seed was 1 and is 7" in shown.err and "eval_loss" in shown.out
+
+
+def test_a_full_disk_under_the_log_is_one_clear_line(text, tmp_path):
+    """metrics.jsonl that cannot grow (a file size limit stands for a full disk): exit 2, one line naming the file."""
+    process = launch(arguments(text, tmp_path, "--steps", "1000"),
+                     preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000)))
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 2 and "metrics.jsonl" in errors and errors.count("\n") == 1
+
+
+def test_a_loss_that_blew_up_is_not_saved(text, tmp_path, monkeypatch):
+    """A validation loss that is not finite: UserError that names --lr, no final/."""
+    monkeypatch.setattr(train_pretrain, "pretrain_loss", lambda logp: -logp.sum() * float("nan"))
+    with pytest.raises(UserError, match="--lr"):
+        train_pretrain.main(arguments(text, tmp_path, "--steps", "3"))
+    assert not (tmp_path / "final").exists()
+
+
 def test_an_occupied_folder_is_not_overwritten(reference, text):
     """A second run into the folder of a first one is refused without --resume: its checkpoints would mix."""
     with pytest.raises(UserError, match="--resume"):
@@ -255,6 +291,8 @@ def test_a_checkpoint_of_another_shape_is_refused(reference, text, tmp_path):
         train_pretrain.main(arguments(text, reference[0], "--steps", "30", "--resume", "--n_embd", "64"))
     with pytest.raises(UserError, match="tokenizer"):
         train_pretrain.main(arguments(text, tmp_path, "--init", str(reference[0]), "--tokenizer", "char"))
+    with pytest.raises(UserError, match="--n_layer 3"):
+        train_pretrain.main(arguments(text, tmp_path, "--init", str(reference[0]), "--n_layer", "3"))
 
 
 def test_help_lists_every_field_with_its_comment(capsys):
