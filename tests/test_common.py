@@ -38,7 +38,8 @@ def test_every_kind_of_field_is_a_flag():
 @pytest.mark.parametrize("arguments, said", [
     (["--lr", "fast"], "'fast', expected a finite float"), (["--lr", "nan"], "--lr"), (["--lr", "-1"], "--lr"),
     (["--lr", "inf"], "--lr"), (["--width", "1.5"], "expected a finite int"), (["--width", "-1"], "--width"),
-    (["--betas", "0.9"], "comma"), (["--betas", "0.9,1"], "below 1"), (["--width", "1" * 30], "--width"), (["--zero", "3"], "--zero"), (["--lrr", "1"], "did you mean --lr?"),
+    (["--betas", "0.9"], "comma"), (["--betas", "0.9,1"], "below 1"), (["--width", "1" * 30], "--width"),
+    (["--zero", "3"], "--zero"), (["--lrr", "1"], "did you mean --lr?"),
     (["--no-masc"], "did you mean --no-mask?"), (["--qqqq"], "--help"), (["--lr"], "--lr"), (["text"], "text")])
 def test_bad_flags_are_one_clear_line(arguments, said):
     with pytest.raises(UserError) as error:

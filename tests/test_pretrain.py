@@ -20,8 +20,8 @@ from zero import Zero
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 TINY = ["--tokenizer", "byte", "--n_layer", "2", "--n_embd", "32", "--n_head", "2",
-        "--seq_len", "24", "--batch_size", "12", "--lr", "4e-3", "--warmup_steps", "5", "--eval_every", "0", "--save_every", "0",
-        "--log_every", "1", "--eval_rows", "24", "--device", "cpu"]
+        "--seq_len", "24", "--batch_size", "12", "--lr", "4e-3", "--warmup_steps", "5",
+        "--eval_every", "0", "--save_every", "0", "--log_every", "1", "--eval_rows", "24", "--device", "cpu"]
 
 
 @pytest.fixture(scope="module")
