@@ -8,11 +8,11 @@ Memory: every figure from fresh processes, with the two MALLOC_ variables that m
 """
 from __future__ import annotations
 
+import contextlib
 import json
 import multiprocessing
 import os
 import resource
-import statistics
 import tempfile
 import time
 
@@ -21,7 +21,7 @@ import torch.distributed as dist
 import torch.nn as nn
 
 import zero_tools
-from bench import Table, memory_now, ratio
+from bench import Table, memory_now, milliseconds, ratio
 from common import UserError
 from model import GPT, GPTConfig, initialise
 from zero import Zero
@@ -31,18 +31,12 @@ LR, CLIP = 1e-4, 1.0
 
 
 def gpt(layers: int, width: int = 512) -> GPT:
-    """8 layers of width 512: 29.4 M parameters."""
+    """8 layers of width 512: 29.1 M parameters."""
     return GPT(GPTConfig(vocab_size=8192, n_layer=layers, n_head=8, n_embd=width, max_seq_len=256, tie_embeddings=True))
 
 
 def batch(rank: int, B: int, T: int) -> torch.Tensor:
     return torch.randint(0, 8192, (B, T + 1), generator=torch.Generator().manual_seed(rank))  # (B, T + 1)
-
-
-def _ratio(a, b):
-    rs = sorted(x / y for x, y in zip(a, b))
-    low, _, high = statistics.quantiles(rs, n=4)
-    return {'value': statistics.median(rs), 'low': low, 'high': high}
 
 
 # ---- ranks ----------------------------------------------------------------------------------------------------------
@@ -60,16 +54,17 @@ def on_ranks(world: int, function, *args, environment: dict | None = None) -> li
             os.environ.pop(key) if value is None else os.environ.update({key: value})
         for process in processes:
             process.join()
-        answers = []
+        answers = [None] * world
         for r in range(world):
-            path = os.path.join(folder, f"answer{r}")
-            answers.append(json.load(open(path)) if os.path.exists(path) else None)
+            with contextlib.suppress(FileNotFoundError), open(os.path.join(folder, f"answer{r}")) as file:
+                answers[r] = json.load(file)
         return answers
 
 
 def _rank(rank: int, world: int, folder: str, function, args) -> None:
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // world))
-    dist.init_process_group("gloo", store=dist.FileStore(os.path.join(folder, "store"), world), rank=rank, world_size=world)
+    store = dist.FileStore(os.path.join(folder, "store"), world)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
     answer = function(*args)
     with open(os.path.join(folder, f"answer{rank}"), "w") as file:
         json.dump(answer, file)
@@ -78,7 +73,7 @@ def _rank(rank: int, world: int, folder: str, function, args) -> None:
     os._exit(0)
 
 
-# ---- the peers --------------------------------------------------------------------------------------------------------
+# ---- the peers ------------------------------------------------------------------------------------------------------
 
 def adamw(model: nn.Module) -> torch.optim.AdamW:
     decay = [p for p in model.parameters() if p.dim() >= 2]
@@ -122,7 +117,7 @@ def training_step(peer: str, layers: int, ids: torch.Tensor):
     return step
 
 
-# ---- time -------------------------------------------------------------------------------------------------------------
+# ---- time -----------------------------------------------------------------------------------------------------------
 
 def times(peers: list[str], layers: int, B: int, T: int, repeats: int) -> dict:
     """Seconds per step and first loss of every peer, in turns. A barrier before each, so that none pays for another."""
@@ -143,21 +138,23 @@ def times(peers: list[str], layers: int, B: int, T: int, repeats: int) -> dict:
 
 def time_table(world: int, repeats: int) -> Table:
     B, T = 2, 128
-    table = Table(f"time of a step, 29.4 M parameters, {world} ranks, {B} x {T} tokens per rank (ours / peer)")
-    print(f"load average {os.getloadavg()[0]:.2f}")
-    found = on_ranks(world, times, ["ddp", "fsdp2", *(f"stage {s}" for s in range(4)), "stage 3 overlap"], 8, B, T, repeats)[0]
+    peers = ["ddp", "fsdp2", *(f"stage {stage}" for stage in range(4)), "stage 3 overlap"]
+    found = on_ranks(world, times, peers, 8, B, T, repeats)[0]
     seconds, losses = found["seconds"], found["losses"]
+    table = Table(f"time of a step, 29.1 M parameters, {world} ranks, {B} x {T} tokens per rank (ours / peer), "
+                  f"load average {os.getloadavg()[0]:.1f}")
     assert max(losses.values()) - min(losses.values()) < 1e-3, losses
     for stage in range(4):
         peer, bound = ("ddp", 1.2) if stage < 3 else ("fsdp2", 1.0)
-        table.add(f"stage {stage} / {peer}", **_ratio(seconds[f"stage {stage}"], seconds[peer]), at_least=bound,
-                  ms=statistics.median(seconds[f"stage {stage}"]) * 1e3, peer_ms=statistics.median(seconds[peer]) * 1e3)
-    table.add("stage 3, overlap / not", **_ratio(seconds["stage 3 overlap"], seconds["stage 3"]))
-    table.add("fsdp2 / ddp", **_ratio(seconds["fsdp2"], seconds["ddp"]))
+        ours = seconds[f"stage {stage}"]
+        table.add(f"stage {stage} / {peer}", *ratio(ours, seconds[peer]), at_least=bound,
+                  **milliseconds({"ours": ours, "peer": seconds[peer]}))
+    table.add("stage 3, overlap / not", *ratio(seconds["stage 3 overlap"], seconds["stage 3"]))
+    table.add("fsdp2 / ddp", *ratio(seconds["fsdp2"], seconds["ddp"]))
     return table
 
 
-# ---- memory and the wire ----------------------------------------------------------------------------------------------
+# ---- memory and the wire --------------------------------------------------------------------------------------------
 
 def peak_bytes(peer: str, layers: int) -> dict:
     """The peak resident memory of three steps after two of warm-up, and what the counters and formulas say."""
@@ -199,7 +196,7 @@ def memory_tables(world: int) -> list[Table]:
         slope = (found[high]["peak"] - found[low]["peak"]) / unit
         detail = {"formula": held[peer], "peak_MB": found[high]["peak"] / 1e6}
         if "held" in found[high]:
-            assert found[high]["held"] == found[high]["formula"] and found[high]["sent"] == found[high]["sent_formula"]
+            assert [found[high][k] for k in ("held", "sent")] == [found[high][k] for k in ("formula", "sent_formula")]
             detail["counted"] = (found[high]["held"] - found[low]["held"]) / unit
         memory.add(peer, slope, at_least=f"{held[peer]:.2f} + 3 %", **detail)
         detail = {"formula": sent[peer]}
@@ -209,11 +206,11 @@ def memory_tables(world: int) -> list[Table]:
     return [memory, wire]
 
 
-# ---- the optimizer step -------------------------------------------------------------------------------------------------
+# ---- the optimizer step ---------------------------------------------------------------------------------------------
 
 def step_table(repeats: int) -> Table:
     """One process. z.step reduces nothing here: norm, guard, clipping, AdamW, publish."""
-    table = Table("z.step alone, 29.4 M parameters, one process (ours / bare fused AdamW on one tensor of the same size)")
+    table = Table("z.step alone, 29.1 M parameters, one process (time / bare fused AdamW on one tensor of that size)")
     model, ids = gpt(8), batch(0, 1, 8)
     p = nn.Parameter(torch.randn(model.parameter_count()))
     p.grad = torch.randn_like(p) * 1e-3
@@ -239,15 +236,14 @@ def step_table(repeats: int) -> Table:
             if turn:
                 seconds[name].append(time.perf_counter() - start)
     for name, bound in (("not clipped", 1.25), ("clipped", ""), ("plain loop", "")):
-        table.add(name, **_ratio(seconds[name], seconds["bare"]), at_least=bound, ms=statistics.median(seconds[name]) * 1e3)
+        table.add(name, *ratio(seconds[name], seconds["bare"]), at_least=bound, **milliseconds({"ours": seconds[name]}))
     return table
 
 
-# ---- does not fit -------------------------------------------------------------------------------------------------------
+# ---- does not fit ---------------------------------------------------------------------------------------------------
 
 def under_a_cap(stage: int, offload: list[str], layers: int, cap: int) -> dict:
-    """Build and train 3 steps with at most `cap` more bytes of private memory than PyTorch itself needs
-    (RLIMIT_DATA)."""
+    """Build and train 3 steps with at most `cap` more bytes of private memory than PyTorch itself (RLIMIT_DATA)."""
     resource.setrlimit(resource.RLIMIT_DATA, (memory_now("VmData") + cap, resource.RLIM_INFINITY))
     ids = batch(dist.get_rank(), 1, 16)
     try:
@@ -268,14 +264,15 @@ def fit_table(world: int = 2) -> Table:
     small, large = 8, 16
     psi = {layers: gpt(layers).parameter_count() for layers in (small, large)}
     cap = int(3.4 * 4 * psi[small])
-    table = Table(f"does it fit? {world} ranks, each capped at {cap / 2**20:.0f} MiB of private memory (1: three steps trained)")
+    table = Table(f"does it fit? {world} ranks, each capped at {cap / 2**20:.0f} MiB of private memory (1: it trained)")
     for layers, stage, offload, expected in ((small, 0, [], False), (small, 3, [], True), (large, 3, [], False),
                                              (large, 3, ["optim", "params", "disk"], True)):
         found = on_ranks(world, under_a_cap, stage, offload, layers, cap, environment=FRUGAL_MALLOC)
         trained = all(answer and answer["trained"] for answer in found)
         note = next((answer["error"] for answer in found if answer and not answer["trained"]), "")
-        table.add(f"stage {stage}{', offload ' + ','.join(offload) if offload else ''}, {psi[layers] / 1e6:.1f} M parameters",
-                  int(trained), at_least=int(expected), model_states_MiB=16 * psi[layers] / 2**20, note=note[:90] or "ok")
+        what = f"stage {stage}, {psi[layers] / 1e6:.1f} M parameters, offload {','.join(offload) or 'nothing'}"
+        table.add(what, int(trained), at_least=int(expected), model_states_MiB=16 * psi[layers] / 2**20,
+                  note=note[-90:] or "ok")
         assert trained == expected, found
     return table
 

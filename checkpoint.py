@@ -216,7 +216,7 @@ def load_final(folder: str) -> tuple[dict, dict[str, torch.Tensor]]:
     return config, state
 
 
-# ---- the run's folder ---------------------------------------------------------------------------------------------
+# ---- the run's folder -----------------------------------------------------------------------------------------------
 
 def claim(out: str, resume: bool):
     """Take `out` for this run (rank 0 alone calls it); keep what is returned until the process ends.

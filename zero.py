@@ -288,7 +288,7 @@ class Unit:
         return saved_tensors_hooks(pack, unpack)
 
 
-# ---- the whole model ----------------------------------------------------------------------------------------------
+# ---- the whole model ------------------------------------------------------------------------------------------------
 
 class Zero:
     """Shards a model, owns its optimizer (AdamW), and takes the place of loss.backward() and optimizer.step().

@@ -39,7 +39,7 @@ def check_options(stage: int, offload: tuple[str, ...], frozen: bool) -> None:
         raise UserError("--offload params and disk need optim too: the optimizer works where its masters are")
 
 
-# ---- flat vectors -------------------------------------------------------------------------------------------------
+# ---- flat vectors ---------------------------------------------------------------------------------------------------
 
 class Slot(NamedTuple):
     """Where one parameter lies in its unit's flat vector, and where it is plugged in (several places if tied)."""
@@ -120,7 +120,7 @@ def sum_of_squares(x: torch.Tensor, chunk: int = 1 << 20) -> torch.Tensor:
     return total
 
 
-# ---- collectives --------------------------------------------------------------------------------------------------
+# ---- collectives ----------------------------------------------------------------------------------------------------
 
 def rank_and_world() -> tuple[int, int]:
     inside = dist.is_available() and dist.is_initialized()
@@ -215,7 +215,7 @@ def naming_lost_ranks(what: str):
         raise UserError(f"{what} failed on rank {rank}: {who} ({str(error).splitlines()[0][:200]})") from error
 
 
-# ---- memory -------------------------------------------------------------------------------------------------------
+# ---- memory ---------------------------------------------------------------------------------------------------------
 
 class Memory:
     """Allocates on the device, in host memory, or in a file. With CUDA, host memory is pinned and copies to it run on a
@@ -319,7 +319,7 @@ class Parked:
         return self.restored
 
 
-# ---- formulas -----------------------------------------------------------------------------------------------------
+# ---- formulas -------------------------------------------------------------------------------------------------------
 
 def held(z) -> dict[str, int]:
     """Bytes of model states that this rank of a Zero holds, by kind, each storage counted once."""
