@@ -87,9 +87,9 @@ def flash_attention(q, k, v, *, causal=True, segment_ids=None, kv_segment_ids=No
                          f"for {q.shape[2]} queries and {k.shape[2]} keys")
     if torch.is_autocast_enabled(q.device.type):
         q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
-    if block is None:  # in a short row small tiles waste less above the diagonal; a GPU wants fewer, larger kernels
-        T = q.shape[2]
-        block = (512, 1024) if q.is_cuda else (64 if T <= 512 else 128 if T <= 1024 else 256, 512)
+    if block is None:  # short rows and documents: small tiles waste less at their borders; GPUs: fewer, larger kernels
+        rows = 64 if q.shape[2] <= 512 else 128 if q.shape[2] <= 1024 or segment_ids is not None else 256
+        block = (512, 1024) if q.is_cuda else (rows, 512)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     return tiled_attention(q, k, v, segment_ids, kv_segment_ids, causal, scale, *block)[0]
 
