@@ -27,7 +27,7 @@ from torch import Tensor
 # Exact, not an approximation: softmax does not change when a number is subtracted from all scores of a row, and a sum
 # made with an old maximum m becomes one with a new m' by the factor 2^(m - m') (online softmax, Milakov & Gimelshein
 # 2018). So a row carries its running maximum m, l = sum_j 2^(s_j - m) and acc = sum_j 2^(s_j - m) v_j; its result is
-# acc / l. Powers of two, because exp2 is 3 times as fast as exp on a CPU; log2(e) is a factor of the scores' scale.
+# acc / l. Powers of two, because torch.exp2 takes a third of exp's time on a CPU; log2(e) is part of the scores' scale.
 #
 # Kept for the backward pass: o and L = m + log2(l), one number a row. Recomputed, tile by tile: P = 2^(S - L). With dO
 # the gradient of o and s = 1/sqrt(D) (FlashAttention, Dao et al. 2022, algorithm 4; Dao 2023):
@@ -35,7 +35,7 @@ from torch import Tensor
 #     delta_i = sum_j P_ij dP_ij = dO_i . o_i     (the one term of softmax's gradient that needs the whole row)
 # FLOPs per visible pair and head: 4 D forward (2 products), 10 D backward (5). Bytes: forward reads q, writes o, and
 # reads k and v once per query tile; backward twice that, and it adds to dk and dv once per query tile. The naive
-# version moves every score about 5 times forward and 8 backward. Memory: O(T D), and a tile.
+# version moves every score about 10 times forward and 13 backward. Memory: O(T D), and a tile.
 
 LOG2E = math.log2(math.e)
 SCORES_AT_ONCE = {"cpu": 2**20, "cuda": 2**24}  # of a tile, its heads together; on a CPU 4 MB, to stay in the caches
@@ -324,8 +324,8 @@ tiled_attention = differentiable("attention", attention_forward, attention_backw
 #     dz_v = g (1[v = t] - p_v) - g_H p_v (log p_v + H)      dh = W^T dz / temperature      dW += dz h^T / temperature
 # That is 8 C V FLOPs a row; who keeps the logits needs 6 C V, and N V numbers. equal_weights gets both: dh and dW are
 # linear in g, so if every row is going to get the same g (any mean or sum does that), the forward pass can make them
-# for g = 1 while it has the logits, and the backward pass multiplies (Liger-Kernel, Hsu et al. 2024); it looks before
-# it multiplies. Rows whose target is -100 are left out. dW is summed in float32.
+# for g = 1 while it has the logits, and the backward pass multiplies (Liger-Kernel, Hsu et al. 2024). It looks before
+# it does, and makes dW again if g varies. Rows whose target is -100 are left out. dW is summed in float32.
 
 LOGITS_AT_ONCE = 2**24  # 64 MB of float32; less means more passes over dW
 
@@ -336,7 +336,7 @@ def target_logp(hidden, weight, targets, *, bias=None, temperature=1.0, with_sta
     hidden (N, C), weight (V, C), bias (V,), targets (N,) int64 -> logp (N,) float32 (float64 for float64), 0 where the
     target is -100. with_stats: also the entropy in nats (N,), differentiable, and whether the target was the argmax
     (N,) bool. equal_weights: a hint that the loss weighs all trained tokens alike (pretraining, SFT). The gradients are
-    right either way; true, it saves a quarter of the time, and false, it costs as much.
+    right either way; where it is true it saves a quarter of the FLOPs, where it is false it costs as much.
     """
     bias = weight.new_empty(0) if bias is None else bias
     if torch.is_autocast_enabled(hidden.device.type):
@@ -360,7 +360,8 @@ def logits(hidden, weight, bias, targets, temperature):
 
 
 def add_gradients(dz, rows, h, W, temperature, dh, dW, db):
-    dh[rows] = product(dz, W, 1 / temperature, out=dh.new_empty(h.shape))
+    if dh is not None:
+        dh[rows] = product(dz, W, 1 / temperature, out=dh.new_empty(h.shape))
     add_product(dz.T, h, 1 / temperature, out=dW)
     if len(db):
         db.add_(dz.sum(0), alpha=1 / temperature)
@@ -393,10 +394,11 @@ def logp_forward(hidden, weight, bias, targets, temperature, with_stats, ahead):
 def logp_backward(g, g_H, hidden, weight, bias, targets, _, H, __, lse, dh, dW, db, temperature, with_stats, ahead):
     """-> dhidden, dweight, dbias."""
     trained = g[targets != -100]
+    dh = dh * g.where(targets != -100, 0.0)[:, None] if ahead else lse.new_zeros(hidden.shape)
     if ahead and len(trained) and bool((trained == trained[0]).all()):
-        dh, dW, db = dh * trained[0], dW * trained[0], db * trained[0]
+        dW, db = dW * trained[0], db * trained[0]
     else:
-        dh, dW, db = (lse.new_zeros(x.shape) for x in (hidden, weight, bias))
+        dW, db = (lse.new_zeros(x.shape) for x in (weight, bias))
         for rows, h, W, z in logits(hidden, weight, bias, targets, temperature):
             z.sub_(lse[rows, None])  # log2 p
             if with_stats:
@@ -405,7 +407,7 @@ def logp_backward(g, g_H, hidden, weight, bias, targets, _, H, __, lse, dh, dW, 
             else:
                 dz = z.exp2_().mul_(-g[rows, None])
             dz.scatter_add_(1, targets[rows, None], g[rows, None])
-            add_gradients(dz, rows, h, W, temperature, dh, dW, db)
+            add_gradients(dz, rows, h, W, temperature, None if ahead else dh, dW, db)
     return dh.to(hidden.dtype), dW.to(weight.dtype), db.to(bias.dtype)
 
 

@@ -85,6 +85,17 @@ def test_nothing_to_train():
             assert not any(g.any() for g in torch.autograd.grad(out.sum(), parameters))
 
 
+def test_gradient_of_an_untrained_row_is_ignored():
+    """Whatever gradient arrives where the target is -100, even NaN, nothing comes of it."""
+    parameters, targets = inputs(13, 12, 3, 5)
+    g = normal(14, 12)
+    spoilt = torch.where(targets == -100, torch.nan, g)
+    for options in ({}, {"equal_weights": True}):
+        out = call(target_logp, parameters, targets, **options)
+        found = torch.autograd.grad(out, parameters, spoilt, retain_graph=True)
+        assert all(torch.equal(a, b) for a, b in zip(found, torch.autograd.grad(out, parameters, g)))
+
+
 def test_untrained_rows_cost_nothing(monkeypatch):
     """Only rows with a target are projected onto the vocabulary."""
     rows, product = [], kernels.product
