@@ -6,6 +6,9 @@ import itertools
 import math
 import os
 import signal
+import socket
+import subprocess
+import sys
 import time
 from unittest import mock
 
@@ -17,6 +20,7 @@ import torch.nn.functional as F
 from ranks import RankFailed, ranks
 from torch.multiprocessing.reductions import StorageWeakRef
 
+import bench_zero
 import zero_tools
 from common import UserError
 from model import GPT, GPTConfig, generate, initialise
@@ -561,11 +565,50 @@ def test_a_lost_rank_is_named(fault, where):
     """A rank that is killed, raises, or sleeps: the others end with an error that names it, within the timeout."""
     start = time.monotonic()
     with pytest.raises(RankFailed) as failure:
-        ranks().run(3, faulty, fault, where, patience=3, timeout=12)
+        ranks().run(3, faulty, fault, where, patience=3, timeout=8)
     assert time.monotonic() - start < 25
     for rank in (0, 2):
         status, text = failure.value.answers[rank]
         assert status == "error" and "UserError" in text and "rank 1 died, hangs or raised" in text, text
+
+
+TWO_MACHINES = """
+import sys
+sys.path.insert(0, {root!r})
+sys.path.insert(0, {root!r} + "/tests")
+from common import setup
+env = setup("cpu", timeout=30)
+from test_zero import batches, sharded
+norms = sharded("untied", batches(2, 2), 3)[1]
+if env.is_main:
+    print("norms", *map(repr, norms))
+env.close()
+"""
+
+
+@pytest.mark.slow
+def test_two_agents_on_one_machine(tmp_path):
+    """torchrun --nnodes 2 --rdzv_backend c10d, two agents as on two machines: the norms of one process."""
+    script = tmp_path / "job.py"
+    script.write_text(TWO_MACHINES.format(root=os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    options = f"--nnodes 2 --nproc_per_node 1 --rdzv_backend c10d --rdzv_endpoint localhost:{port} --rdzv_id test"
+    command = [sys.executable, "-m", "torch.distributed.run", *options.split(), str(script)]
+    agents = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    output = "".join(agent.communicate(timeout=120)[0] for agent in agents)
+    assert [agent.returncode for agent in agents] == [0, 0]
+    norms = next(line.split()[1:] for line in output.splitlines() if line.startswith("norms"))
+    assert [float(n) for n in norms] == pytest.approx(one_process("untied", batches(2, 2), 3)[1], rel=1e-6)
+
+
+# ---- 6: does not fit ---------------------------------------------------------------------------------------------
+
+@pytest.mark.slow
+def test_what_fits_under_a_memory_cap():
+    """Under the same RLIMIT_DATA stage 0 fails and stage 3 trains; with moments on disk a still larger model trains."""
+    bench_zero.fit_table()
 
 
 # ---- 11: generation -------------------------------------------------------------------------------------------------
