@@ -98,8 +98,7 @@ def load_checkpoint(out: str, models: dict[str, Zero], bitwise: dict | None = No
         _check_layout(folder, meta["layout"], {key: layout(z) for key, z in models.items()})
         for key, z in models.items():
             load_shards(z, _read_shards(folder, meta, key))
-        if rank == 0:
-            _warn_of_changes(folder, meta, {"world": world, **(bitwise or {})})
+        _warn_of_changes(folder, meta, {"world": world, **(bitwise or {})}) if rank == 0 else None
         return meta["step"], meta["extra"]
     if problem:
         raise UserError(f"{problem}; no checkpoint in {out} is whole: remove them, or start without --resume")
@@ -443,8 +442,7 @@ def main() -> None:
     if len(sys.argv) not in (2, 3):
         raise UserError("usage: python checkpoint.py out/run/step-00000300 [name of the model]")
     folder = sys.argv[1].rstrip("/")
-    state = consolidate(folder, *sys.argv[2:])
-    config = _read_json(os.path.join(folder, "config.json"))
+    state, config = consolidate(folder, *sys.argv[2:]), _read_json(os.path.join(folder, "config.json"))
     print(save_final(os.path.dirname(folder) or ".", state, config, os.path.join(folder, "tokenizer.json")))
 
 
