@@ -349,11 +349,14 @@ def target_logp(hidden, weight, targets, *, bias=None, temperature=1.0, with_sta
 
 
 def logits(hidden, weight, bias, targets, temperature):
-    """Chunks of the rows that have a target: (rows, h, W, z), indices (n,), h (n, C), z (n, V) = logits * log2(e)."""
+    """Chunks of the rows that have a target: (rows, h, W, z), an index, h (n, C), W (V, C), z (n, V) = log2(e) logits."""
     factors, dtype = dtypes(hidden)
     weight, scale, step = weight.to(factors), LOG2E / temperature, max(1, LOGITS_AT_ONCE // len(weight))
     buffer = weight.new_empty(min(step, len(hidden)), len(weight), dtype=dtype)
-    for rows in (targets != -100).nonzero()[:, 0].split(step):
+    chunks = (targets != -100).nonzero()[:, 0].split(step)
+    if sum(map(len, chunks)) == len(hidden):
+        chunks = [slice(i, i + step) for i in range(0, len(hidden), step)]  # views where every row has a target
+    for rows in chunks:
         h = hidden[rows].to(factors)
         z = product(h, weight.T, scale, out=buffer[:len(h)])
         yield rows, h, weight, z.add_(bias, alpha=scale) if len(bias) else z
