@@ -349,7 +349,7 @@ def target_logp(hidden, weight, targets, *, bias=None, temperature=1.0, with_sta
 
 
 def logits(hidden, weight, bias, targets, temperature):
-    """Chunks of the rows that have a target: (rows, h, W, z), an index, h (n, C), W (V, C), z (n, V) = log2(e) logits."""
+    """Chunks of the rows with a target: (rows, h, W, z), an index, h (n, C), W (V, C), z (n, V) = log2(e) logits."""
     factors, dtype = dtypes(hidden)
     weight, scale, step = weight.to(factors), LOG2E / temperature, max(1, LOGITS_AT_ONCE // len(weight))
     buffer = weight.new_empty(min(step, len(hidden)), len(weight), dtype=dtype)
