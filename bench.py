@@ -288,8 +288,8 @@ def bench_train(args) -> dict:
     ids = torch.randint(0, 71, (B, T + 1), generator=torch.Generator().manual_seed(0)).to(device)
 
     def update(attention: str, compile: bool):
-        config = GPTConfig(vocab_size=71, n_layer=layers, n_head=6 if width % 6 == 0 else 4, n_embd=width, max_seq_len=T,
-                           attention=attention)
+        heads = 6 if width % 6 == 0 else 4
+        config = GPTConfig(vocab_size=71, n_layer=layers, n_head=heads, n_embd=width, max_seq_len=T, attention=attention)
         model = GPT(config)
         flops = model.flops_per_token(T) * B * T
         zero = Zero(model.to(device), units=model.units(), dtype=dtype, compile=compile)
@@ -310,10 +310,12 @@ def bench_train(args) -> dict:
                   f"{statistics.median(product) / 1e9:.0f} GFLOP/s")
     for name, least in (("flash", 0.50), ("flash, compiled", 0.62), ("sdpa", ""), ("sdpa, compiled", "")):
         mfu = sorted(flops / s / p for s, p in zip(seconds[name], product))
+        middle = statistics.median(seconds[name])
         table.add(f"MFU, {name}", statistics.median(mfu), mfu[0], mfu[-1], at_least=least,
-                  **{"ms": statistics.median(seconds[name]) * 1e3, "tokens/s": B * T / statistics.median(seconds[name])})
+                  **{"ms": middle * 1e3, "tokens/s": B * T / middle})
     for suffix in ("", ", compiled"):
-        table.add(f"speed, flash / sdpa{suffix}", *ratio(seconds["sdpa" + suffix], seconds["flash" + suffix]), at_least=0.95)
+        speed = ratio(seconds["sdpa" + suffix], seconds["flash" + suffix])
+        table.add(f"speed, flash / sdpa{suffix}", *speed, at_least=0.95)
     return report("train", [table])
 
 
