@@ -289,7 +289,8 @@ def bench_train(args) -> dict:
 
     def update(attention: str, compile: bool):
         heads = 6 if width % 6 == 0 else 4
-        config = GPTConfig(vocab_size=71, n_layer=layers, n_head=heads, n_embd=width, max_seq_len=T, attention=attention)
+        config = GPTConfig(vocab_size=71, n_layer=layers, n_head=heads, n_embd=width, max_seq_len=T,
+                           attention=attention)
         model = GPT(config)
         flops = model.flops_per_token(T) * B * T
         zero = Zero(model.to(device), units=model.units(), dtype=dtype, compile=compile)
