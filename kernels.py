@@ -327,7 +327,7 @@ tiled_attention = differentiable("attention", attention_forward, attention_backw
 # for g = 1 while it has the logits, and the backward pass multiplies (Liger-Kernel, Hsu et al. 2024). It looks before
 # it does, and makes dW again if g varies. Rows whose target is -100 are left out. dW is summed in float32.
 
-LOGITS_AT_ONCE = 2**24  # 64 MB of float32; less means more passes over dW
+LOGITS_AT_ONCE = 3 * 2**23  # 96 MB of float32; less means more passes over W and dW
 
 
 def target_logp(hidden, weight, targets, *, bias=None, temperature=1.0, with_stats=False, equal_weights=False):
