@@ -70,7 +70,8 @@ def save_checkpoint(out: str, step: int, models: dict[str, Zero], extra: dict, *
     except UserError as error:
         if rank == 0:
             shutil.rmtree(tmp, ignore_errors=True)
-        raise UserError(f"{folder}: could not be saved: {error}; earlier checkpoints are untouched") from None
+        raise UserError(f"{folder}: could not be saved: {error}; free space or choose another "
+                        "--out; earlier checkpoints are untouched") from None
     return folder
 
 
@@ -279,11 +280,15 @@ class _Hashing:
     """A file that hashes what passes through, so that it need not be read again."""
 
     def __init__(self, file):
-        self.file, self.hash, self.flush = file, hashlib.sha256(), file.flush
+        self.file, self.hash, self.flush, self.error = file, hashlib.sha256(), file.flush, None
 
     def write(self, data) -> int:
         self.hash.update(data)
-        return self.file.write(data)
+        try:
+            return self.file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
 
 
 def _write(path: str, content: bytes | dict) -> dict:
@@ -291,7 +296,10 @@ def _write(path: str, content: bytes | dict) -> dict:
     with open(path, "wb") as file:
         hashing = _Hashing(file)
         if path.endswith(".pt"):
-            torch.save(content, hashing)
+            try:
+                torch.save(content, hashing)
+            except RuntimeError as error:  # all that torch says of a full disk is "unexpected pos"
+                raise hashing.error or error from None
         else:
             hashing.write(content if isinstance(content, bytes) else json.dumps(content, indent=1).encode())
         file.flush()

@@ -271,6 +271,15 @@ def test_a_full_disk_under_the_log_is_one_clear_line(text, tmp_path):
     assert process.returncode == 2 and "metrics.jsonl" in errors and errors.count("\n") == 1
 
 
+def test_a_full_disk_under_a_checkpoint_is_one_clear_line(text, tmp_path):
+    """A checkpoint that does not fit: exit 2, one line that says why and what to do, no part of it left behind."""
+    process = launch(arguments(text, tmp_path, "--steps", "2"),
+                     preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)))
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 2 and "File too large" in errors and "free space" in errors
+    assert errors.count("\n") == 1 and sorted(os.listdir(tmp_path)) == ["lock", "metrics.jsonl"]
+
+
 def test_a_loss_that_blew_up_is_not_saved(text, tmp_path, monkeypatch):
     """A validation loss that is not finite: UserError that names --lr, no final/."""
     monkeypatch.setattr(train_pretrain, "pretrain_loss", lambda logp: -logp.sum() * float("nan"))
