@@ -1,30 +1,37 @@
-"""Where text comes from: files in the public forms, and two corpora by name. Whatever reads a user's text is here.
+"""Text and token files.
 
+    read_documents  a .txt or the "text" of records, each also .gz -> documents
     read_corpus     a name (stdlib, shakespeare) or a file -> documents
-    read_documents  a .txt or the "text" of .json / .jsonl records, each also .gz -> documents
-    read_records    the records themselves, each with its place for error messages
+    prepare         a corpus -> tokenizer, training and validation token files; made once, then found again
+    TokenFile       a token file, memory-mapped: ten gigabytes open at once and cost next to no memory
 """
 from __future__ import annotations
 
 import ast
 import contextlib
-import gzip
 import hashlib
 import http.client
 import json
+import mmap
 import os
 import random
 import re
 import secrets
 import shutil
+import struct
+import sys
 import sysconfig
 import urllib.request
 import warnings
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+import numpy as np
+
 from common import UserError
+from records import check_text, read_records, read_text
+from tokenizer import SPECIALS, Tokenizer, make_tokenizer
 
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
@@ -33,58 +40,7 @@ STDLIB_SKIP = {"site-packages", "dist-packages", "test", "tests", "idlelib", "li
 DOCSTRING_OWNERS = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
 
-# ---- reading files ------------------------------------------------------------------------------------------------
-
-def read_text(path) -> str:
-    """A whole UTF-8 file, plain or .gz. CRLF stays CRLF; a byte order mark is dropped."""
-    try:
-        with (gzip.open if str(path).endswith(".gz") else open)(path, "rb") as file:
-            content = file.read()
-        return content.decode("utf-8").removeprefix("\ufeff")
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise UserError(f"{path}:{line}: found byte 0x{content[error.start]:02x} at offset {error.start} of the file, "
-                        "expected UTF-8; convert it, for example with iconv -t UTF-8") from None
-    except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
-
-
-def load_json(text: str, path, line: int):
-    """Parse JSON that begins in this line of the file."""
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        found = repr(text[error.pos : error.pos + 20]) if error.pos < len(text) else "the end of the text"
-        raise UserError(f"{path}:{line + error.lineno - 1}: found {found}, expected JSON ({error.msg})") from None
-    except (ValueError, RecursionError) as error:  # a number of many thousand digits, many thousand brackets
-        raise UserError(f"{path}:{line}: found JSON that Python cannot hold ({error})") from None
-
-
-def read_records(path) -> Iterator[tuple[str, dict]]:
-    """(where, record) of a .json array or of .jsonl lines, plain or .gz; `where` begins the record's error messages."""
-    text = read_text(path)
-    if ".jsonl" in Path(path).suffixes:
-        lines = enumerate(text.split("\n"), start=1)  # not splitlines: U+2028 may stand in a string
-        found = ((f"{path}:{number}", load_json(line, path, number)) for number, line in lines if line.strip())
-    else:
-        records = load_json(text, path, 1)
-        if not isinstance(records, list):
-            raise UserError(f"{path}:1: found one JSON {type(records).__name__}, expected an array of records [...]")
-        found = ((f"{path}, record {i}", record) for i, record in enumerate(records, start=1))
-    for where, record in found:
-        if not isinstance(record, dict):
-            raise UserError(f"{where}: found a JSON {type(record).__name__}, expected a record {{...}}")
-        yield where, record
-
-
-def check_text(text, where: str) -> str:
-    """Returns the text. JSON can also hold other things, and half a surrogate pair, which is no character."""
-    if not isinstance(text, str):
-        raise UserError(f"{where}: found {type(text).__name__}, expected a string")
-    if half := re.search("[\ud800-\udfff]", text):
-        raise UserError(f"{where}: found half a character, {half[0]!a}, at {half.start()}, expected whole ones")
-    return text
-
+# ---- documents ----------------------------------------------------------------------------------------------------
 
 def read_documents(path) -> list[str]:
     """Documents of a .txt (between lines <|endoftext|>), or the "text" of .json or .jsonl records; plain or .gz."""
@@ -183,3 +139,175 @@ def replacing(path: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)  # if it is a folder
         with contextlib.suppress(OSError):
             temporary.unlink()
+
+
+# ---- token files --------------------------------------------------------------------------------------------------
+
+# magic, version, bytes per id, vocabulary, tokenizer's fingerprint, ids, targets, bytes of the text, note, CRC of these
+HEADER = struct.Struct("<8s I I Q 16s Q Q Q 188s I")
+MAGIC, VERSION = b"LLM0TOKS", 1
+DTYPES = {2: np.dtype("<u2"), 4: np.dtype("<u4")}
+
+
+def write_token_file(path, arrays: Iterable[np.ndarray], tokenizer: Tokenizer, n_bytes: int, note: str = "") -> None:
+    """Write the ids of the arrays, one after the other, as a token file, whole or not at all.
+
+    n_bytes: UTF-8 bytes of the text, for bits per byte; note: its origin, for the log. Memory: one array.
+    """
+    width = 2 if tokenizer.vocab_size <= 1 << 16 else 4
+    count = n_targets = 0
+    with replacing(Path(path)) as temporary, open(temporary, "wb") as file:
+        file.write(bytes(HEADER.size))
+        for array in arrays:
+            file.write(array.astype(DTYPES[width]))
+            count += len(array)
+            n_targets += int((array != tokenizer.bos_id).sum())
+        note_bytes = note.encode()[:188].decode(errors="ignore").encode()  # never half a character
+        head = HEADER.pack(MAGIC, VERSION, width, tokenizer.vocab_size, tokenizer.fingerprint.encode(), count,
+                           n_targets, n_bytes, note_bytes, 0)[:-4]
+        file.seek(0)
+        file.write(head + struct.pack("<I", zlib.crc32(head)))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+class TokenFile:
+    """A token file, memory-mapped. Each document in it is bos + ids + end: where a bos stands, a document begins.
+
+    ids: (N,) uint16 or uint32, a view of the file; vocab_size, fingerprint: of its tokenizer (another `tokenizer` is
+    refused); n_targets: ids that are predicted, all but the bos, so that bits per byte are mean loss * n_targets /
+    (n_bytes * ln 2); n_bytes: of the text, in UTF-8; note: its origin. UserError for any other file or a damaged one.
+    """
+
+    def __init__(self, path, tokenizer: Tokenizer | None = None):
+        self.path = path
+        try:
+            with open(path, "rb") as file:
+                head = file.read(HEADER.size)
+                self._check(head, os.fstat(file.fileno()).st_size)
+                self.map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read: {error.strerror}; delete its folder to make it again") from None
+        _, _, width, self.vocab_size, fingerprint, count, self.n_targets, self.n_bytes, note, _ = HEADER.unpack(head)
+        self.fingerprint, self.note = fingerprint.decode(), note.rstrip(b"\0").decode()
+        self.ids = np.frombuffer(self.map, DTYPES[width], count, HEADER.size)  # slices faster than np.memmap
+        first_special = self.vocab_size - len(SPECIALS)  # they are the last ids of every vocabulary
+        self.pad_id, self.bos_id = (first_special + SPECIALS.index(name) for name in ("<|pad|>", "<|bos|>"))
+        if tokenizer and (self.fingerprint, self.vocab_size) != (tokenizer.fingerprint, tokenizer.vocab_size):
+            raise UserError(f"{path}: found ids of tokenizer {self.fingerprint} ({self.vocab_size} tokens), expected "
+                            f"{tokenizer.fingerprint} ({tokenizer.vocab_size}); prepare the text with this tokenizer")
+
+    def _check(self, head: bytes, size: int) -> None:
+        """Nothing in the header is believed before it is known to be whole and to fit the file."""
+        if not head.startswith(MAGIC):
+            raise UserError(f"{self.path}: found {head[:8]!r}, expected a token file ({MAGIC!r}) as data.py makes them")
+        _, version, width, vocab_size, _, count, *_, crc = HEADER.unpack(head.ljust(HEADER.size, b"\0"))
+        if version != VERSION:
+            problem = f"found version {version}, expected {VERSION}"
+        elif crc != zlib.crc32(head[:-4]):
+            problem = f"found a damaged header, expected one with the checksum {crc:08x}"
+        elif width not in DTYPES or not len(SPECIALS) < vocab_size <= 256**width or count < 2:
+            problem = f"found {count} ids of {width} bytes for {vocab_size} tokens, expected two or more that fit"
+        elif size != HEADER.size + count * width:
+            problem = f"found {size} bytes, expected {HEADER.size + count * width} for {count} ids"
+        else:
+            return
+        raise UserError(f"{self.path}: {problem}; delete its folder to make it again")
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def forget_pages(self) -> None:
+        """Pages once read count as memory of this process until they are the whole file. Let them go; the system keeps
+        them cached. Not for 64 MB and less: to map them again would double the time of a small batch."""
+        if len(self.map) > 1 << 26:
+            self.map.madvise(mmap.MADV_DONTNEED)
+
+
+# ---- preparing ----------------------------------------------------------------------------------------------------
+
+# In front of the spaces behind a word, and behind the end of a line if a word follows, every tokenizer begins anew, so
+# that a cut there changes no id. (A text without such a place is encoded whole.)
+CUT = re.compile(r"\S(?= )|\S\n(?=\w)")
+
+
+def pieces(text: str, size: int = 1 << 20) -> Iterator[str]:
+    """A long text in parts of about `size` characters, whose ids one after the other are the ids of the whole."""
+    start = 0
+    while cut := CUT.search(text, start + size):
+        yield text[start : cut.end()]
+        start = cut.end()
+    yield text[start:]
+
+
+def encode_documents(documents: list[str], tokenizer: Tokenizer) -> Iterator[np.ndarray]:
+    """bos + ids + end of each document, in pieces: encoding takes several times the memory of its text."""
+    for document in documents:
+        yield np.array([tokenizer.bos_id])
+        yield from map(tokenizer.encode_array, pieces(document))
+        yield np.array([tokenizer.end_id])
+
+
+def split_documents(documents: list[str], val_fraction: float) -> tuple[list[str], list[str]]:
+    """(training, validation): validation is the last val_fraction of all characters; a document in the way is cut."""
+    left = int(sum(map(len, documents)) * (1 - val_fraction))  # characters that still go to training
+    train, val = [], []
+    for document in documents:
+        train.append(document[:left])
+        val.append(document[left:])
+        left -= len(train[-1])
+    return list(filter(None, train)), list(filter(None, val))
+
+
+def identity(data: str) -> list:
+    """What tells one state of a corpus from another, without reading it."""
+    if data == "stdlib":
+        return [sys.version, str(STDLIB)]
+    if data == "shakespeare":
+        return [SHAKESPEARE_SHA256]
+    if not os.path.isfile(data):
+        found = "a folder" if os.path.isdir(data) else "no such file"
+        raise UserError(f"{data}: found {found}, expected stdlib, shakespeare or the path of a file")
+    stat = os.stat(data)
+    return [os.path.abspath(data), stat.st_size, stat.st_mtime_ns]
+
+
+def prepare(data: str, *, tokenizer="bpe", vocab_size=4096, val_data="", val_fraction=0.1, cache="data"):
+    """Make or find the token files of a corpus. Returns the paths (train.bin, val.bin, tokenizer.json).
+
+    data, val_data: stdlib, shakespeare or a file; without val_data the last val_fraction of data is validation.
+    tokenizer: byte, char, bpe, a name that tiktoken knows, or a tokenizer.json; vocab_size: of bpe.
+    Their folder in `cache` is named after a hash of all that decides the ids: a second start reads no text. Processes
+    that start together make the same files, and one wins. UserError for unusable input; nothing is written then.
+    """
+    if not val_data and not 0 < val_fraction < 1:
+        raise UserError(f"--val_fraction: found {val_fraction}, expected a number between 0 and 1")
+    spec = Tokenizer.load(tokenizer).fingerprint if os.path.isfile(tokenizer) else tokenizer
+    decides = [VERSION, identity(data), identity(val_data) if val_data else val_fraction, spec, vocab_size]
+    key = hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:12]
+    folder = Path(cache) / f"{Path(data).name.split('.')[0]}-{Path(tokenizer).stem}-{key}"
+    paths = folder / "train.bin", folder / "val.bin", folder / "tokenizer.json"
+    if folder.exists():
+        return paths
+
+    documents = read_corpus(data, cache)
+    train, val = (documents, read_corpus(val_data, cache)) if val_data else split_documents(documents, val_fraction)
+    if not train or not val:
+        raise UserError(f"{data}: found too little text to set --val_fraction {val_fraction} aside; give more text")
+    # BPE learns from the training text alone. An alphabet has to be that of all the text: a character that only
+    # validation has could not be encoded at all, and to know that it exists does not help to predict it.
+    encoder = make_tokenizer(tokenizer, train + val if tokenizer == "char" else train, vocab_size)
+    with replacing(folder) as temporary:
+        temporary.mkdir()
+        encoder.save(temporary / "tokenizer.json")
+        for path, part, source in zip(paths, (train, val), (data, val_data or data)):
+            n_bytes, digest = 0, hashlib.sha256()
+            for document in part:
+                encoded = document.encode()
+                n_bytes += len(encoded)
+                digest.update(encoded)
+            origin = f"stdlib of Python {sys.version.split()[0]}" if source == "stdlib" else source
+            characters = sum(map(len, part))
+            note = f"{len(part)} documents, {characters} characters, sha256 {digest.hexdigest()[:16]}, {origin}"
+            write_token_file(temporary / path.name, encode_documents(part, encoder), encoder, n_bytes, note)
+    return paths

@@ -1,202 +1,29 @@
-"""From text to training batches.
+"""From files to training batches: rows of token ids, what to predict at each, and where one text ends.
 
-    prepare         a corpus -> tokenizer, training and validation token files; made once, then found again
-    TokenFile       a token file, memory-mapped: ten gigabytes open at once and cost next to no memory
-    Windows         pretraining batches, a pure function of (seed, step, row): the same data at any world size
-    eval_windows    every target of a token file, exactly once
+    Windows, eval_windows       pretraining: windows over a token file
+    encode_chat, encode_prompt  messages -> ids and which of them are trained: the chat template
+    pack, collate               sequences of any lengths -> full rows; the one place that shifts targets
+    Conversations               SFT: batches of conversations, a pure function of (seed, step)
 
     python data.py                                             # the English of Python's own library, as BPE tokens
-    python data.py --data shakespeare --tokenizer char
     python data.py --data my.txt --vocab_size 1024 --show      # and print a window: token | target | segment
+    python data.py --show --stage sft --data chats.jsonl       # print the first conversation: token | target | trained?
 """
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
-import mmap
-import os
-import re
-import struct
-import sys
-import zlib
-from collections.abc import Iterable, Iterator
-from pathlib import Path
+from collections.abc import Iterator
+from typing import Literal
 
 import numpy as np
 import torch
 
 from common import UserError, parse, run
-from corpus import SHAKESPEARE_SHA256, STDLIB, read_corpus, replacing
-from tokenizer import SPECIALS, Tokenizer, make_tokenizer
+from corpus import TokenFile, prepare
+from records import Record, read_chats
+from tokenizer import Tokenizer, make_tokenizer
 
 IGNORE = -100  # the target of a position that is not trained
-
-
-# ---- token files --------------------------------------------------------------------------------------------------
-
-# magic, version, bytes per id, vocabulary, tokenizer's fingerprint, ids, targets, bytes of the text, note, CRC of these
-HEADER = struct.Struct("<8s I I Q 16s Q Q Q 188s I")
-MAGIC, VERSION = b"LLM0TOKS", 1
-DTYPES = {2: np.dtype("<u2"), 4: np.dtype("<u4")}
-
-
-def write_token_file(path, arrays: Iterable[np.ndarray], tokenizer: Tokenizer, n_bytes: int, note: str = "") -> None:
-    """Write the ids of the arrays, one after the other, as a token file, whole or not at all.
-
-    n_bytes: UTF-8 bytes of the text, for bits per byte; note: its origin, for the log. Memory: one array.
-    """
-    width = 2 if tokenizer.vocab_size <= 1 << 16 else 4
-    count = n_targets = 0
-    with replacing(Path(path)) as temporary, open(temporary, "wb") as file:
-        file.write(bytes(HEADER.size))
-        for array in arrays:
-            file.write(array.astype(DTYPES[width]))
-            count += len(array)
-            n_targets += int((array != tokenizer.bos_id).sum())
-        note_bytes = note.encode()[:188].decode(errors="ignore").encode()  # never half a character
-        head = HEADER.pack(MAGIC, VERSION, width, tokenizer.vocab_size, tokenizer.fingerprint.encode(), count,
-                           n_targets, n_bytes, note_bytes, 0)[:-4]
-        file.seek(0)
-        file.write(head + struct.pack("<I", zlib.crc32(head)))
-        file.flush()
-        os.fsync(file.fileno())
-
-
-class TokenFile:
-    """A token file, memory-mapped. Each document in it is bos + ids + end: where a bos stands, a document begins.
-
-    ids: (N,) uint16 or uint32, a view of the file; vocab_size, fingerprint: of its tokenizer (another `tokenizer` is
-    refused); n_targets: ids that are predicted, all but the bos, so that bits per byte are mean loss * n_targets /
-    (n_bytes * ln 2); n_bytes: of the text, in UTF-8; note: its origin. UserError for any other file or a damaged one.
-    """
-
-    def __init__(self, path, tokenizer: Tokenizer | None = None):
-        self.path = path
-        try:
-            with open(path, "rb") as file:
-                head = file.read(HEADER.size)
-                self._check(head, os.fstat(file.fileno()).st_size)
-                self.map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        except OSError as error:
-            raise UserError(f"{path}: cannot be read: {error.strerror}; delete its folder to make it again") from None
-        _, _, width, self.vocab_size, fingerprint, count, self.n_targets, self.n_bytes, note, _ = HEADER.unpack(head)
-        self.fingerprint, self.note = fingerprint.decode(), note.rstrip(b"\0").decode()
-        self.ids = np.frombuffer(self.map, DTYPES[width], count, HEADER.size)  # slices faster than np.memmap
-        first_special = self.vocab_size - len(SPECIALS)  # they are the last ids of every vocabulary
-        self.pad_id, self.bos_id = (first_special + SPECIALS.index(name) for name in ("<|pad|>", "<|bos|>"))
-        if tokenizer and (self.fingerprint, self.vocab_size) != (tokenizer.fingerprint, tokenizer.vocab_size):
-            raise UserError(f"{path}: found ids of tokenizer {self.fingerprint} ({self.vocab_size} tokens), expected "
-                            f"{tokenizer.fingerprint} ({tokenizer.vocab_size}); prepare the text with this tokenizer")
-
-    def _check(self, head: bytes, size: int) -> None:
-        """Nothing in the header is believed before it is known to be whole and to fit the file."""
-        if not head.startswith(MAGIC):
-            raise UserError(f"{self.path}: found {head[:8]!r}, expected a token file ({MAGIC!r}) as data.py makes them")
-        _, version, width, vocab_size, _, count, *_, crc = HEADER.unpack(head.ljust(HEADER.size, b"\0"))
-        if version != VERSION:
-            problem = f"found version {version}, expected {VERSION}"
-        elif crc != zlib.crc32(head[:-4]):
-            problem = f"found a damaged header, expected one with the checksum {crc:08x}"
-        elif width not in DTYPES or not len(SPECIALS) < vocab_size <= 256**width or count < 2:
-            problem = f"found {count} ids of {width} bytes for {vocab_size} tokens, expected two or more that fit"
-        elif size != HEADER.size + count * width:
-            problem = f"found {size} bytes, expected {HEADER.size + count * width} for {count} ids"
-        else:
-            return
-        raise UserError(f"{self.path}: {problem}; delete its folder to make it again")
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-
-# ---- preparing ----------------------------------------------------------------------------------------------------
-
-# In front of the spaces behind a word, and behind the end of a line if a word follows, every tokenizer begins anew, so
-# that a cut there changes no id. (A text without such a place is encoded whole.)
-CUT = re.compile(r"\S(?= )|\S\n(?=\w)")
-
-
-def pieces(text: str, size: int = 1 << 20) -> Iterator[str]:
-    """A long text in parts of about `size` characters, whose ids one after the other are the ids of the whole."""
-    start = 0
-    while cut := CUT.search(text, start + size):
-        yield text[start : cut.end()]
-        start = cut.end()
-    yield text[start:]
-
-
-def encode_documents(documents: list[str], tokenizer: Tokenizer) -> Iterator[np.ndarray]:
-    """bos + ids + end of each document, in pieces: encoding takes several times the memory of its text."""
-    for document in documents:
-        yield np.array([tokenizer.bos_id])
-        yield from map(tokenizer.encode_array, pieces(document))
-        yield np.array([tokenizer.end_id])
-
-
-def split_documents(documents: list[str], val_fraction: float) -> tuple[list[str], list[str]]:
-    """(training, validation): validation is the last val_fraction of all characters; a document in the way is cut."""
-    left = int(sum(map(len, documents)) * (1 - val_fraction))  # characters that still go to training
-    train, val = [], []
-    for document in documents:
-        train.append(document[:left])
-        val.append(document[left:])
-        left -= len(train[-1])
-    return list(filter(None, train)), list(filter(None, val))
-
-
-def identity(data: str) -> list:
-    """What tells one state of a corpus from another, without reading it."""
-    if data == "stdlib":
-        return [sys.version, str(STDLIB)]
-    if data == "shakespeare":
-        return [SHAKESPEARE_SHA256]
-    if not os.path.isfile(data):
-        found = "a folder" if os.path.isdir(data) else "no such file"
-        raise UserError(f"{data}: found {found}, expected stdlib, shakespeare or the path of a file")
-    stat = os.stat(data)
-    return [os.path.abspath(data), stat.st_size, stat.st_mtime_ns]
-
-
-def prepare(data: str, *, tokenizer="bpe", vocab_size=4096, val_data="", val_fraction=0.1, cache="data"):
-    """Make or find the token files of a corpus. Returns the paths (train.bin, val.bin, tokenizer.json).
-
-    data, val_data: stdlib, shakespeare or a file; without val_data the last val_fraction of data is validation.
-    tokenizer: byte, char, bpe, a name that tiktoken knows, or a tokenizer.json; vocab_size: of bpe.
-    Their folder in `cache` is named after a hash of all that decides the ids: a second start reads no text. Processes
-    that start together make the same files, and one wins. UserError for unusable input; nothing is written then.
-    """
-    if not val_data and not 0 < val_fraction < 1:
-        raise UserError(f"--val_fraction: found {val_fraction}, expected a number between 0 and 1")
-    spec = Tokenizer.load(tokenizer).fingerprint if os.path.isfile(tokenizer) else tokenizer
-    decides = [VERSION, identity(data), identity(val_data) if val_data else val_fraction, spec, vocab_size]
-    key = hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:12]
-    folder = Path(cache) / f"{Path(data).name.split('.')[0]}-{Path(tokenizer).stem}-{key}"
-    paths = folder / "train.bin", folder / "val.bin", folder / "tokenizer.json"
-    if folder.exists():
-        return paths
-
-    documents = read_corpus(data, cache)
-    train, val = (documents, read_corpus(val_data, cache)) if val_data else split_documents(documents, val_fraction)
-    if not train or not val:
-        raise UserError(f"{data}: found too little text to set --val_fraction {val_fraction} aside; give more text")
-    # BPE learns from the training text alone. An alphabet has to be that of all the text: a character that only
-    # validation has could not be encoded at all, and to know that it exists does not help to predict it.
-    encoder = make_tokenizer(tokenizer, train + val if tokenizer == "char" else train, vocab_size)
-    with replacing(folder) as temporary:
-        temporary.mkdir()
-        encoder.save(temporary / "tokenizer.json")
-        for path, part, source in zip(paths, (train, val), (data, val_data or data)):
-            n_bytes, digest = 0, hashlib.sha256()
-            for document in part:
-                encoded = document.encode()
-                n_bytes += len(encoded)
-                digest.update(encoded)
-            origin = f"stdlib of Python {sys.version.split()[0]}" if source == "stdlib" else source
-            characters = sum(map(len, part))
-            note = f"{len(part)} documents, {characters} characters, sha256 {digest.hexdigest()[:16]}, {origin}"
-            write_token_file(temporary / path.name, encode_documents(part, encoder), encoder, n_bytes, note)
-    return paths
 
 
 # ---- pretraining batches ------------------------------------------------------------------------------------------
@@ -212,10 +39,7 @@ def read_windows(tokens: TokenFile, starts: np.ndarray, seq_len: int, n_rows: in
     for row, start in zip(window, starts.tolist()):
         piece = tokens.ids[start : start + seq_len + 1]
         row[: len(piece)] = piece
-    if len(tokens.map) > 1 << 26:
-        # Pages once read count as memory of this process until they are the whole file. Let them go; the system keeps
-        # them cached. Not for 64 MB and less: to map them again would double the time of a small batch.
-        tokens.map.madvise(mmap.MADV_DONTNEED)
+    tokens.forget_pages()
     if window.max() >= tokens.vocab_size:
         raise UserError(f"{tokens.path}: found id {window.max()}, expected less than {tokens.vocab_size}; the file is "
                         "damaged: delete its folder to make it again")
@@ -271,6 +95,164 @@ def eval_windows(tokens: TokenFile, seq_len: int, batch_size: int, rank: int = 0
         yield read_windows(tokens, np.arange(first, min(first + n_rows, n_windows)) * seq_len, seq_len, n_rows)
 
 
+# ---- the chat template --------------------------------------------------------------------------------------------
+
+# Content is ordinary text: nothing that a user types becomes a special token. Each piece is encoded on its own, so no
+# merge of the tokenizer crosses from what is read to what is trained.
+CHAT_TEMPLATE = "<|bos|>{<|system|>text<|end|>}[<|user|>text<|end|><|assistant|>text<|end|>]..."
+
+
+def encode_chat(tokenizer: Tokenizer, messages: list[dict]) -> tuple[list[int], list[int]]:
+    """(ids, mask) of a conversation by CHAT_TEMPLATE; mask 1: trained, which is what an assistant says and its end."""
+    role_ids = {"system": tokenizer.system_id, "user": tokenizer.user_id, "assistant": tokenizer.assistant_id}
+    ids, mask = [tokenizer.bos_id], [0]
+    for message in messages:
+        content = tokenizer.encode(message["content"])
+        ids += [role_ids[message["role"]], *content, tokenizer.end_id]
+        mask += [0] + [int(message["role"] == "assistant")] * (len(content) + 1)
+    return ids, mask
+
+
+def encode_prompt(tokenizer: Tokenizer, messages: list[dict]) -> list[int]:
+    """The ids after which the assistant speaks; encode_chat(messages and a reply) begins with them."""
+    return encode_chat(tokenizer, messages)[0] + [tokenizer.assistant_id]
+
+
+def chat_samples(tokenizer: Tokenizer, messages: list[dict], turns="all") -> list[tuple[list[int], list[int]]]:
+    """What is trained of one conversation, as a list of (ids, mask).
+
+    turns "all": every assistant turn in one pass, since a causal model answers turn 1 as if turn 2 did not exist;
+    "last": the last one, the others are context; "each": one sample per assistant turn, cut off behind it. "each"
+    trains the tokens of "all" and reads a conversation of n turns n times.
+    """
+    if turns == "all":
+        return [encode_chat(tokenizer, messages)]
+    replies = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    samples = []
+    for i in replies[-1:] if turns == "last" else replies:
+        context = encode_prompt(tokenizer, messages[:i])
+        ids, _ = encode_chat(tokenizer, messages[: i + 1])
+        samples.append((ids, [0] * len(context) + [1] * (len(ids) - len(context))))
+    return samples
+
+
+def truncate(tokenizer: Tokenizer, ids: list[int], mask: list[int], length: int) -> tuple[list[int], list[int]] | None:
+    """At most `length` of the ids, cut from the left behind bos and the system message; None if no reply is left whole.
+
+    A reply that has lost its beginning is context, not trained: the model would learn to begin in the middle.
+    """
+    if len(ids) <= length:
+        return ids, mask
+    head = ids.index(tokenizer.end_id) + 1 if ids[1] == tokenizer.system_id else 1
+    cut = head + len(ids) - length
+    if cut >= len(ids):
+        return None
+    tail = mask[cut:]
+    rest = tail.index(0) if 0 in tail else len(tail)  # of a reply that the cut goes through; 0 if it goes elsewhere
+    tail[:rest] = [0] * rest
+    return (ids[:head] + ids[cut:], mask[:head] + tail) if any(tail) else None
+
+
+# ---- rows ---------------------------------------------------------------------------------------------------------
+
+def pack(lengths: list[int], length: int) -> list[list[int]]:
+    """Best-fit decreasing: the longest sequence first, each into the row it fills best. Returns the indices per row."""
+    rows, room = [], []
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        fits = [r for r in range(len(rows)) if room[r] >= lengths[i]]
+        if fits:
+            best = min(fits, key=lambda r: room[r])
+        else:
+            best = len(rows)
+            rows.append([])
+            room.append(length)
+        rows[best].append(i)
+        room[best] -= lengths[i]
+    return rows
+
+
+def collate(sequences: list[list[int]], masks: list[list[int]], rows: list[list[int]] | None = None,
+            length: int = 0, pad_id: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(ids, targets, segment_ids), each (B, T) int64. The only place that shifts: a target is the next id of the same
+    sequence where its mask is 1, else -100, so each sequence ends with -100 and its last id is still an input.
+
+    rows: which sequences stand in each row, one after the other (None: one each); segment_ids number them from 0, -1 is
+    padding. T is the longest row, or `length`.
+    """
+    rows = [[i] for i in range(len(sequences))] if rows is None else rows
+    T = length or max(sum(len(sequences[i]) for i in row) for row in rows)
+    ids = torch.full((len(rows), T), pad_id)  # (B, T)
+    targets, segment_ids = torch.full_like(ids, IGNORE), torch.full_like(ids, -1)
+    for r, row in enumerate(rows):
+        start = 0
+        for segment, i in enumerate(row):
+            sequence, mask = torch.tensor(sequences[i]), torch.tensor(masks[i], dtype=torch.bool)
+            end = start + len(sequence)
+            ids[r, start:end], segment_ids[r, start:end] = sequence, segment
+            targets[r, start : end - 1] = torch.where(mask[1:], sequence[1:], IGNORE)
+            start = end
+    return ids, targets, segment_ids
+
+
+# ---- SFT batches --------------------------------------------------------------------------------------------------
+
+def shuffled(n: int, start: int, count: int, seed: int) -> list[int]:
+    """Items start .. start + count - 1 of an endless stream of epochs over n items, each in an order of its own."""
+    items = []
+    for epoch in range(start // n, (start + count - 1) // n + 1):
+        bits = np.random.Philox(key=seed, counter=[0, epoch, 1, 0]).random_raw(n)
+        items += np.argsort(bits, kind="stable").tolist()
+    return items[start % n : start % n + count]
+
+
+class Conversations:
+    """Batches of chat samples, packed into rows (or one per row); without any state: to resume takes the step alone.
+
+    batch_size: samples of a step over ALL ranks. used, truncated, dropped: what became of the samples of the file;
+    dropped are those whose reply alone is longer than seq_len. UserError if none is left.
+    """
+
+    def __init__(self, records: list[Record], tokenizer: Tokenizer, seq_len: int, *, turns="all", packed=True,
+                 batch_size: int = 16, seed: int = 0):
+        self.seq_len, self.packed, self.batch_size, self.seed = seq_len, packed, batch_size, seed
+        self.pad_id, self.samples, self.truncated, self.dropped = tokenizer.pad_id, [], 0, 0
+        for record in records:
+            try:
+                samples = chat_samples(tokenizer, record.messages, turns)
+            except UserError as error:  # a character outside the alphabet
+                raise UserError(f"{record.where}: {error}") from None
+            for ids, mask in samples:
+                sample = truncate(tokenizer, ids, mask, seq_len)
+                self.truncated += sample is not None and len(ids) > seq_len
+                self.dropped += sample is None
+                self.samples += [sample] if sample else []
+        if not self.samples:
+            raise UserError(f"{records[0].where.rpartition(':')[0]}: found no reply shorter than --seq_len {seq_len}")
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def rows(self, chosen: list[int], rank: int, world: int, multiple: int = 1) -> tuple[torch.Tensor, ...]:
+        """The chosen samples as rows rank::world: (ids, targets, segment_ids), each (b, T); all ranks get equal shapes,
+        with b a multiple of `multiple`; rows of padding fill up."""
+        sequences, masks = zip(*(self.samples[i] for i in chosen))
+        lengths = list(map(len, sequences))
+        rows = pack(lengths, self.seq_len) if self.packed else [[i] for i in range(len(chosen))]
+        T = max(sum(lengths[i] for i in row) for row in rows)
+        rows += [[]] * (-len(rows) % (world * multiple))
+        return collate(sequences, masks, rows[rank::world], T, self.pad_id)
+
+    def batch(self, step: int, rank: int = 0, world: int = 1, multiple: int = 1) -> tuple[torch.Tensor, ...]:
+        """The batch_size samples of the step (counted from 0), as `rows`."""
+        return self.rows(shuffled(len(self), step * self.batch_size, self.batch_size, self.seed), rank, world, multiple)
+
+    def in_order(self, rank: int = 0, world: int = 1, multiple: int = 1) -> Iterator[tuple[torch.Tensor, ...]]:
+        """Every sample once, batch_size at a time, for evaluation."""
+        everyone = list(range(len(self)))
+        for start in range(0, len(self), self.batch_size):
+            yield self.rows(everyone[start : start + self.batch_size], rank, world, multiple)
+
+
 # ---- the command --------------------------------------------------------------------------------------------------
 
 @dataclasses.dataclass
@@ -281,13 +263,30 @@ class Config:
     val_data: str = ""         # validation text; empty: the end of data
     val_fraction: float = 0.1  # how much of data, in characters
     cache: str = "data"        # folder for what is made here
-    show: bool = False         # also print a training window: token, target, segment
-    seq_len: int = 64          # of that window, tokens
-    seed: int = 0              # of that window
+    show: bool = False         # also print a training sample: token, target, segment or trained?
+    stage: Literal["pretrain", "sft"] = "pretrain"  # what the sample is of; sft only shows
+    turns: Literal["all", "last", "each"] = "all"  # assistant turns trained, as in train_sft.py
+    seq_len: int = 64          # of the window, tokens
+    seed: int = 0              # of the window
+
+
+def show_chat(cfg: Config) -> None:
+    """The first conversation of the file: token | target | trained?"""
+    record = read_chats(cfg.data)[0]
+    texts = [message["content"] for message in record.messages]
+    tokenizer = make_tokenizer("byte" if cfg.tokenizer == "bpe" else cfg.tokenizer, texts)
+    print(f"chat template: {CHAT_TEMPLATE}")
+    for ids, mask in chat_samples(tokenizer, record.messages, cfg.turns):
+        (ids,), (targets,), _ = (part.tolist() for part in collate([ids], [mask]))
+        for i, target in zip(ids, targets):
+            shown = "-" if target == IGNORE else repr(tokenizer.decode([target]))
+            print(f"{tokenizer.decode([i])!r:24} {shown:24} {'trained' if target != IGNORE else ''}".rstrip())
 
 
 def main(argv=None) -> None:
     cfg = parse(Config, argv, __doc__)
+    if cfg.stage == "sft":
+        return show_chat(cfg)
     *files, tokenizer_path = prepare(cfg.data, tokenizer=cfg.tokenizer, vocab_size=cfg.vocab_size,
                                      val_data=cfg.val_data, val_fraction=cfg.val_fraction, cache=cfg.cache)
     tokenizer = Tokenizer.load(tokenizer_path)

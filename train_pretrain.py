@@ -20,7 +20,8 @@ import torch
 
 from checkpoint import claim, final_folder, load_checkpoint, load_final, save_checkpoint, save_final
 from common import Log, UserError, matmul_peak, parse, require_positive, run, setup
-from data import TokenFile, Windows, eval_windows, prepare
+from corpus import TokenFile, prepare
+from data import Windows, eval_windows
 from model import GPT, GPTConfig, generate
 from tokenizer import Tokenizer
 from zero import Zero

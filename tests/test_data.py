@@ -24,8 +24,8 @@ import torch
 import corpus
 import data
 from common import UserError
-from corpus import read_corpus, read_documents
-from data import TokenFile, Windows, eval_windows, prepare, write_token_file
+from corpus import TokenFile, prepare, read_corpus, read_documents, write_token_file
+from data import Windows, eval_windows
 from tokenizer import Tokenizer, make_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -100,11 +100,11 @@ BAD_FILES = {
     "one object": ("a.json", b'{"text": "a"}', ["a.json:1:", "dict", "array"]),
     "no records": ("a.json", b"[]", ["no text"]),
     "a list as record": ("a.jsonl", b'{"text": "a"}\n["a"]', ["a.jsonl:2:", "list", "record"]),
-    "a number as record": ("a.json", b'[{"text": "a"}, 7]', ["a.json, record 2", "int", "record"]),
+    "a number as record": ("a.json", b'[{"text": "a"}, 7]', ["a.json:1:", "int", "record"]),
     "other keys": ("a.jsonl", b'{"text": "a"}\n{"prompt": "a"}', ["a.jsonl:2:", "'prompt'", '"text"']),
     "text is null": ("a.jsonl", b'{"text": null}', ["a.jsonl:1", "NoneType", "string"]),
     "half a character": ("a.jsonl", b'{"text": "ok"}\n{"text": "ab\\ud83d"}', ["a.jsonl:2", "\\ud83d", "at 2"]),
-    "half a character in an array": ("a.json", b'[{"text": "\\udc00"}]', ["a.json, record 1", "\\udc00"]),
+    "half a character in an array": ("a.json", b'[{"text": "\\udc00"}]', ["a.json:1", "\\udc00"]),
     "too deep": ("a.json", b"[" * 200_000, ["a.json:1:"]),
     "one character": ("a.txt", b"x", ["too little text", "--val_fraction"]),
 }
@@ -195,8 +195,7 @@ def test_stdlib_missing_is_named(tmp_path, monkeypatch):
 def test_shakespeare_is_downloaded_once_and_checked(tmp_path, monkeypatch):
     """One request for any number of tokenizers; the file placed by hand serves as well; another text is refused."""
     text, requests = b"First Citizen:\nSpeak, speak.\n", []
-    for module in (corpus, data):  # data takes it into the key of its cache
-        monkeypatch.setattr(module, "SHAKESPEARE_SHA256", hashlib.sha256(text).hexdigest())
+    monkeypatch.setattr(corpus, "SHAKESPEARE_SHA256", hashlib.sha256(text).hexdigest())
     monkeypatch.setattr(corpus.urllib.request, "urlopen", lambda url, timeout: requests.append(url) or io.BytesIO(text))
     for tokenizer in ("byte", "char", "byte"):
         prepare("shakespeare", tokenizer=tokenizer, cache=tmp_path)
@@ -238,7 +237,7 @@ def test_shakespeare_download_of_something_else_is_not_kept(tmp_path, monkeypatc
 def test_validation_is_the_last_part_of_the_characters(fraction):
     """Nothing is lost or moved, and the cut is where the fraction says, inside a document if need be."""
     documents = ["a" * 7, "b", "c" * 30, "d" * 11]
-    train, val = data.split_documents(documents, fraction)
+    train, val = corpus.split_documents(documents, fraction)
     assert "".join(train + val) == "".join(documents) and all(train + val)
     assert len("".join(train)) == int(49 * (1 - fraction))
     whole = [document for document in train + val if document in documents]
@@ -254,7 +253,7 @@ def test_prepare_keeps_the_text_the_boundaries_and_the_counts(tmp_path, tokenize
     train_path, val_path, tokenizer_path = prepare(str(tmp_path / "a.txt"), tokenizer=tokenizer, vocab_size=300,
                                                    cache=tmp_path / "cache")
     made = Tokenizer.load(tokenizer_path)
-    for path, part in zip((train_path, val_path), data.split_documents(documents, 0.1)):
+    for path, part in zip((train_path, val_path), corpus.split_documents(documents, 0.1)):
         tokens = TokenFile(path, made)
         expected = [i for text in part for i in [made.bos_id, *made.encode(text), made.end_id]]
         assert tokens.ids.tolist() == expected
@@ -321,7 +320,7 @@ def test_stdlib_of_another_python_is_prepared_again(tmp_path, monkeypatch):
     paths = prepare("stdlib", tokenizer="byte", cache=tmp_path)
     assert f"Python {sys.version.split()[0]}" in TokenFile(paths[0]).note
     assert prepare("stdlib", tokenizer="byte", cache=tmp_path) == paths
-    monkeypatch.setattr(data.sys, "version", "3.99.0 (other)")
+    monkeypatch.setattr(corpus.sys, "version", "3.99.0 (other)")
     assert prepare("stdlib", tokenizer="byte", cache=tmp_path) != paths
 
 
@@ -360,7 +359,7 @@ def test_a_full_disk_leaves_nothing_half_written(tmp_path, monkeypatch, fails):
     def full(*_):
         raise OSError(28, "No space left on device")
     (tmp_path / "a.txt").write_text("some text")
-    monkeypatch.setattr(data.os, "fsync" if fails == "fsync" else "replace", full)
+    monkeypatch.setattr(corpus.os, "fsync" if fails == "fsync" else "replace", full)
     with pytest.raises(UserError, match="No space left"):
         prepare(str(tmp_path / "a.txt"), tokenizer="byte", cache=tmp_path / "cache")
     assert list((tmp_path / "cache").iterdir()) == []
@@ -415,12 +414,12 @@ def test_long_texts_are_encoded_in_pieces_without_a_trace(kind):
     made = make_tokenizer(kind, texts, 500)
     cuts = 0
     for text in texts:
-        parts = list(data.pieces(text, size=2))
+        parts = list(corpus.pieces(text, size=2))
         assert "".join(parts) == text
         assert [i for part in parts for i in made.encode(part)] == made.encode(text)
         cuts += len(parts) - 1
     assert cuts > 300
-    assert len(list(data.pieces("你好。\n" * 9, size=2))) == 9, "a script without spaces is cut at its lines"
+    assert len(list(corpus.pieces("你好。\n" * 9, size=2))) == 9, "a script without spaces is cut at its lines"
 
 
 def test_pieces_hold_for_the_patterns_of_tiktoken(monkeypatch):
@@ -434,7 +433,7 @@ def test_pieces_hold_for_the_patterns_of_tiktoken(monkeypatch):
     for pattern in map(regex.compile, patterns):
         for text in random_texts(300):
             whole = [match.group() for match in pattern.finditer(text)]
-            split = [match.group() for part in data.pieces(text, size=2) for match in pattern.finditer(part)]
+            split = [match.group() for part in corpus.pieces(text, size=2) for match in pattern.finditer(part)]
             assert split == whole
 
 
@@ -460,8 +459,8 @@ FIELDS = ["magic", "version", "width", "vocab_size", "fingerprint", "count", "n_
 def change_header(path, resealed=False, **changes):
     """Overwrite fields of the header; resealed: with a checksum that fits, as a wrong writer would leave it."""
     content = bytearray(path.read_bytes())
-    fields = dict(zip([*FIELDS, "crc"], data.HEADER.unpack(content[:data.HEADER.size])))
-    head = data.HEADER.pack(*{**fields, **changes}.values())
+    fields = dict(zip([*FIELDS, "crc"], corpus.HEADER.unpack(content[:corpus.HEADER.size])))
+    head = corpus.HEADER.pack(*{**fields, **changes}.values())
     content[:len(head)] = head[:-4] + struct.pack("<I", zlib.crc32(head[:-4])) if resealed else head
     path.write_bytes(content)
 
@@ -548,10 +547,11 @@ def test_ten_gigabytes_cost_little_memory_and_time(tmp_path):
     token_file(tmp_path, range(10))
     count = 5 * 10**9
     change_header(tmp_path / "ids.bin", resealed=True, count=count)
-    os.truncate(tmp_path / "ids.bin", data.HEADER.size + 2 * count)
+    os.truncate(tmp_path / "ids.bin", corpus.HEADER.size + 2 * count)
     program = """
 import os, re, resource, sys, time
-from data import TokenFile, Windows
+from corpus import TokenFile
+from data import Windows
 def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 Windows(TokenFile(sys.argv[2]), 8, batch_size=2).batch(0)  # what numpy and torch need for themselves
 before, start = peak(), time.perf_counter()
