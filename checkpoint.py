@@ -23,6 +23,8 @@ import torch
 import torch.distributed as dist
 
 from common import UserError, run
+from model import GPT, GPTConfig
+from tokenizer import Tokenizer
 from zero import Zero
 from zero_tools import naming_lost_ranks, rank_and_world
 
@@ -199,6 +201,22 @@ def final_folder(folder: str) -> str:
     """The folder of the finished model, given that folder or the run's."""
     final = os.path.join(folder, "final")
     return final if os.path.isdir(final) else folder
+
+
+def load_model(folder: str, head: str = "", **changes) -> tuple[GPT, Tokenizer, dict]:
+    """(model, tokenizer, config) of a finished run. head: "lm" or "scalar", a new one if the model has the other;
+    changes: fields of GPTConfig that are no weights, as attention."""
+    folder = final_folder(folder)
+    config, weights = load_final(folder)
+    tokenizer = Tokenizer.load(os.path.join(folder, "tokenizer.json"))
+    if not isinstance(config.get("model"), dict) or config.get("head") not in ("lm", "scalar"):
+        raise UserError(f'{folder}/config.json: expected "model" and "head", as training scripts write them')
+    shape = GPTConfig.from_dict({**config["model"], **changes}, folder)
+    if shape.vocab_size != tokenizer.vocab_size:
+        raise UserError(f"{folder}: the model has {shape.vocab_size} tokens, its tokenizer {tokenizer.vocab_size}")
+    model = GPT(shape, head=head or config["head"])
+    model.load_weights(weights, folder)
+    return model, tokenizer, config
 
 
 def load_final(folder: str) -> tuple[dict, dict[str, torch.Tensor]]:

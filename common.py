@@ -93,7 +93,7 @@ def parse(config_class, argv=None, doc: str | None = None):
     group, known = parser, set()
     classes = [c for c in config_class.__mro__ if dataclasses.is_dataclass(c)]  # a Config may inherit the model's
     for line in "\n".join(map(inspect.getsource, classes)).splitlines():
-        if title := re.match(r"    # (.+)", line):
+        if title := re.match(r"    # ([^\[].*)", line):  # not "[copy: ...]"
             group = parser.add_argument_group(title[1])
         match = re.match(r"    (\w+): .*?(?:  # (.*))?$", line)
         if not match or match[1] not in fields or match[1] in known:
@@ -174,10 +174,11 @@ class Env:
             print("\nstopping after this step; once more to stop at once", file=sys.stderr, flush=True)
 
 
-def setup(device: str = "auto", timeout: float = 600.0) -> Env:
+def setup(device: str = "auto", timeout: float = 600.0, catch_signals: bool = True) -> Env:
     """Join the process group that torchrun describes in the environment (or none), pick device and thread count.
 
     timeout: seconds after which a collective whose peer died or hangs becomes an error instead of waiting for ever.
+    catch_signals: SIGTERM and Ctrl-C ask to stop (Env.stop_signal); off: they stop the program at once.
     """
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local_rank, local_world = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -201,7 +202,7 @@ def setup(device: str = "auto", timeout: float = 600.0) -> Env:
     if world > 1:
         backend = "nccl" if chosen.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout))
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in (signal.SIGTERM, signal.SIGINT) if catch_signals else ():
         env.old_handlers[number] = signal.signal(number, env._on_signal)
     return env
 

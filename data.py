@@ -12,6 +12,8 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 from collections.abc import Iterator
 from typing import Literal
 
@@ -232,25 +234,43 @@ class Conversations:
     def __len__(self) -> int:
         return len(self.samples)
 
-    def rows(self, chosen: list[int], rank: int, world: int, multiple: int = 1) -> tuple[torch.Tensor, ...]:
-        """The chosen samples as rows rank::world: (ids, targets, segment_ids), each (b, T); all ranks get equal shapes,
-        with b a multiple of `multiple`; rows of padding fill up."""
-        sequences, masks = zip(*(self.samples[i] for i in chosen))
-        lengths = list(map(len, sequences))
+    def fingerprint(self) -> str:
+        """16 hexadecimal digits that tell these samples from others."""
+        return hashlib.sha256(json.dumps(self.samples).encode()).hexdigest()[:16]
+
+    def report(self) -> str:
+        """What became of the conversations, and what an epoch costs."""
+        n_tokens = sum(len(ids) for ids, _ in self.samples)
+        n_trained = sum(sum(mask) for _, mask in self.samples)
+        steps = [self.of_step(step) for step in range(-(-len(self) // self.batch_size))]
+        computed = sum(len(rows) * T for rows, T in map(self.layout, steps))
+        fill = n_tokens * self.batch_size * len(steps) / len(self) / computed  # the last step goes into the next epoch
+        return (f"{len(self)} samples used, {self.truncated} of them truncated, {self.dropped} dropped (longer than "
+                f"{self.seq_len} tokens); {n_trained:,} of {n_tokens:,} tokens trained; rows filled to {fill:.1%}")
+
+    def of_step(self, step: int) -> list[int]:
+        """Which samples step `step`, counted from 0, trains."""
+        return shuffled(len(self), step * self.batch_size, self.batch_size, self.seed)
+
+    def layout(self, chosen: list[int]) -> tuple[list[list[int]], int]:
+        """(rows of indices into `chosen`, T): how these samples are laid into rows, none longer than it must be."""
+        lengths = [len(self.samples[i][0]) for i in chosen]
         rows = pack(lengths, self.seq_len) if self.packed else [[i] for i in range(len(chosen))]
-        T = max(sum(lengths[i] for i in row) for row in rows)
-        rows += [[]] * (-len(rows) % (world * multiple))
+        return rows, max(sum(lengths[i] for i in row) for row in rows)
+
+    def rows(self, chosen: list[int], rank: int = 0, world: int = 1) -> tuple[torch.Tensor, ...]:
+        """The chosen samples as rows rank::world: (ids, targets, segment_ids), each (b, T), equal shapes on all ranks:
+        rows of padding fill up."""
+        rows, T = self.layout(chosen)
+        rows += [[]] * (-len(rows) % world)
+        sequences, masks = zip(*(self.samples[i] for i in chosen))
         return collate(sequences, masks, rows[rank::world], T, self.pad_id)
 
-    def batch(self, step: int, rank: int = 0, world: int = 1, multiple: int = 1) -> tuple[torch.Tensor, ...]:
-        """The batch_size samples of the step (counted from 0), as `rows`."""
-        return self.rows(shuffled(len(self), step * self.batch_size, self.batch_size, self.seed), rank, world, multiple)
-
-    def in_order(self, rank: int = 0, world: int = 1, multiple: int = 1) -> Iterator[tuple[torch.Tensor, ...]]:
+    def in_order(self, rank: int = 0, world: int = 1) -> Iterator[tuple[torch.Tensor, ...]]:
         """Every sample once, batch_size at a time, for evaluation."""
         everyone = list(range(len(self)))
         for start in range(0, len(self), self.batch_size):
-            yield self.rows(everyone[start : start + self.batch_size], rank, world, multiple)
+            yield self.rows(everyone[start : start + self.batch_size], rank, world)
 
 
 # ---- the command --------------------------------------------------------------------------------------------------

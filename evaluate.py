@@ -10,17 +10,14 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from checkpoint import final_folder, load_final
+from checkpoint import load_model
 from common import UserError, parse, require_positive, run, setup
 from corpus import read_corpus
-from model import GPT, GPTConfig
-from tokenizer import Tokenizer
 
 
 @dataclass
@@ -83,18 +80,13 @@ def perplexity(model, tokenizer, documents, seq_len: int, stride: int, batch_siz
 def main(argv=None) -> int:
     cfg = parse(Config, argv, __doc__)
     require_positive(cfg, "batch_size")
-    env = setup(cfg.device)
-    folder = final_folder(cfg.model)
-    config, weights = load_final(folder)
-    tokenizer = Tokenizer.load(os.path.join(folder, "tokenizer.json"))
-    model = GPT(GPTConfig.from_dict(config["model"], folder), head=config["head"])
-    model.load_weights(weights, folder)
+    env = setup(cfg.device, catch_signals=False)
+    model, tokenizer, _ = load_model(cfg.model)
     model.to(env.device)
     seq_len = min(cfg.seq_len or model.config.max_seq_len, model.config.max_seq_len)
     stride = min(cfg.stride or seq_len, seq_len)
     result = perplexity(model, tokenizer, read_corpus(cfg.data), seq_len, stride, cfg.batch_size, env.device)
     print(json.dumps({"model": cfg.model, "data": cfg.data, "seq_len": seq_len, "stride": stride, **result}))
-    env.close()
     return 0
 
 

@@ -361,9 +361,9 @@ def generate(model, prompts, *, max_new_tokens, temperature=1.0, top_k=0, top_p=
     """Continue each prompt (a non-empty list of ids); returns one list of new ids per prompt, eos_id included if drawn.
 
     Ragged prompts are padded on the left. seeds: one integer per prompt; row i's draws depend on seeds[i] alone, not on
-    its neighbours. banned: ids never drawn (padding). repetition_penalty: CTRL's (Keskar et al. 2019), 1 is off.
-    return_logp: also a list of the drawn tokens' log-probabilities under softmax(logits / temperature), before any
-    filter. on_token(row, id): called at every new token. Raises UserError if prompt + max_new_tokens > max_seq_len.
+    its neighbours. banned: ids never drawn (padding). repetition_penalty: CTRL's (Keskar et al. 2019), 1 is off; eos_id
+    is exempt. return_logp: also a list of the drawn tokens' log-probabilities under softmax(logits / temperature),
+    before any filter. on_token(row, id): called at every new token. UserError if prompt + max_new_tokens > max_seq_len.
     """
     lengths = [len(p) for p in prompts]
     if min(lengths, default=0) == 0:
@@ -389,7 +389,7 @@ def generate(model, prompts, *, max_new_tokens, temperature=1.0, top_k=0, top_p=
         if repetition_penalty != 1:
             logits = logits.clone()  # full keeps what the model said
             for row, prompt in enumerate(prompts):
-                seen = torch.tensor(sorted({*prompt, *new[row]}), device=device)
+                seen = torch.tensor(sorted({*prompt, *new[row]} - {eos_id}), device=device)  # a chat has many ends
                 logits[row, seen] = torch.where(logits[row, seen] > 0, logits[row, seen] / repetition_penalty,
                                                 logits[row, seen] * repetition_penalty)
         if banned:

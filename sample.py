@@ -1,17 +1,26 @@
-"""Let a trained model write.
+"""Let a trained model write: go on with a text, talk, or answer a file of prompts.
 
-    python sample.py --model out/pretrain --prompt "The history of"
-    python sample.py --model out/pretrain --n 5 --temperature 0.8 --top_k 50
+    python sample.py --model out/pretrain --prompt "The history of" --n 2
+    python sample.py --model out/sft --chat                          /reset forgets, /quit leaves
+    python sample.py --model out/sft --chat --prompt "Who are you?"  one reply
+    python sample.py --model out/sft --prompts prompts.jsonl --k 4 --temperature 1 --out samples.jsonl
+
+samples.jsonl has one line per prompt: {"prompt": messages, "responses": [k texts], "ended": [k times true or false]}.
 """
 from __future__ import annotations
 
 import codecs
-import os
+import json
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 
-from checkpoint import final_folder, load_final
+from checkpoint import load_model
 from common import UserError, parse, require_positive, run, setup
-from model import GPT, GPTConfig, generate
+from corpus import replacing
+from data import CHAT_TEMPLATE, encode_prompt
+from model import generate
+from records import read_prompts
 from tokenizer import Tokenizer
 
 
@@ -19,15 +28,21 @@ from tokenizer import Tokenizer
 class Config:
     # what
     model: str = "out/pretrain"  # folder of a run, or of a finished model
-    prompt: str = ""  # text to continue; empty: a new document; @FILE reads it from a file
+    prompt: str = ""  # text to go on with, or with --chat to answer; empty: a new document; @FILE reads it from a file
     n: int = 1  # how many continuations
-    max_new_tokens: int = 0  # longest continuation; 0: up to the model's longest row
+    chat: bool = False  # a conversation; with --prompt: one reply
+    system: str = ""  # with --chat: what the assistant is told before the conversation
+    prompts: str = ""  # file of prompts to answer: {"prompt"} records, or conversations without their last reply
+    k: int = 1  # replies per prompt of the file
+    out: str = "samples.jsonl"  # where the replies go
+    batch_size: int = 64  # replies drawn at once
     # how
+    max_new_tokens: int = 0  # longest continuation or reply; 0: up to the model's longest row
     temperature: float = 0.8  # 1: the model's own distribution; 0: always the likeliest token
     top_k: int = 0  # draw among the k likeliest; 0: all
     top_p: float = 1.0  # draw among the likeliest that together reach p; 1: all
     repetition_penalty: float = 1.0  # above 1: tokens already seen become less likely
-    seed: int = 1  # continuation i is drawn with seed + i
+    seed: int = 1  # the same seed draws the same text
     device: str = "auto"  # auto, cpu, cuda, cuda:N
 
 
@@ -43,16 +58,121 @@ class Printer:
             print(self.decoder.decode(self.tokenizer.decode_bytes([token])), end="", flush=True)
 
 
+def draw(model, tokenizer, prompts: list[list[int]], seeds: list[int], cfg: Config, length: int, on_token=None):
+    """At most `length` new ids for each prompt, as the flags say."""
+    return generate(model, prompts, max_new_tokens=length, temperature=cfg.temperature, top_k=cfg.top_k,
+                    top_p=cfg.top_p, repetition_penalty=cfg.repetition_penalty, eos_id=tokenizer.end_id,
+                    banned=tokenizer.specials_but_end, seeds=seeds, on_token=on_token)
+
+
+def room(model, prompt_length: int, cfg: Config) -> int:
+    """How many new tokens fit behind the prompt; UserError if none, or fewer than asked for."""
+    left = model.config.max_seq_len - prompt_length
+    if left < max(1, cfg.max_new_tokens):
+        raise UserError(f"a prompt of {prompt_length} tokens and --max_new_tokens {max(1, cfg.max_new_tokens)}: the "
+                        f"model's rows end at {model.config.max_seq_len}; shorten one of them")
+    return cfg.max_new_tokens or left
+
+
+def complete(model, tokenizer, text: str, cfg: Config) -> None:
+    """Print n continuations of the text."""
+    prompt = [tokenizer.bos_id, *tokenizer.encode(text)]
+    for number in range(cfg.n):
+        length = room(model, len(prompt), cfg)
+        print(text, end="")
+        draw(model, tokenizer, [prompt], [cfg.seed + number], cfg, length, Printer(tokenizer))
+        print("\n" + "-" * 40 if number + 1 < cfg.n else "")
+
+
+def recent(tokenizer, messages: list[dict], longest: int) -> list[dict]:
+    """The conversation without its oldest exchanges, so that the prompt has at most `longest` tokens; the system
+    message and the last user turn always stay."""
+    messages = list(messages)
+    first = int(messages[0]["role"] == "system")
+    while len(messages) > first + 1 and len(encode_prompt(tokenizer, messages)) > longest:
+        del messages[first : first + 2]
+    return messages
+
+
+def chat(model, tokenizer, text: str, cfg: Config) -> None:
+    """Answer the text, or whoever types, until /quit or the end of the input."""
+    start = [{"role": "system", "content": cfg.system}] if cfg.system else []
+    messages, turn = list(start), 0
+    while True:
+        try:
+            said = text or input("> ").strip()
+        except (EOFError, KeyboardInterrupt):
+            print()
+            return
+        if said == "/quit":
+            return
+        if said == "/reset":
+            messages = list(start)
+        if said in ("/reset", ""):
+            continue
+        try:
+            # A quarter of the row stays free for the reply, or what is asked for.
+            longest = model.config.max_seq_len - (cfg.max_new_tokens or model.config.max_seq_len // 4)
+            asked = recent(tokenizer, [*messages, {"role": "user", "content": said}], longest)
+            prompt = encode_prompt(tokenizer, asked)
+            new = draw(model, tokenizer, [prompt], [cfg.seed + turn], cfg, room(model, len(prompt), cfg),
+                       Printer(tokenizer))[0]
+            messages = [*asked, {"role": "assistant", "content": tokenizer.decode(new[:-1])}]
+            if new[-1] != tokenizer.end_id:
+                messages[-1]["content"] = tokenizer.decode(new)
+                print(" ...", end="")
+            print()
+        except UserError as error:
+            if text:
+                raise
+            print(f"error: {error}", file=sys.stderr)
+        except KeyboardInterrupt:  # enough of this reply: it is not remembered
+            print()
+        if text:
+            return
+        turn += 1
+
+
+def answer_file(model, tokenizer, cfg: Config) -> None:
+    """k replies to each prompt of the file. A reply depends on (seed, prompt, number) alone, not on the batch size."""
+    records = read_prompts(cfg.prompts)
+    prompts = [encode_prompt(tokenizer, record.messages) for record in records]
+    for record, prompt in zip(records, prompts):
+        try:
+            room(model, len(prompt), cfg)
+        except UserError as error:
+            raise UserError(f"{record.where}: {error}") from None
+    length = room(model, max(map(len, prompts)), cfg)
+    tasks = [(len(prompt), i, number) for i, prompt in enumerate(prompts) for number in range(cfg.k)]
+    tasks.sort()  # prompts of one length together: less padding
+    replies = [[None] * cfg.k for _ in prompts]
+    for first in range(0, len(tasks), cfg.batch_size):
+        batch = tasks[first : first + cfg.batch_size]
+        seeds = [(cfg.seed << 64) + (i << 32) + number for _, i, number in batch]
+        drawn = draw(model, tokenizer, [prompts[i] for _, i, _ in batch], seeds, cfg, length)
+        for (_, i, number), new in zip(batch, drawn):
+            replies[i][number] = new
+        if sys.stdout.isatty():
+            print(f"\r{first + len(batch)} of {len(tasks)} replies", end="", flush=True)
+    with replacing(Path(cfg.out)) as temporary, open(temporary, "w", encoding="utf-8") as file:
+        for record, drawn in zip(records, replies):
+            ended = [new[-1] == tokenizer.end_id for new in drawn]
+            texts = [tokenizer.decode(new[:-1] if end else new) for new, end in zip(drawn, ended)]
+            line = {"prompt": record.messages, "responses": texts, "ended": ended}
+            file.write(json.dumps(line | ({"tag": record.tag} if record.tag else {}), ensure_ascii=False) + "\n")
+    ended = sum(new[-1] == tokenizer.end_id for drawn in replies for new in drawn) / len(tasks)
+    print(f"\r{cfg.out}: {len(tasks)} replies to {len(prompts)} prompts; {ended:.1%} ended by themselves")
+
+
 def main(argv=None) -> int:
     cfg = parse(Config, argv, __doc__)
-    require_positive(cfg, "n", "top_p", "repetition_penalty")
-    env = setup(cfg.device)
-    folder = final_folder(cfg.model)
-    config, weights = load_final(folder)
-    tokenizer = Tokenizer.load(os.path.join(folder, "tokenizer.json"))
-    model = GPT(GPTConfig.from_dict(config["model"], folder), head=config["head"])
-    model.load_weights(weights, folder)
+    require_positive(cfg, "n", "k", "batch_size", "top_p", "repetition_penalty")
+    env = setup(cfg.device, catch_signals=False)
+    model, tokenizer, config = load_model(cfg.model)
     model.to(env.device)
+    if (cfg.chat or cfg.prompts) and config.get("chat_template") != CHAT_TEMPLATE:
+        raise UserError(f"--model {cfg.model}: found the chat template {config.get('chat_template')!r}, expected "
+                        f"{CHAT_TEMPLATE!r}; train it to chat with train_sft.py")
     text = cfg.prompt
     if text.startswith("@"):
         try:
@@ -60,21 +180,12 @@ def main(argv=None) -> int:
                 text = file.read()
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"{text[1:]}: cannot be read as UTF-8 text ({error})") from None
-    prompt = [tokenizer.bos_id, *tokenizer.encode(text)]
-    room = model.config.max_seq_len - len(prompt)
-    if room < 1:
-        raise UserError(f"the prompt has {len(prompt)} tokens, but the model's rows end at {model.config.max_seq_len}; "
-                        "shorten it")
-    if cfg.max_new_tokens > room:
-        raise UserError(f"--max_new_tokens {cfg.max_new_tokens}: the model's rows end at {model.config.max_seq_len}, "
-                        f"which leaves {room}")
-    for number in range(cfg.n):
-        print(text, end="")
-        generate(model, [prompt], max_new_tokens=cfg.max_new_tokens or room, temperature=cfg.temperature,
-                 top_k=cfg.top_k, top_p=cfg.top_p, repetition_penalty=cfg.repetition_penalty, eos_id=tokenizer.end_id,
-                 banned=tokenizer.specials_but_end, seeds=[cfg.seed + number], on_token=Printer(tokenizer))
-        print("\n" + "-" * 40 if number + 1 < cfg.n else "")
-    env.close()
+    if cfg.prompts:
+        answer_file(model, tokenizer, cfg)
+    elif cfg.chat:
+        chat(model, tokenizer, text, cfg)
+    else:
+        complete(model, tokenizer, text, cfg)
     return 0
 
 

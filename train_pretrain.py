@@ -18,7 +18,7 @@ from typing import Literal
 
 import torch
 
-from checkpoint import claim, final_folder, load_checkpoint, load_final, save_checkpoint, save_final
+from checkpoint import claim, final_folder, load_checkpoint, load_model, save_checkpoint, save_final
 from common import Log, UserError, matmul_peak, parse, require_positive, run, setup
 from corpus import TokenFile, prepare
 from data import Windows, eval_windows
@@ -130,8 +130,8 @@ def main(argv=None) -> int:
     if cfg.init:
         if Tokenizer.load(given).fingerprint != tokenizer.fingerprint:
             raise UserError(f"--tokenizer {cfg.tokenizer}: not the tokenizer of --init {cfg.init}; leave the flag out")
-        config, weights = load_final(cfg.init)
-        model_config = GPTConfig.from_dict({**config["model"], "attention": cfg.attention}, cfg.init)
+        model, *_ = load_model(cfg.init, attention=cfg.attention)
+        model_config = model.config
         for name, value in dataclasses.asdict(model_config).items():
             if name not in ("vocab_size", "max_seq_len") and getattr(cfg, name) not in (value, getattr(Config(), name)):
                 raise UserError(f"--{name} {getattr(cfg, name)}: the model of --init has {value}; leave the flag out")
@@ -139,12 +139,10 @@ def main(argv=None) -> int:
         shape = {f.name: getattr(cfg, f.name) for f in dataclasses.fields(GPTConfig)}
         shape |= {"vocab_size": tokenizer.vocab_size, "max_seq_len": cfg.max_seq_len or cfg.seq_len}
         model_config = GPTConfig(**shape)
+        model = GPT(model_config, seed=cfg.seed)
     if cfg.seq_len > model_config.max_seq_len:
         raise UserError(f"--seq_len {cfg.seq_len}: the model's rows end at {model_config.max_seq_len}; lower it"
                         + ("" if cfg.init else ", or raise --max_seq_len"))
-    model = GPT(model_config, seed=cfg.seed)
-    if cfg.init:
-        model.load_weights(weights, cfg.init)
     parameters, flops = model.parameter_count(), model.flops_per_token(cfg.seq_len)
     zero = Zero(model.to(env.device), units=model.units(), stage=cfg.zero, dtype=getattr(torch, cfg.dtype),
                 offload=tuple(filter(None, cfg.offload.split(","))), lr=cfg.lr, weight_decay=cfg.weight_decay,
