@@ -16,13 +16,14 @@ from torch import Tensor
 # softmax(q k^T / sqrt(D)) v has T x T scores but T x D results. The tiled version never holds more than one tile of
 # scores: for each query tile (64 to 256 rows) it walks over the key tiles (up to 512 columns) that some row may see.
 #
-#                    keys ->
-#              +-----------+-----------+
-#     queries  |\          |           |      #  computed as it is
-#        |     |###\       |           |      \  computed, then masked: the diagonal, or a border between documents
-#        v     |######\    |           |         never computed: the future and, in packed rows, other documents
-#              |#########\ |           |
-#              |###########|\          |
+#                  keys ->
+#              a a a a b b b b          one character a tile, of two documents a and b packed in one row:
+#     queries  \ . . . . . . .          #  every row sees every key: computed as it is
+#        |     # \ . . . . . .          \  the diagonal, or a border between documents: computed, then masked
+#        v     # # \ . . . . .          .  no row sees any key, the future or another document: never computed
+#              # # # \ . . . .
+#              . . . . \ . . .
+#              . . . . # \ . .
 #
 # Exact, not an approximation: softmax does not change when a number is subtracted from all scores of a row, and a sum
 # made with an old maximum m becomes one with a new m' by the factor 2^(m - m') (online softmax, Milakov & Gimelshein
@@ -33,9 +34,10 @@ from torch import Tensor
 # the gradient of o and s = 1/sqrt(D) (FlashAttention, Dao et al. 2022, algorithm 4; Dao 2023):
 #     dV = P^T dO      dP = dO V^T      dS = P * (dP - delta)      dQ = s dS K      dK = s dS^T Q
 #     delta_i = sum_j P_ij dP_ij = dO_i . o_i     (the one term of softmax's gradient that needs the whole row)
-# FLOPs per visible pair and head: 4 D forward (2 products), 10 D backward (5). Bytes: forward reads q, writes o, and
-# reads k and v once per query tile; backward twice that, and it adds to dk and dv once per query tile. The naive
-# version moves every score about 10 times forward and 13 backward. Memory: O(T D), and a tile.
+# FLOPs per visible pair and head: 4 D forward (2 products), 10 D backward (5). Numbers moved per head, with query tiles
+# of r rows, causal: forward 2 T D for q and o, and k and v once per query tile, T D T / r; backward twice that, and dk
+# and dv read and written as often. The naive version moves every one of T^2 scores about 10 times forward and 13
+# backward. Memory: O(T D), and a tile.
 
 LOG2E = math.log2(math.e)
 SCORES_AT_ONCE = {"cpu": 2**20, "cuda": 2**24}  # of a tile, its heads together; on a CPU 4 MB, to stay in the caches
@@ -43,6 +45,8 @@ SCORES_AT_ONCE = {"cpu": 2**20, "cuda": 2**24}  # of a tile, its heads together;
 
 def visible(q, k, causal: bool, segment_ids: Tensor | None, kv_segment_ids: Tensor | None) -> Tensor:
     """Which query sees which key, (B or 1, 1, Tq, Tk) bool. Causal is aligned bottom-right: the last sees all."""
+    if segment_ids is None and kv_segment_ids is not None:
+        raise ValueError("found kv_segment_ids without segment_ids, expected both: the queries' ids have no default")
     mask = torch.ones(1, 1, q.shape[2], k.shape[2], dtype=torch.bool, device=q.device)
     mask = mask.tril(k.shape[2] - q.shape[2]) if causal else mask
     if segment_ids is None:
@@ -78,20 +82,30 @@ def flash_attention(q, k, v, *, causal=True, segment_ids=None, kv_segment_ids=No
     keys of its own id only; negative ids are padding; a query that sees nothing gives 0. block: (rows, columns) of a
     tile. Under autocast q, k, v are cast, as for PyTorch's own kernel. Raises ValueError for shapes that do not fit.
     """
-    if q.shape[1] % k.shape[1] or k.shape != v.shape or (q.shape[0], q.shape[3]) != (k.shape[0], k.shape[3]):
-        raise ValueError(f"found q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}; expected (B, H, Tq, D) "
-                         "and twice (B, G, Tk, D), H a multiple of G")
+    q, k, v = autocast(q, k, v)
     kv_segment_ids = segment_ids if kv_segment_ids is None else kv_segment_ids
-    if segment_ids is not None and (segment_ids.shape[1], kv_segment_ids.shape[1]) != (q.shape[2], k.shape[2]):
-        raise ValueError(f"found segment_ids {tuple(segment_ids.shape)}, kv_segment_ids {tuple(kv_segment_ids.shape)} "
-                         f"for {q.shape[2]} queries and {k.shape[2]} keys")
-    if torch.is_autocast_enabled(q.device.type):
-        q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
+    if not (q.dim() == k.dim() == 4 and k.shape == v.shape and (q.shape[0], q.shape[3]) == (k.shape[0], k.shape[3])
+            and q.shape[1] % k.shape[1] == 0 and q.dtype == k.dtype == v.dtype):
+        found = ", ".join(f"{x.dtype} {tuple(x.shape)}" for x in (q, k, v))
+        raise ValueError(f"found {found}; expected one dtype, (B, H, Tq, D) and twice (B, G, Tk, D), H a multiple of G")
+    for ids, x in ((segment_ids, q), (kv_segment_ids, k)) if kv_segment_ids is not None else ():
+        if ids is None or ids.shape != (x.shape[0], x.shape[2]) or ids.is_floating_point():
+            raise ValueError(f"found segment ids {'None' if ids is None else f'{ids.dtype} {tuple(ids.shape)}'}, "
+                             f"expected integers {(x.shape[0], x.shape[2])}, for the queries and for the keys")
     if block is None:  # short rows and documents: small tiles waste less at their borders; GPUs: fewer, larger kernels
         rows = 64 if q.shape[2] <= 512 else 128 if q.shape[2] <= 1024 or segment_ids is not None else 256
         block = (512, 1024) if q.is_cuda else (rows, 512)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     return tiled_attention(q, k, v, segment_ids, kv_segment_ids, causal, scale, *block)[0]
+
+
+def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """As PyTorch's own kernels are treated under torch.autocast: cast to its dtype, float64 left alone."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tensors)
 
 
 def dtypes(x: Tensor) -> tuple[torch.dtype, torch.dtype]:
@@ -146,8 +160,7 @@ class Tiles:
 
     def fold(self, x: Tensor) -> Tensor:
         B, heads, T, D = x.shape
-        if heads > self.G:
-            x = x.reshape(B * self.G, heads // self.G, T, D).transpose(1, 2)  # (N, T, R, D)
+        x = x.reshape(B * self.G, heads // self.G, T, D).transpose(1, 2)  # (N, T, R, D)
         return x.reshape(B * self.G, T * heads // self.G, D).to(self.factors)  # (N, T R, D)
 
     def unfold(self, x: Tensor, like: Tensor) -> Tensor:
@@ -336,12 +349,16 @@ def target_logp(hidden, weight, targets, *, bias=None, temperature=1.0, with_sta
     hidden (N, C), weight (V, C), bias (V,), targets (N,) int64 -> logp (N,) float32 (float64 for float64), 0 where the
     target is -100. with_stats: also the entropy in nats (N,), differentiable, and whether the target was the argmax
     (N,) bool. equal_weights: a hint that the loss weighs all trained tokens alike (pretraining, SFT). The gradients are
-    right either way; where it is true it saves a quarter of the FLOPs, where it is false it costs as much.
+    right either way; where it is true it saves a quarter of the FLOPs, where it is false (or where activation
+    checkpointing runs the forward pass twice) it costs as much. ValueError for shapes that do not fit.
     """
     bias = weight.new_empty(0) if bias is None else bias
-    if torch.is_autocast_enabled(hidden.device.type):
-        dtype = torch.get_autocast_dtype(hidden.device.type)
-        hidden, weight, bias = hidden.to(dtype), weight.to(dtype), bias.to(dtype)
+    shapes = [tuple(x.shape) for x in (hidden, weight, targets, bias)]
+    if hidden.dim() != 2 or weight.shape[1:] != hidden.shape[1:] or targets.shape != hidden.shape[:1] or (
+            bias.shape not in ((0,), weight.shape[:1])) or not float(temperature) > 0:
+        raise ValueError(f"found hidden, weight, targets, bias {shapes}, temperature {temperature}; expected (N, C), "
+                         "(V, C), (N,), (V,) and a number above 0")
+    hidden, weight, bias = autocast(hidden, weight, bias)
     wanted = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     ahead = equal_weights and wanted and not with_stats
     logp, entropy, correct, *_ = tiled_logp(hidden, weight, bias, targets, temperature, with_stats, ahead)
@@ -378,14 +395,12 @@ def logp_forward(hidden, weight, bias, targets, temperature, with_stats, ahead):
     for rows, h, W, z in logits(hidden, weight, bias, targets, temperature):
         m, t = z.amax(-1, keepdim=True), targets[rows, None]
         chosen = z.gather(1, t).sub_(m)
+        # 2^-2000 is 0, and 0 * -2000 is not NaN, as 0 * -inf is
+        p = z.sub_(m).clamp_(min=-2000.0).exp2() if with_stats else z.sub_(m).exp2_()
+        l = p.sum(-1, keepdim=True)
         if with_stats:
-            p = z.sub_(m).clamp_(min=-2000.0).exp2()  # 2^-2000 is 0, and 0 * -2000 is not NaN, as 0 * -inf is
-            l = p.sum(-1, keepdim=True)
             entropy[rows] = (l.log2() - z.mul_(p).sum(-1, keepdim=True) / l)[:, 0] / LOG2E
             correct[rows] = chosen[:, 0] == 0
-        else:
-            p = z.sub_(m).exp2_()
-            l = p.sum(-1, keepdim=True)
         lse[rows] = (m + l.log2())[:, 0]
         logp[rows] = (chosen - l.log2())[:, 0] / LOG2E
         if ahead:

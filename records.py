@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import gzip
+import itertools
 import json
 import re
 import zlib
@@ -201,11 +202,12 @@ def preference_of(record: dict, where: str) -> Record:
     else:
         raise UserError(f'{where}: found the keys {found_in(list(record))}, expected "prompt" with "chosen" and '
                         '"rejected", or with "responses"')
-    prompt = prompt_of(record, where).messages if "prompt" in record or "instruction" in record else None
+    alone = "prompt" not in record and "instruction" not in record  # each reply brings the conversation before it
+    prompt = None if alone else prompt_of(record, where).messages
     texts = []
     for i, reply in enumerate(replies, start=1):
         spot = f"{where}, reply {i}"
-        if prompt is None and isinstance(reply, str):
+        if alone and isinstance(reply, str):
             reply = hh_messages(reply, spot)
         if isinstance(reply, list):  # a conversation: its last turn is the reply, what comes before it the prompt
             head = turn_texts(reply[:-1], spot) if len(reply) > 1 else prompt
@@ -256,3 +258,19 @@ def split_records(records: list, val_fraction: float) -> tuple[list, list]:
     if not 0 < n < len(records):
         raise UserError(f"--val_fraction {val_fraction}: {len(records)} records cannot be split like that")
     return records[:n], records[n:]
+
+
+def split_prompts(records: list[Record], val_fraction: float, val_records: list[Record] | None = None):
+    """(training, validation), no prompt on both sides: what was learned about one reply to a prompt would flatter
+    the judgement of another. Validation is val_records, or the last val_fraction of the prompts."""
+    by_prompt = {}
+    for record in records:
+        by_prompt.setdefault(json.dumps(record.messages), []).append(record)
+    if val_records is None:
+        parts = split_records(list(by_prompt.values()), val_fraction)
+        return tuple(list(itertools.chain(*part)) for part in parts)
+    for record in val_records:
+        by_prompt.pop(json.dumps(record.messages), None)
+    if not by_prompt:
+        raise UserError("--val_data: found every prompt of --data in it, expected others")
+    return list(itertools.chain(*by_prompt.values())), val_records

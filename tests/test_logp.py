@@ -177,11 +177,14 @@ def losses(parameters, targets, **options):
     return (logp * torch.linspace(0, 1, len(targets))).sum() + entropy.sum()
 
 
-def test_compile_without_graph_break():
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compile_without_graph_break(backend, monkeypatch):
     """torch.compile(fullgraph=True) takes it as one operator, with the same numbers forward and backward."""
+    monkeypatch.setenv("TORCHINDUCTOR_FORCE_DISABLE_CACHES", "1")  # its key does not see how we differentiate
     parameters, targets = inputs(8, 20, 4, 9, dtype=torch.float32)
     for options in ({"with_stats": True}, {"equal_weights": True}):
-        compiled = torch.compile(lambda *p, o=options: losses([p[0].tanh(), *p[1:]], targets, **o), fullgraph=True)
+        compiled = torch.compile(lambda *p, o=options: losses([p[0].tanh(), *p[1:]], targets, **o), fullgraph=True,
+                                 backend=backend)
         eager = losses([parameters[0].tanh(), *parameters[1:]], targets, **options)
         assert torch.allclose(compiled(*parameters), eager)
         for a, b in zip(torch.autograd.grad(compiled(*parameters), parameters), torch.autograd.grad(eager, parameters)):
@@ -239,6 +242,25 @@ def test_double_backward_is_refused():
     parameters, targets = inputs(12, 5, 3, 4)
     with pytest.raises(RuntimeError, match="no second derivative"):
         torch.autograd.grad(call(target_logp, parameters, targets).sum(), parameters, create_graph=True)
+
+
+@pytest.mark.parametrize("change", ["targets too short", "width", "bias", "temperature 0", "temperature below 0"])
+def test_what_does_not_fit_is_named(change):
+    """A ValueError that says what was found and expected, not trailing zeros or an index out of range."""
+    (hidden, weight, bias), targets = inputs(13, 5, 3, 4)
+    arguments = {"targets too short": (hidden, weight, targets[:4]), "width": (hidden[:, :2], weight, targets),
+                 "bias": (hidden, weight, targets)}.get(change, (hidden, weight, targets))
+    temperature = {"temperature 0": 0.0, "temperature below 0": -1.0}.get(change, 1.0)
+    with pytest.raises(ValueError, match="found.*expected"):
+        target_logp(*arguments, bias=bias[:3] if change == "bias" else bias, temperature=temperature)
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_operators_are_what_they_declare(ahead):
+    """PyTorch's own check of custom operators: shapes and dtypes without data, aliasing, gradients under tracing."""
+    (hidden, weight, bias), targets = inputs(14, 5, 3, 4, dtype=torch.bfloat16)
+    torch.library.opcheck(torch.ops.llm_from_zero.logp.default,
+                          (hidden, weight, bias, targets, 1.5, not ahead, ahead), atol=1e-2, rtol=1e-2)
 
 
 # ---- the test of the tests ------------------------------------------------------------------------------------------
