@@ -11,8 +11,9 @@ import evaluate
 import sample
 from checkpoint import save_final
 from common import UserError
+from data import CHAT_TEMPLATE, encode_chat, encode_prompt
 from evaluate import perplexity, strided_rows
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, generate
 from tokenizer import make_tokenizer
 
 
@@ -26,9 +27,14 @@ def finished(tmp_path_factory):
     model = GPT(config)
     for p in model.parameters():
         p.data += 0.3 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()))
-    save_final(str(out), model.state_dict(), {"model": dataclasses.asdict(config), "head": "lm"},
-               str(out / "tokenizer.json"))
+    save_final(str(out), model.state_dict(), {"model": dataclasses.asdict(config), "head": "lm",
+                                              "chat_template": CHAT_TEMPLATE}, str(out / "tokenizer.json"))
     return out, model, tokenizer
+
+
+def asked(*contents):
+    """A conversation of the user and the assistant by turns."""
+    return [{"role": role, "content": content} for role, content in zip(["user", "assistant"] * 9, contents)]
 
 
 @pytest.mark.parametrize("n", [2, 3, 9, 17, 40])
@@ -107,3 +113,103 @@ def test_a_character_split_over_tokens_waits_for_its_bytes(finished, capsys):
         printer(0, token)
     printer(0, tokenizer.end_id)
     assert capsys.readouterr().out == "é中"
+
+
+# ---- chatting -------------------------------------------------------------------------------------------------------
+
+def test_a_chat_remembers_resets_and_quits(finished, monkeypatch, capsys):
+    """What the model is asked: the conversation so far, without it after /reset, nothing after /quit."""
+    out, _, tokenizer = finished
+    prompts = []
+    monkeypatch.setattr(sample, "generate", lambda model, p, on_token, **_: (
+        prompts.append(tokenizer.decode(p[0])), [on_token(0, i) for i in (72, 105, tokenizer.end_id)])
+        and [[72, 105, tokenizer.end_id]])
+    lines = iter(["ab", "", "cd", "/reset", "ef", "/quit", "gh"])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
+    assert sample.main(["--model", str(out), "--chat", "--max_new_tokens", "4", "--system", "S"]) == 0
+    start = "<|bos|><|system|>S<|end|><|user|>"
+    assert prompts == [f"{start}ab<|end|><|assistant|>",
+                       f"{start}ab<|end|><|assistant|>Hi<|end|><|user|>cd<|end|><|assistant|>",
+                       f"{start}ef<|end|><|assistant|>"]
+    assert capsys.readouterr().out == "Hi\n" * 3 and next(lines) == "gh"
+
+
+def test_a_chat_forgets_its_oldest_turns(finished):
+    """Whole exchanges go, from the left, until the prompt fits; the system message and the last question stay."""
+    tokenizer = finished[2]
+    system = [{"role": "system", "content": "S"}]
+    messages = system + asked("aa", "bb", "cc", "dd", "ee")
+    whole = len(encode_prompt(tokenizer, messages))
+    for longest, left in ((whole, messages), (whole - 1, system + messages[3:]), (12, system + messages[5:]),
+                          (1, system + messages[5:])):
+        assert sample.recent(tokenizer, messages, longest) == left
+    assert sample.recent(tokenizer, messages[1:], whole - 9) == messages[3:]
+
+
+def test_one_reply_and_its_errors(finished, capsys, monkeypatch):
+    """--chat --prompt prints one reply; too long a text is an error there, and a message in the conversation."""
+    out, model, tokenizer = finished
+    args = ["--model", str(out), "--chat", "--temperature", "0", "--device", "cpu", "--max_new_tokens", "5"]
+    assert sample.main([*args, "--prompt", "ab"]) == 0
+    new, = generate(model, [encode_prompt(tokenizer, asked("ab"))], max_new_tokens=5, temperature=0,
+                    eos_id=tokenizer.end_id, banned=tokenizer.specials_but_end)
+    reply = tokenizer.decode([i for i in new if i != tokenizer.end_id]).rstrip("\ufffd")  # half a character waits
+    assert capsys.readouterr().out == reply + (" ..." if tokenizer.end_id not in new else "") + "\n"
+    with pytest.raises(UserError, match="rows end at 32"):
+        sample.main([*args, "--prompt", "a" * 40])
+    lines = iter(["a" * 40, "\ud800", "ab", "/quit"])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
+    assert sample.main(args) == 0
+    captured = capsys.readouterr()
+    assert captured.err.count("error: ") == 2 and captured.out.startswith(reply)
+
+
+def test_replies_to_a_file(finished, tmp_path, capsys):
+    """k replies per prompt in the order of the file, the same whatever the batch; tags are carried on."""
+    out, _, _ = finished
+    prompts = [{"prompt": "abc", "tag": "x"}, {"prompt": asked("a", "b", "c")}, {"messages": asked("de", "gone")}]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(p) + "\n" for p in prompts))
+    results = []
+    for batch in ("1", "4", "64"):
+        files = ["--prompts", str(tmp_path / "p.jsonl"), "--out", str(tmp_path / "s.jsonl")]
+        flags = ["--k", "3", "--batch_size", batch, "--max_new_tokens", "8"]
+        assert sample.main(["--model", str(out), *files, *flags]) == 0
+        results.append([json.loads(line) for line in open(tmp_path / "s.jsonl", encoding="utf-8")])
+    assert results[0] == results[1] == results[2]
+    assert [r["prompt"] for r in results[0]] == [asked("abc"), asked("a", "b", "c"), asked("de")]
+    assert [r.get("tag") for r in results[0]] == ["x", None, None]
+    assert all(len(r["responses"]) == len(r["ended"]) == 3 and len(set(r["responses"])) == 3 for r in results[0])
+    (tmp_path / "p.jsonl").write_text(json.dumps({"prompt": "a" * 40}) + "\n")
+    with pytest.raises(UserError, match="p.jsonl:1"):
+        sample.main(["--model", str(out), "--prompts", str(tmp_path / "p.jsonl"), "--out", str(tmp_path / "t.jsonl")])
+    assert not (tmp_path / "t.jsonl").exists()
+
+
+def test_a_model_that_never_learned_to_chat_is_refused(finished, tmp_path):
+    out, model, _ = finished
+    config = json.load(open(out / "final" / "config.json"))
+    save_final(str(tmp_path), model.state_dict(), {"model": config["model"], "head": "lm"}, str(out / "tokenizer.json"))
+    with pytest.raises(UserError, match="train_sft.py"):
+        sample.main(["--model", str(tmp_path), "--chat", "--prompt", "Hi"])
+
+
+def test_answers_of_conversations(finished, tmp_path, capsys):
+    """Loss and first guesses are those of one forward per conversation, exact match and ended of the greedy reply."""
+    out, model, tokenizer = finished
+    greedy, = generate(model, [encode_prompt(tokenizer, asked("ab"))], max_new_tokens=32 - 6, temperature=0,
+                       eos_id=tokenizer.end_id, banned=tokenizer.specials_but_end)
+    chats = [asked("ab", "cd"), asked("x", "y", "z", "你")]
+    (tmp_path / "c.jsonl").write_text("".join(json.dumps({"messages": m}) + "\n" for m in chats))
+    assert evaluate.main(["--model", str(out), "--chats", str(tmp_path / "c.jsonl"), "--device", "cpu"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    total = right = count = 0
+    for messages in chats:
+        ids, prompt = encode_chat(tokenizer, messages)[0], encode_prompt(tokenizer, messages[:-1])
+        logits = model(torch.tensor([ids[:-1]]))[0, len(prompt) - 1:]
+        reply = torch.tensor(ids[len(prompt):])
+        total -= logits.log_softmax(-1).gather(-1, reply[:, None]).double().sum().item()
+        right, count = right + int((logits.argmax(-1) == reply).sum()), count + len(reply)
+    assert result["loss"] == pytest.approx(total / count, rel=1e-5) and result["tokens"] == count
+    assert result["mean_token_accuracy"] == right / count and result["replies"] == result["prompts"] == 2
+    assert result["exact_match"] == 0 and result["ended"] in (0, 0.5, 1)
+    assert (greedy[-1] == tokenizer.end_id) <= (result["ended"] > 0)
