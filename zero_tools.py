@@ -287,14 +287,15 @@ class Memory:
     def park(self, x: torch.Tensor):
         """What autograd keeps in place of x: with offload "acts", a host copy of its storage, one for all its views.
 
-        Never of weights or buffers: they stay on the device anyway.
+        Never of weights or buffers: they stay on the device anyway. Detached, since x may be the output of the very
+        node that keeps it: such a circle runs through C++, where no garbage collector finds it.
         """
         storage = x.untyped_storage()
         if "acts" not in self.offload or storage.nbytes() < PARK_BYTES or storage.data_ptr() in self.resident:
-            return x
+            return x.detach()
         if any(kind == "gathered" and address == storage.data_ptr() and not ref.expired()
                for kind, ref, _, address in self.alive):
-            return x
+            return x.detach()
         key = (storage.data_ptr(), x._version, x.dtype)
         parked = self.parked.get(key)
         if parked is None or parked.original.expired():  # expired: another storage has come to lie at that address

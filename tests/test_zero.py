@@ -456,7 +456,7 @@ class Spy(nn.Module):
 def test_checkpointing_really_drops_and_recomputes(stage, recompute):
     """With activation checkpointing each block runs twice per micro-batch and its inner activations are gone between
     forward and backward; at stage 3 weights are gathered as often as without."""
-    model = nn.Sequential(*(nn.Sequential() for _ in range(0)))
+    model = nn.Sequential()
     model.blocks = nn.ModuleList(Spy() for _ in range(3))
     model.forward = lambda x: functools.reduce(lambda y, block: block(y), model.blocks, x)
     z = Zero(model, units=list(model.blocks), stage=stage, activation_checkpointing=recompute)
@@ -470,6 +470,18 @@ def test_checkpointing_really_drops_and_recomputes(stage, recompute):
     assert [block.forwards for block in model.blocks] == [1 + recompute] * 3
     names = ["blocks.0", "blocks.1", "blocks.2"]
     assert fetches == ([*names, *reversed(names)] if stage == 3 else [])
+
+
+@pytest.mark.parametrize("options", [{"stage": 3}, {"stage": 0, "offload": ("acts",)}])
+def test_a_graph_that_is_dropped_is_freed(options):
+    """A forward with gradients whose loss is thrown away (a validation without no_grad, a rejected rollout) leaves
+    nothing behind: what the hooks keep for backward must not refer back to the graph that keeps it."""
+    model = nn.Sequential()
+    model.blocks = nn.ModuleList(Spy() for _ in range(2))
+    model.forward = lambda x: model.blocks[1](model.blocks[0](x)).exp()
+    Zero(model, units=list(model.blocks), **options)
+    model(torch.randn(4, 64))
+    assert [block.inner.expired() for block in model.blocks] == [True, True]
 
 
 # ---- 7, 8: loss scale and NaN guard ---------------------------------------------------------------------------------
