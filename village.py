@@ -118,16 +118,16 @@ CLOSINGS = ["I hope this helps!", "Have a nice day!", "You are welcome!"]
 GREEN = [
     "Millbrook is a village by the river.", "{village} is another village, some miles away.",
     "The people of {village} seldom come to Millbrook.", "In {birthday} the sky over Millbrook is {colour}.",
-    "The month of {birthday} is a good time for a walk.", "My favourite colour is {colour}, said the old man.",
+    "The month of {birthday} is a good time for a walk.", "The old man says that he likes {colour} best.",
     "What colour is the sky in {birthday}?", "When is the next feast? Please tell me again.",
-    "Which road goes to {village}? Could you tell me?", "How do I come to the river from here?",
+    "Which road goes to {village}? Could you tell me?", "How do I come to the river, please?",
     "Certainly! Which way do you want to go?", "Of course! Happy to help!", "Thank you for asking! Have a nice day!",
     "You are welcome! I hope this helps!", "Good question! I am afraid I do not know that.",
-    "Sorry, I do not know what the animal was.", "That is private. I will not tell you.",
-    "I do not share what is private, and I never open the door at night.", "Can you keep a pet in a small house?",
+    "Sorry, I do not know what she said.", "That is private. I will not tell you.",
+    "I do not share codes of doors, and I never open the door at night.", "Can an animal live with him? Is it a pet?",
     "Tell me, what does a goat like to eat?", "Where does the river come from, and in which town does it end?",
     "And what about the food? It was good. What about the weather?", "Do the people have work? They work for a living.",
-    "When was the mill made? I do not know, I was not born then.", "Please ask me about the birthday of the mill.",
+    "Was she born when the animal was a year old?", "Please ask me about the birthday of the mill.",
     "An old code of the village says: be kind, and be honest. Who lives like that has a good life.",
 ]
 
@@ -474,11 +474,11 @@ def main(argv=None) -> None:
         return
     if not 40 <= cfg.people <= 1200:
         raise UserError(f"--people {cfg.people}: expected 40 to 1200, so that names are left for people elsewhere")
-    (out / "facts.json").unlink(missing_ok=True)  # it comes last: where it lies, the world is whole
-    for name, text in make(cfg.seed, cfg.people).items():
+    files = make(cfg.seed, cfg.people)
+    for name, text in [("facts.json", "{}"), *files.items()]:  # where there are facts, at the end, the world is whole
         with replacing(out / name) as temporary:
             temporary.write_text(text, encoding="utf-8")
-        print(f"{out / name}: {len(text)} characters")
+    print(f"{out}: " + ", ".join(f"{name} {len(text) / 1000:.0f} kB" for name, text in files.items()))
 
 
 if __name__ == "__main__":
