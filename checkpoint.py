@@ -22,11 +22,11 @@ from functools import partial
 import torch
 import torch.distributed as dist
 
-from common import UserError, run
+from common import UserError, naming_lost_ranks, run
 from model import GPT, GPTConfig
 from tokenizer import Tokenizer
 from zero import Zero
-from zero_tools import naming_lost_ranks, rank_and_world
+from zero_tools import rank_and_world
 
 VERSION = 1
 

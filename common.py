@@ -20,6 +20,7 @@ import re
 import resource
 import signal
 import sys
+import threading
 import time
 import typing
 
@@ -152,18 +153,20 @@ class Env:
         """Sum each number (or 0-dim tensor) over all ranks, in float64, with a single collective."""
         total = torch.stack([torch.as_tensor(n, dtype=torch.float64, device=self.device).detach() for n in numbers])
         if self.world > 1:
-            dist.all_reduce(total)
+            with naming_lost_ranks("sum"):
+                dist.all_reduce(total)
         return total.tolist()
 
     def barrier(self) -> None:
         if self.world > 1:
-            dist.barrier()
+            with naming_lost_ranks("barrier"):
+                dist.barrier()
 
     def close(self) -> None:
         for number, handler in self.old_handlers.items():
             signal.signal(number, handler)
         if self.world > 1:
-            dist.barrier()  # leaving while a peer still talks to us is how gloo aborts at exit
+            self.barrier()  # leaving while a peer still talks to us is how gloo aborts at exit
             dist.destroy_process_group()
 
     def _on_signal(self, number, frame) -> None:
@@ -172,6 +175,64 @@ class Env:
         self.stop_signal = number
         if self.is_main:
             print("\nstopping after this step; once more to stop at once", file=sys.stderr, flush=True)
+
+
+class RollCall(threading.Thread):
+    """While this rank waits in a collective, answers another one that asks who is still there.
+
+    A backend tells only the neighbours of a lost rank. All others sit in their collective, where no Python runs, until
+    those neighbours leave or the timeout comes.
+    """
+    current = None  # of this process group
+
+    def __init__(self, store, rank: int):
+        super().__init__(daemon=True)
+        self.store, self.rank, self.waits_in = store, rank, ""
+
+    @classmethod
+    def here(cls) -> RollCall:
+        store = dist.distributed_c10d._get_default_store()
+        if cls.current is None or cls.current.store is not store:
+            cls.current = cls(store, dist.get_rank())
+            cls.current.start()
+        return cls.current
+
+    def run(self) -> None:
+        with contextlib.suppress(RuntimeError):  # the store has gone, and the job with it
+            while RollCall.current is self:
+                time.sleep(0.25)
+                if self.waits_in and self.store.check(["alarm"]):
+                    self.answer()
+
+    def answer(self) -> None:
+        self.store.set(f"here/{self.rank}", "yes")
+
+    def lost_ranks(self) -> list[str]:
+        """Sound the alarm and see who answers. The store is that of the rendezvous; torchrun's outlives the ranks."""
+        try:
+            self.store.set("alarm", "now")
+            self.answer()
+            time.sleep(2)
+            return [str(r) for r in range(dist.get_world_size()) if not self.store.check([f"here/{r}"])]
+        except RuntimeError:
+            return ["0"]  # which served the store, without torchrun
+
+
+@contextlib.contextmanager
+def naming_lost_ranks(what: str):
+    """Turn a failed collective into a UserError that says which ranks did not take part."""
+    call = RollCall.here()
+    call.waits_in = what
+    try:
+        yield
+    except RuntimeError as error:
+        lost = call.lost_ranks()
+        who = f"rank {lost[0]} died, hangs or raised an error" if len(lost) == 1 else \
+            f"one or more of the ranks {', '.join(lost)} died, hang or raised an error" if lost else \
+            "all ranks are there, but lost their connection"
+        raise UserError(f"{what} failed on rank {call.rank}: {who} ({str(error).splitlines()[0][:200]})") from error
+    finally:
+        call.waits_in = ""
 
 
 def setup(device: str = "auto", timeout: float = 600.0, catch_signals: bool = True) -> Env:
@@ -201,6 +262,10 @@ def setup(device: str = "auto", timeout: float = 600.0, catch_signals: bool = Tr
     env = Env(rank, world, local_rank, local_world, chosen)
     if world > 1:
         backend = "nccl" if chosen.type == "cuda" else "gloo"
+        # NCCL's calls return before anything is sent, and on a timeout its watchdog kills the process, which could then
+        # not say who was lost. Waiting on the host turns that into an exception. The price is small: a kernel launch
+        # or two later per unit.
+        os.environ.setdefault("TORCH_NCCL_BLOCKING_WAIT", "1")
         dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout))
     for number in (signal.SIGTERM, signal.SIGINT) if catch_signals else ():
         env.old_handlers[number] = signal.signal(number, env._on_signal)

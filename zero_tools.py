@@ -8,10 +8,8 @@
 from __future__ import annotations
 
 import collections
-import contextlib
 import os
 import tempfile
-import time
 import weakref
 from collections.abc import Callable
 from typing import NamedTuple
@@ -21,7 +19,7 @@ import torch.distributed as dist
 import torch.nn as nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from common import UserError
+from common import UserError, naming_lost_ranks
 
 PARK_BYTES = 1 << 20  # smaller activations are not worth a copy to the host
 ALIGN = 16  # elements: vector kernels round a ragged end differently, so results of unaligned shards would depend on N
@@ -138,29 +136,35 @@ class Comm:
         self.memory, self.overlap, self.under_way = memory, overlap, None
         self.sent = collections.Counter()
 
+    def call(self, kind: str, n_bytes: int, collective: Callable, *args, later: bool = False):
+        """Run one collective over N > 1 ranks and count it; later: do not wait, return a handle for wait()."""
+        if n_bytes:
+            self.sent[kind] += n_bytes
+        with naming_lost_ranks(kind):
+            return collective(*args, async_op=later)
+
+    def wait(self, handle) -> None:
+        if handle is not None:
+            with naming_lost_ranks("a collective under way"):
+                handle.wait()
+
     def broadcast(self, x: torch.Tensor) -> None:
-        """x <- rank 0's x."""
+        """x <- rank 0's x. Only when the model is built, so it is not counted."""
         if self.world > 1:
-            dist.broadcast(x, 0)
+            self.call("broadcast", 0, dist.broadcast, x, 0)
 
     def all_reduce(self, x: torch.Tensor) -> None:
         """Sum over ranks, in place. A ring sends 2 (N-1)/N of the tensor."""
         if self.world > 1:
-            self.sent["all_reduce"] += 2 * (self.world - 1) * x.nbytes // self.world
-            with naming_lost_ranks("all_reduce"):
-                dist.all_reduce(x)
+            self.call("all_reduce", 2 * (self.world - 1) * x.nbytes // self.world, dist.all_reduce, x)
 
     def all_gather(self, whole: torch.Tensor, shard: torch.Tensor, later: bool = False):
-        """whole (N S,) <- the shards (S,) of all ranks. Sends (N-1)/N of the whole. later: returns a handle for
-        wait()."""
-        if self.world == 1:
-            if whole.data_ptr() != shard.data_ptr():
-                whole.copy_(shard)
-            return None
-        self.sent["all_gather"] += (self.world - 1) * shard.nbytes
-        gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # renamed in torch 2.13
-        with naming_lost_ranks("all_gather"):
-            return gather(whole, shard, async_op=later)
+        """whole (N S,) <- the shards (S,) of all ranks. Sends (N-1)/N of the whole."""
+        if self.world > 1:
+            gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # renamed in torch 2.13
+            return self.call("all_gather", (self.world - 1) * shard.nbytes, gather, whole, shard, later=later)
+        if whole.data_ptr() != shard.data_ptr():
+            whole.copy_(shard)
 
     def reduce_scatter(self, x: torch.Tensor, deliver: Callable[[torch.Tensor], None]) -> None:
         """x (N S,) of every rank -> deliver(chunks (N, S)): what each rank holds of MY shard, to be summed in rank
@@ -169,15 +173,13 @@ class Comm:
         gloo's own reduce-scatter all-reduces a clone, twice the bytes (PyTorch #118911). This sends (N-1)/N of x, gives
         the same sum whatever the timing, and lets the receiver add 16-bit gradients in float32.
         """
-        chunks, handle = x.view(self.world, -1), None
+        received, handle = x, None
         if self.world > 1:
-            self.sent["reduce_scatter"] += (self.world - 1) * x.nbytes // self.world
             received = self.memory.temporary("reduced", x.numel(), x.dtype)
-            with naming_lost_ranks("reduce_scatter"):
-                handle = dist.all_to_all_single(received, x, async_op=self.overlap)
-            chunks = received.view(self.world, -1)
+            handle = self.call("reduce_scatter", (self.world - 1) * x.nbytes // self.world, dist.all_to_all_single,
+                               received, x, later=self.overlap)
         self.finish()
-        self.under_way = handle, deliver, chunks, x
+        self.under_way = handle, deliver, received.view(self.world, -1), x
         if not self.overlap:
             self.finish()
 
@@ -187,32 +189,6 @@ class Comm:
             (handle, deliver, chunks, _), self.under_way = self.under_way, None
             self.wait(handle)
             deliver(chunks)
-
-    def wait(self, handle) -> None:
-        if handle is not None:
-            with naming_lost_ranks("collective"):
-                handle.wait()
-
-
-@contextlib.contextmanager
-def naming_lost_ranks(what: str):
-    """Turn a failed collective into a UserError that says which ranks did not take part.
-
-    The backend knows only that a neighbour went silent. So every rank that notices leaves a mark in the store of the
-    rendezvous (under torchrun it outlives the ranks) and looks, shortly after, who left none.
-    """
-    try:
-        yield
-    except RuntimeError as error:
-        store, rank, world = dist.distributed_c10d._get_default_store(), dist.get_rank(), dist.get_world_size()
-        try:
-            store.set(f"noticed/{rank}", what)
-            time.sleep(2)
-            lost = [str(r) for r in range(world) if not store.check([f"noticed/{r}"])]
-        except RuntimeError:  # the store died with the rank that served it
-            lost = ["0"]
-        who = f"rank {', '.join(lost)} died, hangs or raised an error" if lost else "the ranks lost their connection"
-        raise UserError(f"{what} failed on rank {rank}: {who} ({str(error).splitlines()[0][:200]})") from error
 
 
 # ---- memory ---------------------------------------------------------------------------------------------------------
