@@ -4,6 +4,7 @@
     encode_chat, encode_prompt  messages -> ids and which of them are trained: the chat template
     pack, collate               sequences of any lengths -> full rows; the one place that shifts targets
     Conversations               SFT: batches of conversations, a pure function of (seed, step)
+    Replies                     reward model and DPO: batches of groups of replies to one prompt, the best first
 
     python data.py                                             # the English of Python's own library, as BPE tokens
     python data.py --data my.txt --vocab_size 1024 --show      # and print a window: token | target | segment
@@ -13,9 +14,10 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import json
 from collections.abc import Iterator
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -271,6 +273,107 @@ class Conversations:
         everyone = list(range(len(self)))
         for start in range(0, len(self), self.batch_size):
             yield self.rows(everyone[start : start + self.batch_size], rank, world)
+
+
+# ---- batches for the reward model and DPO -------------------------------------------------------------------------
+
+class ReplyRows(NamedTuple):
+    """What one forward reads: whole groups of n replies in all, laid into B rows."""
+    at: torch.Tensor  # (n,) which of the step's replies these are, counted through its groups in order
+    sizes: list[int]  # replies of each group; a group's replies follow one another, the best first
+    ids: torch.Tensor  # (B, T)
+    targets: torch.Tensor  # (B, T), -100 but for the reply and its end
+    segment_ids: torch.Tensor  # (B, T)
+    ends: torch.Tensor  # (2, n) row and column of each reply's last token, its end
+
+    def to(self, device) -> ReplyRows:
+        return ReplyRows(*(part.to(device) if isinstance(part, torch.Tensor) else part for part in self))
+
+
+class Replies:
+    """Groups of replies to one prompt, the best first, in batches without any state: to resume takes the step alone.
+
+    Each reply is prompt + reply + end, of which reply and end are trained: files of preferences hold texts, so a reply
+    that once was cut off looks finished here; it should not be ranked high. pairs "none": a group is a prompt with all
+    its replies; "best-worst": its first and last; "all": one group of two for each of the C(K,2) pairs.
+    batch_size: groups of a step over ALL ranks. Of replies that read alike the best one is kept. A prompt too long for
+    seq_len loses its beginning, the same tokens for all its replies; one of which nothing would be left is dropped.
+    """
+
+    def __init__(self, records: list[Record], tokenizer: Tokenizer, seq_len: int, *,
+                 pairs: Literal["none", "best-worst", "all"] = "none", packed=True, batch_size=16, seed=0):
+        self.seq_len, self.packed, self.batch_size, self.seed = seq_len, packed, batch_size, seed
+        self.pad_id, self.groups, self.records = tokenizer.pad_id, [], []  # records[g]: what groups[g] was made of
+        self.truncated, self.repeated, self.alike, self.too_long = 0, 0, 0, 0
+        for record in records:
+            kept = [i for i, text in enumerate(record.responses) if text not in record.responses[:i]]
+            self.repeated += len(record.responses) - len(kept)
+            self.alike += len(kept) < 2
+            if len(kept) < 2:
+                continue
+            try:
+                group = [chat_samples(tokenizer, [*record.messages, {"role": "assistant", "content": text}], "last")[0]
+                         for text in (record.responses[i] for i in kept)]
+            except UserError as error:  # a character outside the alphabet
+                raise UserError(f"{record.where}: {error}") from None
+            excess = max(0, max(len(ids) for ids, _ in group) - seq_len)
+            group = [truncate(tokenizer, ids, mask, len(ids) - excess) for ids, mask in group]
+            self.too_long += None in group
+            if None in group:
+                continue
+            self.truncated += excess > 0
+            chosen = {"none": [range(len(kept))], "best-worst": [(0, len(kept) - 1)],
+                      "all": itertools.combinations(range(len(kept)), 2)}[pairs]
+            for members in chosen:
+                self.groups.append([group[i] for i in members])
+                of = [kept[i] for i in members]
+                parts = {name: [values[i] for i in of] for name in ("responses", "tags", "scores")
+                         if (values := getattr(record, name))}
+                self.records.append(dataclasses.replace(record, **parts))
+        if not self.groups:
+            raise UserError(f"{records[0].where.rpartition(':')[0]}: found no prompt with two different replies that "
+                            f"are shorter than --seq_len {seq_len}")
+
+    def __len__(self) -> int:
+        return len(self.groups)
+
+    def fingerprint(self) -> str:
+        """16 hexadecimal digits that tell these groups from others."""
+        return hashlib.sha256(json.dumps(self.groups).encode()).hexdigest()[:16]
+
+    def report(self) -> str:
+        """What became of the records."""
+        sequences = [sample for group in self.groups for sample in group]
+        n_tokens, n_replied = sum(len(ids) for ids, _ in sequences), sum(sum(mask) for _, mask in sequences)
+        return (f"{len(self)} groups of {len(sequences) / len(self):.1f} replies, {n_replied:,} of {n_tokens:,} tokens "
+                f"in replies; {self.truncated} prompts truncated, {self.too_long} dropped (longer than {self.seq_len} "
+                f"tokens), {self.repeated} repeated replies left out, {self.alike} prompts dropped for it")
+
+    def of_step(self, step: int) -> list[int]:
+        """Which groups step `step`, counted from 0, trains."""
+        return shuffled(len(self), step * self.batch_size, self.batch_size, self.seed)
+
+    def sizes(self, chosen: list[int]) -> list[int]:
+        return [len(self.groups[g]) for g in chosen]
+
+    def batches(self, chosen: list[int], size: int = 0, rank: int = 0, world: int = 1) -> Iterator[ReplyRows]:
+        """The chosen groups, numbers rank::world of them, `size` groups at a time (0: all at once). All ranks get the
+        same number of batches: one of padding alone fills up."""
+        first = [0, *itertools.accumulate(self.sizes(chosen))]  # number of each group's first reply
+        mine, share = range(rank, len(chosen), world), -(-len(chosen) // world)
+        for start in range(0, share, size or share):
+            groups = mine[start : start + (size or share)]
+            at = [i for g in groups for i in range(first[g], first[g + 1])]
+            samples = [sample for g in groups for sample in self.groups[chosen[g]]]
+            lengths = [len(ids) for ids, _ in samples]
+            rows = pack(lengths, self.seq_len) if self.packed else [[i] for i in range(len(samples))]
+            ends = torch.zeros(2, len(samples), dtype=torch.long)  # (2, n)
+            for r, row in enumerate(rows):
+                for i, end in zip(row, itertools.accumulate(lengths[i] for i in row)):
+                    ends[:, i] = torch.tensor([r, end - 1])
+            tensors = collate([ids for ids, _ in samples], [mask for _, mask in samples], rows or [[]],
+                              0 if rows else 1, self.pad_id)
+            yield ReplyRows(torch.tensor(at, dtype=torch.long), self.sizes([chosen[g] for g in groups]), *tensors, ends)
 
 
 # ---- the command --------------------------------------------------------------------------------------------------

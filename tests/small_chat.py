@@ -1,0 +1,79 @@
+"""A small chat model with random weights, and small files of ranked replies: what tests of train_rm.py and train_dpo.py
+start from."""
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+
+import torch
+
+from checkpoint import save_final
+from data import CHAT_TEMPLATE
+from model import GPT, GPTConfig
+from tokenizer import make_tokenizer
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+SHAPE = {"n_layer": 2, "n_embd": 32, "n_head": 2, "max_seq_len": 96}
+TOPICS = ["apple", "bridge", "cat", "door", "engine", "forest", "garden", "house", "island", "jacket", "kettle"]
+WORDS = ["good", "fair", "poor", "bad"]
+
+
+def random_model(head="lm", seed=1, **shape) -> GPT:
+    """Nothing in it is zero, so that every token has its say."""
+    model = GPT(GPTConfig(vocab_size=make_tokenizer("byte", []).vocab_size, **{**SHAPE, **shape}), head=head)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.dim() == 2:
+                p.copy_(torch.randn(p.shape, generator=generator) * p.shape[1] ** -0.5)
+    return model
+
+
+def save_chat_model(folder, seed=1, **changes) -> str:
+    """A folder for --init; returns it."""
+    tokenizer, model = make_tokenizer("byte", []), random_model(seed=seed)
+    os.makedirs(folder, exist_ok=True)
+    tokenizer.save(os.path.join(folder, "tokenizer.json"))
+    config = {"model": dataclasses.asdict(model.config), "head": "lm", "chat_template": CHAT_TEMPLATE, **changes}
+    save_final(str(folder), model.state_dict(), config, os.path.join(folder, "tokenizer.json"))
+    return str(folder)
+
+
+def ranked(topics=TOPICS, K=4) -> list[dict]:
+    """Records of K replies to each topic, the best first, with tags and scores; the first topic has two turns."""
+    records = []
+    for n, topic in enumerate(topics):
+        prompt = f"What of the {topic}?" if n else [
+            {"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Good day."},
+            {"role": "user", "content": f"And the {topic}?"}]
+        records.append({"prompt": prompt, "responses": [f"A {word} {topic}{'!' * (n % 3)}" for word in WORDS[:K]],
+                        "tag": "odd" if n % 2 else "even", "tags": ["fine", "fine", "bad", "bad"][:K],
+                        "scores": [3.0, 2.5, 1.0, 0.0][:K]})
+    return records
+
+
+def write(path, records) -> str:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return str(path)
+
+
+def metrics(out) -> list[dict]:
+    with open(out / "metrics.jsonl") as file:
+        return [json.loads(line) for line in file]
+
+
+def curve(out) -> list[tuple[int, float]]:
+    return [(event["step"], event["loss"]) for event in metrics(out) if "loss" in event]
+
+
+def last(out, name):
+    return [event[name] for event in metrics(out) if name in event][-1]
+
+
+def launch(script, arguments, processes=2) -> None:
+    """torchrun; fails the test that calls it if the script fails."""
+    result = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node",
+                             str(processes), os.path.join(ROOT, script), *arguments], capture_output=True, text=True,
+                            timeout=120)
+    assert result.returncode == 0, result.stderr
