@@ -2,6 +2,7 @@
 
     python bench.py attention --out bench_attention.json    # minutes on two cores; on a GPU: bfloat16, T up to 32768
     python bench.py train --out bench_train.json            # whole updates, as a share of the matrix product's speed
+    python bench.py decode --out bench_decode.json          # tokens per second of generate
 
 Peers take turns (A B A B ...), so that a noisy neighbour hits all alike. A time is a median; a ratio is the median of
 the ratios within one turn, with its quartiles. Memory is measured in a fresh process.
@@ -20,7 +21,7 @@ import torch
 import torch.nn.functional as F
 
 from kernels import flash_attention, naive_attention, sdpa_attention, target_logp
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, generate
 from zero import Zero
 
 PEERS = {"ours": flash_attention, "sdpa": sdpa_attention, "naive": naive_attention}
@@ -322,12 +323,37 @@ def bench_train(args) -> dict:
     return report("train", [table])
 
 
+def bench_decode(args) -> dict:
+    """Tokens per second of generate: replies up to 256 tokens long, with a KV cache and by forwarding all again."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    T, start = (64, 16) if args.quick else (256, 16)
+    tables = []
+    for layers, heads, width in [(4, 4, 128), (6, 6, 384)]:
+        models = {attention: GPT(GPTConfig(vocab_size=71, n_layer=layers, n_head=heads, n_embd=width, max_seq_len=T,
+                                           attention=attention)).to(device).eval() for attention in ("flash", "sdpa")}
+        table = Table(f"decoding, {models['flash'].parameter_count() / 1e6:.2f} M parameters, prompts of {start} tokens")
+        for B in (1, 32):
+            prompts = torch.randint(0, 71, (B, start), generator=torch.Generator().manual_seed(0)).tolist()
+            full = torch.randint(0, 71, (B, T), device=device)
+            peers = {name: lambda model=model: generate(model, prompts, max_new_tokens=T - start)
+                     for name, model in models.items()}
+            with torch.inference_mode():
+                seconds = interleave({**peers, "again": lambda: models["flash"](full)}, args.repeats, device.type)
+            rates = {name: [B * (T - start) / s for s in seconds[name]] for name in peers}
+            again = [B / s for s in seconds["again"]]
+            table.add(f"cache / forwarding all {T} again, batch {B}", *ratio(rates["flash"], again),
+                      at_least=10 if B == 32 else "", **{"tokens/s": statistics.median(rates["flash"])})
+            table.add(f"speed, flash / sdpa, batch {B}", *ratio(rates["flash"], rates["sdpa"]))
+        tables.append(table)
+    return report("decode", tables)
+
+
 def bench_zero(args) -> dict:
     import bench_zero  # a file of its own: it starts ranks, which import it
     return bench_zero.bench_zero(args)
 
 
-BENCHES = {"attention": bench_attention, "train": bench_train, "zero": bench_zero}
+BENCHES = {"attention": bench_attention, "train": bench_train, "decode": bench_decode, "zero": bench_zero}
 
 
 def main(argv=None) -> None:
