@@ -92,11 +92,25 @@ def flash_attention(q, k, v, *, causal=True, segment_ids=None, kv_segment_ids=No
         if ids is None or ids.shape != (x.shape[0], x.shape[2]) or ids.is_floating_point():
             raise ValueError(f"found segment ids {'None' if ids is None else f'{ids.dtype} {tuple(ids.shape)}'}, "
                              f"expected integers {(x.shape[0], x.shape[2])}, for the queries and for the keys")
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    needs_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    if block is None and q.shape[2] == 1 and dtypes(q) == (q.dtype, q.dtype) and not needs_grad:
+        return one_query(q, k, v, segment_ids, kv_segment_ids, scale)
     if block is None:  # short rows and documents: small tiles waste less at their borders; GPUs: fewer, larger kernels
         rows = 64 if q.shape[2] <= 512 else 128 if q.shape[2] <= 1024 or segment_ids is not None else 256
         block = (512, 1024) if q.is_cuda else (rows, 512)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
     return tiled_attention(q, k, v, segment_ids, kv_segment_ids, causal, scale, *block)[0]
+
+
+def one_query(q, k, v, ids_q, ids_k, scale):
+    """Tq = 1, as in decoding: a row of scores is smaller than the keys are, so tiles would only cost time."""
+    B, H, _, D = q.shape
+    S = k @ (q * scale).reshape(B, k.shape[1], -1, D).transpose(2, 3)  # (B, G, Tk, R)
+    if ids_q is None:
+        return (S.softmax(2).transpose(2, 3) @ v).view(B, H, 1, D)
+    hidden = ((ids_q != ids_k) | (ids_k < 0))[:, None, :, None]  # (B, 1, Tk, 1)
+    P = S.masked_fill_(hidden, -math.inf).softmax(2).masked_fill_(hidden, 0.0)  # all hidden: NaN, the answer is 0
+    return (P.transpose(2, 3) @ v).view(B, H, 1, D)
 
 
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:

@@ -355,7 +355,7 @@ def choose(logits, uniforms, temperature=1.0, top_k=0, top_p=1.0):
     return torch.searchsorted(cdf, (uniforms * cdf[:, -1])[:, None], right=True)[:, 0].clamp(max=p.shape[-1] - 1)
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def generate(model, prompts, *, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, repetition_penalty=1.0,
              eos_id=None, banned=(), seeds=None, return_logp=False, on_token=None):
     """Continue each prompt (a non-empty list of ids); returns one list of new ids per prompt, eos_id included if drawn.

@@ -98,6 +98,21 @@ def test_default_tiles_equal_naive_and_sdpa():
             assert_equal(output_and_gradients(sdpa_attention, qkv, g, **options), exact)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_one_query_without_gradient(dtype):
+    """Decoding has a way of its own: the numbers of the definition, grouped heads, padding and blind rows included."""
+    for seed, (B, H, G, Tk) in enumerate([(3, 4, 2, 9), (1, 1, 1, 1), (2, 6, 6, 70), (2, 2, 1, 0)]):
+        qkv = [x.detach() for x in inputs(seed, B, H, G, 1, Tk, 8, dtype)[0]]
+        ids = {"segment_ids": torch.zeros(B, 1, dtype=torch.long),
+               "kv_segment_ids": torch.randint(-1, 2, (B, Tk), generator=generator_of(seed))}
+        ids["segment_ids"][0] = -1  # sees nothing
+        for options in ({}, {"scale": 0.7}, ids):
+            exact = naive_attention(*(x.double() for x in qkv), **options)
+            found = flash_attention(*qkv, **options)
+            assert found.dtype == dtype and found.shape == qkv[0].shape
+            assert torch.allclose(found.double(), exact, atol=8 * torch.finfo(dtype).eps)
+
+
 @pytest.mark.parametrize("seed", range(6))
 def test_gradcheck(seed):
     """The gradient is the derivative: finite differences in float64, with every option somewhere."""
