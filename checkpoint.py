@@ -9,8 +9,10 @@ Every torch.load is weights_only, which refuses to run code from a file.
 """
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
+import io
 import json
 import math
 import os
@@ -22,7 +24,7 @@ from functools import partial
 import torch
 import torch.distributed as dist
 
-from common import UserError, naming_lost_ranks, run
+from common import LostRanks, UserError, naming_lost_ranks, run
 from model import GPT, GPTConfig
 from tokenizer import Tokenizer
 from zero import Zero
@@ -40,79 +42,76 @@ def save_checkpoint(out: str, step: int, models: dict[str, Zero], extra: dict, *
     rank, world = rank_and_world()
     folder, tmp = os.path.join(out, f"step-{step:08d}"), os.path.join(out, f"tmp-{step:08d}")
 
+    @_explaining(folder)
     def prepare():
         for name in os.listdir(out) if os.path.isdir(out) else []:
             if re.fullmatch(r"tmp-(old-step-)?\d{8}", name):  # of a save that was killed
                 shutil.rmtree(os.path.join(out, name))
         os.makedirs(tmp)
 
+    @_explaining(folder)
     def write_shard():
-        name = f"rank{rank:03d}.pt"
-        state = {key: state_shards(z) for key, z in models.items()}
-        return name, _write(os.path.join(tmp, name), _compact(state))
+        return _write_all(tmp, {f"rank{rank:03d}.pt": {key: state_shards(z) for key, z in models.items()}})
 
+    @_explaining(folder)
     def finish():
-        if config is not None:
-            files["config.json"] = _write(os.path.join(tmp, "config.json"), config)
-        if tokenizer_path is not None:
-            with open(tokenizer_path, "rb") as source:
-                files["tokenizer.json"] = _write(os.path.join(tmp, "tokenizer.json"), source.read())
+        files = {name: entry for written in shards for name, entry in written.items()}
+        files |= _write_all(tmp, {"config.json": config, "tokenizer.json": tokenizer_path})
         meta = {"version": VERSION, "step": step, "world": world, "threads": torch.get_num_threads(),
                 "torch": torch.__version__, "layout": {key: layout(z) for key, z in models.items()},
                 "files": files, "extra": extra}
-        _write(os.path.join(tmp, "meta.json"), {**meta, "sha256": _digest(meta)})
+        _write_all(tmp, {"meta.json": {**meta, "sha256": _digest(meta)}})
         _replace_folder(tmp, folder)
         for name in steps(out)[keep:]:
             shutil.rmtree(_hide_folder(os.path.join(out, name)))
 
     try:
         _together(prepare if rank == 0 else None)
-        files = dict(_together(write_shard))
+        shards = _together(write_shard)
         _together(finish if rank == 0 else None)
-    except UserError as error:
+    except Exception:
         if rank == 0:
             shutil.rmtree(tmp, ignore_errors=True)
-        raise UserError(f"{folder}: could not be saved: {error}; free space or choose another "
-                        "--out; earlier checkpoints are untouched") from None
+        raise
     return folder
 
 
 def load_checkpoint(out: str, models: dict[str, Zero], bitwise: dict | None = None) -> tuple[int, dict] | None:
-    """Restore the newest checkpoint of `out` that is whole; all ranks call it. Returns (step, extra), None if none
-    exists.
+    """Restore the newest whole checkpoint of `out`; all ranks call it. Returns (step, extra), None if there is none.
 
-    A damaged one is named in a warning and the one before it is taken; UserError if all are damaged, or if the newest
-    whole one belongs to another model. bitwise: settings of this run (as micro_batch_size) that should equal those in
-    extra, or else, as with another world size, number of threads or PyTorch, a warning says that the last bits will
-    differ.
+    A damaged one is named in a warning and the one before it is taken; UserError if all are damaged, or the newest
+    whole one is of another model. bitwise: settings of this run (as micro_batch_size) that should equal those in extra,
+    or else, as with another world size, number of threads or PyTorch, a warning says that the last bits will differ.
     """
     rank, world = rank_and_world()
-    names = _together((lambda: steps(out)) if rank == 0 else None)[0]
     problem = None
-    for name in names:
+    for name in _together((lambda: steps(out)) if rank == 0 else None)[0]:
         folder = os.path.join(out, name)
         try:
             meta = _together(partial(_examine, folder, slice(rank, None, world)))[0]  # each rank hashes its share
         except UserError as error:
+            if isinstance(error, LostRanks):
+                raise
             problem = error
-            if rank == 0:
-                print(f"warning: {error}; trying the checkpoint before it", file=sys.stderr)
+            print(f"warning: {error}; trying the checkpoint before it", file=sys.stderr) if rank == 0 else None
             continue
         _check_layout(folder, meta["layout"], {key: layout(z) for key, z in models.items()})
         for key, z in models.items():
             load_shards(z, _read_shards(folder, meta, key))
-        _warn_of_changes(folder, meta, {"world": world, **(bitwise or {})}) if rank == 0 else None
+        now = {"threads": torch.get_num_threads(), "torch": torch.__version__, "world": world, **(bitwise or {})}
+        changed = [f"{key} was {was} and is {value}" for key, value in now.items()
+                   if (was := meta.get(key, meta["extra"].get(key))) != value]
+        if changed and rank == 0:
+            print(f"warning: {folder}: {', '.join(changed)}: going on, but the last bits will differ", file=sys.stderr)
         return meta["step"], meta["extra"]
-    if problem:
-        raise UserError(f"{problem}; no checkpoint in {out} is whole: remove them, or start without --resume")
+    _expect(not problem, f"{problem}; no checkpoint in {out} is whole: remove them, or start without --resume")
     return None
 
 
 def consolidate(folder: str, key: str = "model") -> dict[str, torch.Tensor]:
     """{name: tensor} of one model in a step folder: one process, no torch.distributed, no GPU, no model code."""
     meta = _examine(folder, slice(None))
-    if key not in meta["layout"]:
-        raise UserError(f"{folder}: holds {', '.join(meta['layout'])}, not {key}")
+    _expect(key in meta["layout"], f"{folder}: holds {', '.join(meta['layout'])}, not {key}")
     shards, state = _read_shards(folder, meta, key), {}
     for unit, tensors in meta["layout"][key].items():
         flat = torch.cat([shard["units"][unit]["master"] for shard in shards])
@@ -142,11 +141,17 @@ def state_shards(z: Zero) -> dict:
 
     A vector is master, exp_avg or exp_avg_sq: elements [r S, (r+1) S) of the flat one, without the padding at its end.
     """
+    def compact(x: torch.Tensor) -> torch.Tensor:
+        """In main memory, for machines without a GPU; in a storage of its own, since torch.save writes whole ones."""
+        x = x.cpu()
+        return x.clone() if x.untyped_storage().nbytes() > x.nbytes else x
+
     units = {}
     for unit in z.units:
         first, last = (min(r * unit.S, unit.length) - unit.low for r in (z.comm.rank, z.comm.rank + 1))
-        units[unit.name] = {key: vector[first:last] for key, vector in _vectors(unit).items()}
-    return {"units": units, "buffers": z.model.state_dict(), "scalars": {key: getattr(z, key) for key in SCALARS}}
+        units[unit.name] = {key: compact(vector[first:last]) for key, vector in _vectors(unit).items()}
+    return {"units": units, "buffers": {name: compact(x) for name, x in z.model.state_dict().items()},
+            "scalars": {key: getattr(z, key) for key in SCALARS}}
 
 
 @torch.no_grad()
@@ -160,8 +165,8 @@ def load_shards(z: Zero, shards: list[dict]) -> None:
                 if first < last:
                     mine[first:last].copy_(piece[first - start:last - start])
                 start += piece.numel()
-            if start + unit.low != unit.length:
-                raise UserError(f"{unit.name}: {key} has {start + unit.low} elements, expected {unit.length}")
+            found = start + unit.low
+            _expect(found == unit.length, f"{unit.name}: {key} has {found} elements, expected {unit.length}")
         unit.publish()
     z.model.load_state_dict(shards[0]["buffers"])
     for key in SCALARS:
@@ -184,16 +189,14 @@ def save_final(out: str, state_dict: dict[str, torch.Tensor], config: dict, toke
         storages.setdefault((tensor.data_ptr(), tensor.shape), []).append(name)
     config = {**config, "tied": [names for names in storages.values() if len(names) > 1]}
     try:
+        with _explaining(folder):
+            shutil.rmtree(tmp, ignore_errors=True)
+            os.makedirs(tmp)
+            config["files"] = _write_all(tmp, {"model.pt": state_dict, "tokenizer.json": tokenizer_path})
+            _write_all(tmp, {"config.json": config})
+            _replace_folder(tmp, folder)
+    finally:
         shutil.rmtree(tmp, ignore_errors=True)
-        os.makedirs(tmp)
-        with open(tokenizer_path, "rb") as source:
-            config["files"] = {"model.pt": _write(os.path.join(tmp, "model.pt"), state_dict),
-                               "tokenizer.json": _write(os.path.join(tmp, "tokenizer.json"), source.read())}
-        _write(os.path.join(tmp, "config.json"), config)
-        _replace_folder(tmp, folder)
-    except (OSError, RuntimeError) as error:
-        shutil.rmtree(tmp, ignore_errors=True)
-        raise UserError(f"{folder}: could not be saved: {error}") from None
     return folder
 
 
@@ -209,11 +212,11 @@ def load_model(folder: str, head: str = "", **changes) -> tuple[GPT, Tokenizer, 
     folder = final_folder(folder)
     config, weights = load_final(folder)
     tokenizer = Tokenizer.load(os.path.join(folder, "tokenizer.json"))
-    if not isinstance(config.get("model"), dict) or config.get("head") not in ("lm", "scalar"):
-        raise UserError(f'{folder}/config.json: expected "model" and "head", as training scripts write them')
+    _expect(isinstance(config.get("model"), dict) and config.get("head") in ("lm", "scalar"),
+            f'{folder}/config.json: expected "model" and "head", as training scripts write them')
     shape = GPTConfig.from_dict({**config["model"], **changes}, folder)
-    if shape.vocab_size != tokenizer.vocab_size:
-        raise UserError(f"{folder}: the model has {shape.vocab_size} tokens, its tokenizer {tokenizer.vocab_size}")
+    _expect(shape.vocab_size == tokenizer.vocab_size,
+            f"{folder}: the model has {shape.vocab_size} tokens, its tokenizer {tokenizer.vocab_size}")
     model = GPT(shape, head=head or config["head"])
     model.load_weights(weights, folder)
     return model, tokenizer, config
@@ -224,13 +227,12 @@ def load_final(folder: str) -> tuple[dict, dict[str, torch.Tensor]]:
     folder = final_folder(folder)
     config = _read_json(os.path.join(folder, "config.json"))
     path = os.path.join(folder, "model.pt")
-    if not isinstance(config, dict):
-        raise UserError(f"{folder}/config.json: found {type(config).__name__}, expected an object")
+    _expect(isinstance(config, dict), f"{folder}/config.json: found {type(config).__name__}, expected an object")
     if isinstance(config.get("files"), dict) and "model.pt" in config["files"]:  # a folder made by hand may lack it
         _verify(folder, "model.pt", config["files"]["model.pt"])
     state = _load(path)
-    if not isinstance(state, dict) or not all(isinstance(t, torch.Tensor) for t in state.values()):
-        raise UserError(f"{path}: expected a plain {{name: tensor}} dictionary")
+    _expect(isinstance(state, dict) and all(isinstance(t, torch.Tensor) for t in state.values()),
+            f"{path}: expected a plain {{name: tensor}} dictionary")
     return config, state
 
 
@@ -253,8 +255,8 @@ def claim(out: str, resume: bool):
     except OSError:
         file.seek(0)
         raise UserError(f"{out}: in use by process {file.read().strip()}; choose another --out") from None
-    if steps(out) and not resume:
-        raise UserError(f"{out}: holds a run ({steps(out)[0]}); go on with it by --resume, or choose another --out")
+    newest = steps(out)[:1]
+    _expect(resume or not newest, f"{out}: holds a run {newest}; go on with it by --resume, or choose another --out")
     file.truncate(0)
     file.write(str(os.getpid()))
     file.flush()
@@ -294,70 +296,90 @@ def _sync_folder(folder: str) -> None:
 
 # ---- files ----------------------------------------------------------------------------------------------------------
 
-class _Hashing:
-    """A file that hashes what passes through, so that it need not be read again."""
+class _Hashing(io.BufferedWriter):
+    """A new file that hashes what passes through, so that it need not be read again."""
 
-    def __init__(self, file):
-        self.file, self.hash, self.flush, self.error = file, hashlib.sha256(), file.flush, None
+    def __init__(self, path: str):
+        super().__init__(io.FileIO(path, "w"))
+        self.hash = hashlib.sha256()
 
     def write(self, data) -> int:
         self.hash.update(data)
-        try:
-            return self.file.write(data)
-        except OSError as error:
-            self.error = error
-            raise
+        return super().write(data)
 
 
-def _write(path: str, content: bytes | dict) -> dict:
-    """A new file, forced to the disk: bytes as they are, dicts as JSON or (*.pt) tensors. Returns its size and hash."""
-    with open(path, "wb") as file:
-        hashing = _Hashing(file)
-        if path.endswith(".pt"):
+def _write(path: str, content: dict | str) -> dict:
+    """A new file, forced to the disk: a dict as JSON or (*.pt) tensors, a path as a copy. Returns its size and hash."""
+    with _Hashing(path) as file:
+        if not isinstance(content, dict):
+            with open(content, "rb") as source:
+                shutil.copyfileobj(source, file)
+        elif path.endswith(".pt"):
             try:
-                torch.save(content, hashing)
+                torch.save(content, file)
             except RuntimeError as error:  # all that torch says of a full disk is "unexpected pos"
-                raise hashing.error or error from None
+                raise error.__context__ or OSError(str(error)) from None
         else:
-            hashing.write(content if isinstance(content, bytes) else json.dumps(content, indent=1).encode())
+            file.write(json.dumps(content, indent=1).encode())
         file.flush()
         os.fsync(file.fileno())
-        return {"bytes": file.tell(), "sha256": hashing.hash.hexdigest()}
+        return {"bytes": file.tell(), "sha256": file.hash.hexdigest()}
+
+
+def _write_all(folder: str, contents: dict) -> dict[str, dict]:
+    """{name: size and hash}; None is no file."""
+    return {name: _write(os.path.join(folder, name), content)
+            for name, content in contents.items() if content is not None}
+
+
+@contextlib.contextmanager
+def _explaining(folder: str):
+    """What the disk refuses becomes a line that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{folder}: could not be saved: {error}; free space or choose another --out; earlier "
+                        "checkpoints are untouched") from None
+
+
+@contextlib.contextmanager
+def _reading(path: str):
+    """Whatever a missing, damaged or hostile file makes its reader raise becomes one line that names it."""
+    try:
+        yield
+    except UserError:
+        raise
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; expected a folder written by a training script") from None
+    except Exception as error:
+        raise UserError(f"{path}: cannot be read: {(str(error) or repr(error)).splitlines()[0]}") from None
 
 
 def _read_json(path: str):
-    try:
-        with open(path, encoding="utf-8") as file:
-            return json.load(file)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; expected a folder written by a training script") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: cannot be read: {error}") from None
+    with _reading(path), open(path, encoding="utf-8") as file:
+        return json.load(file)
 
 
-def _read_meta(folder: str) -> dict:
-    """meta.json, checked for everything that the loader relies on; UserError otherwise."""
-    path = os.path.join(folder, "meta.json")
-    meta = _read_json(path)
-    if not isinstance(meta, dict) or meta.pop("sha256", None) != _digest(meta):
-        raise UserError(f"{path}: its checksum is not its own; the file is damaged")
-    if meta.get("version") != VERSION:
-        raise UserError(f"{path}: checkpoint version {meta.get('version')}, this program reads {VERSION}")
-    kinds = {"step": int, "world": int, "threads": int, "torch": str, "layout": dict, "files": dict, "extra": dict}
-    for key, kind in kinds.items():
-        if not isinstance(meta.get(key), kind):
-            raise UserError(f"{path}: expected {key!r} to be of type {kind.__name__}")
-    for name, entry in meta["files"].items():  # names are looked for in this folder and nowhere else
-        if not re.fullmatch(r"rank\d{3,}\.pt|config\.json|tokenizer\.json", name) or not isinstance(entry, dict):
-            raise UserError(f"{path}: unexpected file {name!r}")
-    if sum(name.startswith("rank") for name in meta["files"]) != meta["world"]:
-        raise UserError(f"{path}: a world of {meta['world']} should have as many rank files")
-    return meta
+def _expect(good: bool, otherwise: str) -> None:
+    if not good:
+        raise UserError(otherwise)
 
 
 def _examine(folder: str, part: slice) -> dict:
-    """meta.json, after checking it and that part of the files it lists."""
-    meta = _read_meta(folder)
+    """meta.json, after checking all of it that the loader relies on, and that part of the files it lists."""
+    path = os.path.join(folder, "meta.json")
+    meta = _read_json(path)
+    _expect(isinstance(meta, dict) and meta.pop("sha256", None) == _digest(meta),
+            f"{path}: its checksum is not its own; the file is damaged")
+    _expect(meta.get("version") == VERSION,
+            f"{path}: checkpoint version {meta.get('version')}, this program reads {VERSION}")
+    kinds = {"step": int, "world": int, "threads": int, "torch": str, "layout": dict, "files": dict, "extra": dict}
+    for key, kind in kinds.items():
+        _expect(isinstance(meta.get(key), kind), f"{path}: expected {key!r} to be of type {kind.__name__}")
+    for name in meta["files"]:  # names are looked for in this folder and nowhere else
+        _expect(re.fullmatch(r"rank\d{3,}\.pt|config\.json|tokenizer\.json", name), f"{path}: unexpected file {name!r}")
+    _expect(sum(name.startswith("rank") for name in meta["files"]) == meta["world"],
+            f"{path}: a world of {meta['world']} should have as many rank files")
     for name, entry in sorted(meta["files"].items())[part]:
         _verify(folder, name, entry)
     return meta
@@ -368,26 +390,18 @@ def _digest(meta: dict) -> str:
 
 
 def _verify(folder: str, name: str, expected: dict) -> None:
-    path = os.path.join(folder, name)
-    try:
-        size, hashed = os.path.getsize(path), hashlib.sha256()
-        with open(path, "rb") as file:
-            while block := file.read(1 << 20):
-                hashed.update(block)
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from None
-    if {"bytes": size, "sha256": hashed.hexdigest()} != expected:
-        raise UserError(f"{path}: its {size} bytes are not what was written: size or checksum differ; it is damaged")
+    path, hashed = os.path.join(folder, name), hashlib.sha256()
+    with _reading(path), open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            hashed.update(block)
+        _expect({"bytes": file.tell(), "sha256": hashed.hexdigest()} == expected,
+                f"{path}: its {file.tell()} bytes are not what was written: size or checksum differ; it is damaged")
 
 
 def _load(path: str):
     """torch.load that runs no code from the file (weights_only) and takes no memory before it is used (mmap)."""
-    try:
+    with _reading(path):
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except Exception as error:  # whatever a hostile or damaged file makes the unpickler raise
-        raise UserError(f"{path}: not a file of tensors: {(str(error) or repr(error)).splitlines()[0]}") from None
 
 
 def _read_shards(folder: str, meta: dict, key: str) -> list[dict]:
@@ -395,71 +409,50 @@ def _read_shards(folder: str, meta: dict, key: str) -> list[dict]:
     shards = []
     for r in range(meta["world"]):
         path = os.path.join(folder, f"rank{r:03d}.pt")
-        try:
+        with _reading(path):
             shard = _load(path)[key]
-            good = all(isinstance(shard["scalars"][name], (int, float)) for name in SCALARS) and all(
-                vector.dim() == 1 for unit in meta["layout"][key] for vector in shard["units"][unit].values())
-        except (KeyError, TypeError, AttributeError):
-            good = False
-        if not good:
-            raise UserError(f"{path}: does not hold what meta.json says")
+            _expect(all(isinstance(shard["scalars"][name], (int, float)) for name in SCALARS) and
+                    all(vector.dim() == 1 for unit in meta["layout"][key] for vector in shard["units"][unit].values()),
+                    f"{path}: does not hold what meta.json says")
         shards.append(shard)
     return shards
 
 
-def _compact(state):
-    """The same nested dictionaries with every tensor in a storage of its own size: torch.save writes whole storages."""
-    if isinstance(state, dict):
-        return {key: _compact(value) for key, value in state.items()}
-    shared = isinstance(state, torch.Tensor) and state.untyped_storage().nbytes() > state.nbytes
-    return state.clone() if shared else state
-
-
 def _check_layout(folder: str, found: dict, expected: dict) -> None:
     """UserError naming the first tensor in which the layouts of the models differ."""
-    def shapes(layouts) -> dict:
-        return {f"{key}: {names[0]}": tuple(shape) for key, units in layouts.items() for tensors in units.values()
-                for names, shape, _ in tensors}
-
     if {key: found.get(key) for key in expected} == expected:
         return
-    if missing := expected.keys() - found.keys():
-        raise UserError(f"{folder}: holds {', '.join(found)}, expected {', '.join(sorted(missing))}")
-    try:
-        have, want = shapes(found), shapes(expected)
-    except (AttributeError, TypeError, ValueError, IndexError):
-        raise UserError(f"{folder}/meta.json: its layout cannot be understood") from None
+    missing = sorted(expected.keys() - found.keys())
+    _expect(not missing, f"{folder}: holds {', '.join(found)}, expected {', '.join(missing)}")
+    with _reading(os.path.join(folder, "meta.json")):
+        have, want = ({f"{key}: {names[0]}": tuple(shape) for key, units in layouts.items()
+                       for tensors in units.values() for names, shape, _ in tensors} for layouts in (found, expected))
     for name in [*want, *have]:
-        if have.get(name) != want.get(name):
-            raise UserError(f"{folder}: is of another model: {name} is {have.get(name, 'missing')} there and "
-                            f"{want.get(name, 'missing')} here; choose another --out, or the flags it was made with")
+        there, here = (shapes.get(name, "missing") for shapes in (have, want))
+        _expect(there == here, f"{folder}: is of another model: {name} is {there} there and {here} here; choose "
+                               "another --out, or the flags it was made with")
     raise UserError(f"{folder}: has the tensors of this model, but cut into other units")
-
-
-def _warn_of_changes(folder: str, meta: dict, now: dict) -> None:
-    now = {"threads": torch.get_num_threads(), "torch": torch.__version__, **now}
-    changed = [f"{key} was {was} and is {value}" for key, value in now.items()
-               if (was := meta.get(key, meta["extra"].get(key))) != value]
-    if changed:
-        print(f"warning: {folder}: {', '.join(changed)}: going on, but the last bits will differ", file=sys.stderr)
 
 
 # ---- all ranks together ---------------------------------------------------------------------------------------------
 
 def _together(action) -> list:
     """Run action() (None: nothing to do) on every rank; returns all results in rank order. If one fails, all raise."""
+    bug = None
     try:
         mine = (True, action() if action else None)
-    except (UserError, OSError, RuntimeError) as error:
-        mine = (False, str(error))
+    except Exception as error:  # whatever it is: the others wait below
+        expected = isinstance(error, (UserError, OSError, RuntimeError))
+        bug, mine = None if expected else error, (False, str(error) if expected else repr(error))
     rank, world = rank_and_world()
     everyone = [mine] * world
     if world > 1:
         with naming_lost_ranks("checkpoint"):
             dist.all_gather_object(everyone, mine)
+    if bug:
+        raise bug  # with its traceback
     for r, (done, result) in enumerate(everyone):
-        if not done:
-            raise UserError(result if world == 1 else f"rank {r}: {result}")
+        _expect(done, result if world == 1 else f"rank {r}: {result}")
     return [result for _, result in everyone]
 
 

@@ -32,6 +32,10 @@ class UserError(Exception):
     """Something the user can mend. One line: where, what was found, what was expected, what to change."""
 
 
+class LostRanks(UserError):
+    """A collective failed: what this rank was told to do may be in order."""
+
+
 def run(main) -> None:
     """Run `main()` as a program: UserError -> one line and exit 2; an integer result is the exit code."""
     try:
@@ -220,7 +224,7 @@ class RollCall(threading.Thread):
 
 @contextlib.contextmanager
 def naming_lost_ranks(what: str):
-    """Turn a failed collective into a UserError that says which ranks did not take part."""
+    """Turn a failed collective into a LostRanks that says which ranks did not take part."""
     call = RollCall.here()
     call.waits_in = what
     try:
@@ -230,7 +234,7 @@ def naming_lost_ranks(what: str):
         who = f"rank {lost[0]} died, hangs or raised an error" if len(lost) == 1 else \
             f"one or more of the ranks {', '.join(lost)} died, hang or raised an error" if lost else \
             "all ranks are there, but lost their connection"
-        raise UserError(f"{what} failed on rank {call.rank}: {who} ({str(error).splitlines()[0][:200]})") from error
+        raise LostRanks(f"{what} failed on rank {call.rank}: {who} ({str(error).splitlines()[0][:200]})") from error
     finally:
         call.waits_in = ""
 

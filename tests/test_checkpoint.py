@@ -167,7 +167,8 @@ def test_killed_inside_a_save(tmp_path, rank, point):
         ranks().run(2, save_and_die, str(tmp_path / "run"), rank, point, patience=5)
     assert failure.value.answers[rank] is None
     survivor = failure.value.answers[1 - rank]
-    assert survivor[0] == "error" and "UserError" in survivor[1] and f"rank {rank}" in survivor[1]
+    assert survivor[0] == "error" and "LostRanks" in survivor[1] and f"rank {rank}" in survivor[1]
+    assert "free space" not in survivor[1]  # that is for disks that are full
     whole = 3 if point == "after the rename" else 2
     assert steps(str(tmp_path / "run"))[0] == f"step-{whole:08d}"
     reference = training(0)
@@ -179,6 +180,24 @@ def test_killed_inside_a_save(tmp_path, rank, point):
         state = ranks().run(world, run_part, out, 3, whole, 4)[0][1]
         assert near(state, expected, 1e-5)
         assert all(name.startswith("step-") for name in os.listdir(out))  # leftovers are gone after the next save
+
+
+def save_with_a_bug(out):
+    """A save in which rank 1 meets an error that nobody foresaw."""
+    z = training(3)
+    if z.comm.rank == 1:
+        checkpoint.state_shards = lambda z: {}["no such key"]
+    save_checkpoint(out, 1, {"model": z}, {})
+
+
+def test_an_unforeseen_error_inside_a_save_reaches_all_ranks(tmp_path):
+    """A KeyError on one rank keeps its traceback there; the others do not wait for it in the collective, and nothing
+    says that the disk is full."""
+    with pytest.raises(RankFailed) as failure:
+        ranks().run(2, save_with_a_bug, str(tmp_path), patience=60, timeout=30)
+    (_, said), (_, traceback) = failure.value.answers
+    assert "UserError: rank 1: KeyError('no such key')" in said and "KeyError: 'no such key'" in traceback
+    assert "free space" not in said + traceback and os.listdir(tmp_path) == []
 
 
 # ---- disks that fail ------------------------------------------------------------------------------------------------
@@ -282,7 +301,7 @@ def test_pickles_that_run_code_are_refused(two_saved, tmp_path):
         (folder / "rank000.pt").write_bytes(content)
         meta = json.loads((folder / "meta.json").read_text())
         meta.pop("sha256")
-        entry = checkpoint._write(str(tmp_path / "scratch.bin"), content)
+        entry = checkpoint._write(str(tmp_path / "scratch.bin"), str(folder / "rank000.pt"))
         meta["files"]["rank000.pt"] = entry
         (folder / "meta.json").write_text(json.dumps({**meta, "sha256": checkpoint._digest(meta)}))
         with pytest.raises(UserError, match="rank000.pt"):

@@ -588,7 +588,7 @@ def test_a_lost_rank_is_named(world, fault, where, stage):
         ranks().run(world, faulty, fault, where, stage, patience=3, timeout=25)
     for rank in {*range(world)} - {1}:
         status, text = failure.value.answers[rank]
-        assert status == "error" and "UserError" in text and "rank 1 died, hangs or raised" in text, text
+        assert status == "error" and "LostRanks" in text and "rank 1 died, hangs or raised" in text, text
 
 
 TWO_MACHINES = """
