@@ -255,10 +255,14 @@ class Conversations:
         return shuffled(len(self), step * self.batch_size, self.batch_size, self.seed)
 
     def layout(self, chosen: list[int]) -> tuple[list[list[int]], int]:
-        """(rows of indices into `chosen`, T): how these samples are laid into rows, none longer than it must be."""
+        """(rows of indices into `chosen`, T): how these samples are laid into rows. Rows need not be seq_len long: of
+        16 lengths the one that leaves least empty, which is also less attention than the longest."""
         lengths = [len(self.samples[i][0]) for i in chosen]
-        rows = pack(lengths, self.seq_len) if self.packed else [[i] for i in range(len(chosen))]
-        return rows, max(sum(lengths[i] for i in row) for row in rows)
+        ways = [[[i] for i in range(len(chosen))]]
+        if self.packed:
+            ways = [pack(lengths, T) for T in np.linspace(max(lengths), self.seq_len, 16, dtype=int).tolist()]
+        sized = [(rows, max(sum(lengths[i] for i in row) for row in rows)) for rows in ways]
+        return min(sized, key=lambda way: len(way[0]) * way[1])
 
     def rows(self, chosen: list[int], rank: int = 0, world: int = 1) -> tuple[torch.Tensor, ...]:
         """The chosen samples as rows rank::world: (ids, targets, segment_ids), each (b, T), equal shapes on all ranks:
