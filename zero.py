@@ -312,7 +312,7 @@ class Zero:
                  activation_checkpointing: bool = False, compile: bool = False, overlap: bool = False,
                  init: Callable[[nn.Module, str], None] | None = None, device: torch.device | str | None = None):
         zero_tools.check_options(stage, offload, frozen)
-        self.model, self.stage, self.dtype, self.frozen, self.offload = model, stage, dtype, frozen, tuple(offload)
+        self.model, self.stage, self.dtype, self.offload = model, stage, dtype, tuple(offload)
         self.activation_checkpointing, self.compile, self.overlap = activation_checkpointing, compile, overlap
         self.wide = torch.float64 if dtype == torch.float64 else torch.float32
         self.device = torch.device(device or next(model.parameters()).device)
@@ -333,7 +333,8 @@ class Zero:
             module.forward = self.units[-1].forward
         self.root = next((unit for unit in self.units if unit.module is model), None)
         self.trained = [unit for unit in self.units if unit.trainable]
-        self.optimizer = self._optimizer(lr, betas, eps, weight_decay) if self.trained else None
+        self.frozen = not self.trained
+        self.optimizer = None if self.frozen else self._optimizer(lr, betas, eps, weight_decay)
 
     def _optimizer(self, lr, betas, eps, weight_decay) -> torch.optim.AdamW:
         """AdamW (Loshchilov & Hutter 2019) is elementwise: it need not know that its tensors are slices of shards."""
@@ -352,7 +353,7 @@ class Zero:
 
     def prefetch_after(self, unit: Unit) -> None:
         """Start gathering what comes next, in the order of the first forward, or in backward its reverse."""
-        if not self.overlap:
+        if not self.overlap or self.is_gathered:
             return
         if unit not in self.order:
             self.order.append(unit)
@@ -366,8 +367,7 @@ class Zero:
 
     def backward(self, loss: torch.Tensor) -> None:
         """loss: already divided by the global count; gradients of all ranks and micro-batches are summed."""
-        if self.is_gathered or self.frozen:
-            raise RuntimeError("backward of a frozen model, or inside gathered()")
+        self._must_train()
         self.in_backward = True
         try:
             (loss * self.loss_scale if self.loss_scale != 1.0 else loss).backward()
@@ -377,14 +377,18 @@ class Zero:
                 unit.held = None
         self.comm.finish()
 
+    def _must_train(self) -> None:
+        if self.is_gathered or self.frozen:
+            raise RuntimeError("backward or step inside gathered()" if self.is_gathered else
+                               "backward or step of a frozen model: none of its parameters requires a gradient")
+
     @torch.no_grad()
     def step(self, lr: float, clip: float | None = None) -> StepInfo:
         """Reduce, clip to the global norm `clip` (None or 0: off), AdamW with learning rate `lr`, publish.
 
         A gradient that is not finite on any rank makes all ranks skip the update; the 20th in a row is a UserError.
         """
-        if self.is_gathered or self.frozen:
-            raise RuntimeError("step of a frozen model, or inside gathered()")
+        self._must_train()
         for unit in reversed(self.trained):
             unit.finish_gradients()
         self.memory.wait()
@@ -417,11 +421,13 @@ class Zero:
     @contextlib.contextmanager
     def gathered(self):
         """Whole weights in every module, no gradients, no communication: ranks may generate different lengths."""
-        for unit in self.units:
-            plug(unit.slots, unit.views(unit.fetch()))
+        if self.is_gathered:
+            raise RuntimeError("gathered() inside gathered(): the inner one would take the weights away from the outer")
         self.is_gathered = True
         try:
             with torch.no_grad():
+                for unit in self.units:
+                    plug(unit.slots, unit.views(unit.fetch()))
                 yield
         finally:
             self.is_gathered = False
