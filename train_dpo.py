@@ -6,7 +6,8 @@
 
     minimise  L = - mean log sigmoid(beta h),    h = log pi(y_w|x) / ref(y_w|x) - log pi(y_l|x) / ref(y_l|x)
 
-y_w is the chosen reply, y_l the rejected one; log pi(y|x) is the SUM over the reply's tokens and its end.
+y_w is the chosen reply, y_l the rejected one; log pi(y|x) is the SUM over the reply's tokens and its end, which every
+reply of a preference file gets: one that was cut off looks finished, so it had better not be chosen.
 
     python train_dpo.py --data preferences.jsonl --init out/sft --out out/dpo                        one process
     torchrun --nproc_per_node 2 train_dpo.py --data preferences.jsonl --init out/sft --zero 3 --out out/two
@@ -15,6 +16,7 @@ y_w is the chosen reply, y_l the rejected one; log pi(y|x) is the SUM over the r
 from __future__ import annotations
 
 import dataclasses
+import gc
 import math
 import os
 from dataclasses import dataclass
@@ -179,11 +181,9 @@ def main(argv=None) -> int:
     # model
     model, tokenizer, born = load_model(cfg.init, head="lm", attention=cfg.attention)
     tokenizer_path = os.path.join(final_folder(cfg.init), "tokenizer.json")
-    if born.get("chat_template") != CHAT_TEMPLATE:
-        raise UserError(f"--init {cfg.init}: found the chat template {born.get('chat_template')!r}, expected "
-                        f"{CHAT_TEMPLATE!r}; train it to chat with train_sft.py")
-    if born["head"] != "lm":
-        raise UserError(f"--init {cfg.init}: found a {born['head']} head, expected a model that predicts tokens")
+    if born.get("chat_template") != CHAT_TEMPLATE or born["head"] != "lm":
+        raise UserError(f"--init {cfg.init}: found another chat template, or a scalar head; start from what "
+                        "train_sft.py made")
     cfg.seq_len = cfg.seq_len or model.config.max_seq_len
     if cfg.seq_len > model.config.max_seq_len:
         raise UserError(f"--seq_len {cfg.seq_len}: the model's rows end at {model.config.max_seq_len}; lower it")
@@ -209,7 +209,7 @@ def main(argv=None) -> int:
               "run": dataclasses.asdict(cfg)}
     # What a resumed run must share with the one it continues, and what it should, or else its curve bends:
     same = {"model": {**config["model"], "attention": ""}, "tokenizer": tokenizer.fingerprint}
-    should = {"data": train.fingerprint()} | {name: getattr(cfg, name) for name in (
+    should = {"data": train.fingerprint(), "ref": cfg.ref or cfg.init} | {name: getattr(cfg, name) for name in (
         "pack", "seq_len", "beta", "loss_type", "label_smoothing", "average", "batch_size", "micro_batch_size", "lr",
         "min_lr", "warmup_steps", "decay", "weight_decay", "betas", "eps", "clip", "seed", "dtype", "attention")}
     should["betas"] = list(cfg.betas)  # as JSON gives it back
@@ -245,6 +245,7 @@ def main(argv=None) -> int:
     if cfg.precompute_ref:
         train_ref = precompute(ref, train, cfg.steps, micro, cfg.average, env)  # (pairs, 2)
         del ref, ref_zero
+        gc.collect()  # now: the two refer to each other
 
     def evaluate_and_show(step: int) -> None:
         log.event(step, **evaluate(all_logps(model, val, range(len(val)), micro or 16, cfg.average, env), val_ref, cfg))

@@ -204,8 +204,7 @@ def main(argv=None) -> int:
     model, tokenizer, born = load_model(cfg.init, head="scalar", attention=cfg.attention)
     tokenizer_path = os.path.join(final_folder(cfg.init), "tokenizer.json")
     if born.get("chat_template") != CHAT_TEMPLATE:
-        raise UserError(f"--init {cfg.init}: found the chat template {born.get('chat_template')!r}, expected "
-                        f"{CHAT_TEMPLATE!r}; train it to chat with train_sft.py")
+        raise UserError(f"--init {cfg.init}: found another chat template; train it to chat with train_sft.py")
     cfg.seq_len = cfg.seq_len or model.config.max_seq_len
     if cfg.seq_len > model.config.max_seq_len:
         raise UserError(f"--seq_len {cfg.seq_len}: the model's rows end at {model.config.max_seq_len}; lower it")
@@ -271,11 +270,11 @@ def main(argv=None) -> int:
         chosen = train.of_step(step - 1)  # batch_size prompts: ONE denominator, whatever the split
         rewards, loss_sum, n_read = torch.zeros(sum(train.sizes(chosen))), torch.zeros((), device=env.device), 0
         for rows in train.batches(chosen, micro, env.rank, env.world):
-            rows = rows.to(env.device)
+            at, rows = rows.at, rows.to(env.device)
             part = read_rewards(model, rows)  # (n,)
             loss = rm_loss(part, rows.sizes, cfg.margin, cfg.centre) / cfg.batch_size
             zero.backward(loss)
-            rewards[rows.at.cpu()] = part.detach().cpu()
+            rewards[at] = part.detach().cpu()
             loss_sum += loss.detach()
             n_read += int((rows.segment_ids >= 0).sum())
         info = zero.step(lr_at(step, cfg), cfg.clip)
@@ -308,7 +307,8 @@ def main(argv=None) -> int:
         weights = zero.full_state_dict()
         if env.is_main:
             normalise(weights, mean, max(std, 1e-8) if cfg.unit_scale else 1.0)
-            save_final(cfg.out, weights, {**config, "reward": {"mean": mean, "std": std}}, tokenizer_path)
+            scale = {"reward_std": 1.0 if cfg.unit_scale else std, "reference": cfg.reference}
+            save_final(cfg.out, weights, {**config, **scale}, tokenizer_path)
         log.say(f"finished: {cfg.out}/final, mean reward 0 over the {cfg.reference} replies of {len(known)} prompts")
     env.close()
     return env.exit_code

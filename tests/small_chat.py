@@ -67,6 +67,15 @@ def curve(out) -> list[tuple[int, float]]:
     return [(event["step"], event["loss"]) for event in metrics(out) if "loss" in event]
 
 
+def same_metrics(out, other, rel, leave_out=("tokens_per_second", "mfu", "memory", "grad_norm")) -> None:
+    """Both runs logged the same numbers, one event after the other, but for those of the machine (grad_norm is a
+    difference of large numbers at the end)."""
+    for a, b in zip(metrics(out), metrics(other), strict=True):
+        assert a.keys() == b.keys()
+        for name in a.keys() - set(leave_out):
+            assert abs(a[name] - b[name]) <= rel * max(1.0, abs(a[name])), (a["step"], name, a[name], b[name])
+
+
 def last(out, name):
     return [event[name] for event in metrics(out) if name in event][-1]
 

@@ -7,7 +7,19 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from small_chat import SHAPE, TOPICS, curve, last, launch, metrics, random_model, ranked, save_chat_model, write
+from small_chat import (
+    SHAPE,
+    TOPICS,
+    curve,
+    last,
+    launch,
+    metrics,
+    random_model,
+    ranked,
+    same_metrics,
+    save_chat_model,
+    write,
+)
 
 import train_rm
 from checkpoint import load_final, load_model
@@ -307,7 +319,7 @@ def test_r11_no_prompt_on_both_sides():
 # ---- whole runs ---------------------------------------------------------------------------------------------------
 
 FLAGS = ["--batch_size", "7", "--lr", "3e-3", "--warmup_steps", "3", "--eval_every", "0", "--save_every", "0",
-         "--log_every", "1", "--device", "cpu"]
+         "--log_every", "1", "--device", "cpu", "--eps", "1e-4"]
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -345,7 +357,7 @@ def test_r4_starts_at_ln_2_and_moves(reference):
     first = metrics(reference[0])[0]
     assert first["loss"] == pytest.approx(math.log(2), abs=1e-6) and first["accuracy"] == 0.5
     assert first["min_reward"] == first["max_reward"] == first["margin"] == 0 and first["grad_norm"] > 1e-3
-    assert reference[1][-1][1] < 0.65
+    assert reference[1][-1][1] < 0.67
     assert {"eval_loss", "eval_accuracy", "eval_margin", "eval_accuracy/bad|fine", "eval_ceiling/even"} <= {
         name for event in metrics(reference[0]) for name in event}
 
@@ -362,7 +374,7 @@ def test_r8_the_saved_model_has_mean_0_over_references(files, reference, tmp_pat
         model, tokenizer, config = load_model(str(folder))
         replies = Replies(records, tokenizer, 96)
         found.append(all_rewards(model, replies, range(len(replies)), 0, OneRank))
-        assert config["head"] == "scalar" and config["reward"]["std"] > 0.1
+        assert config["head"] == "scalar" and config["reward_std"] == pytest.approx(found[-1].std().item(), rel=1e-4)
     assert abs(found[0][::4].mean()) < 1e-6 and abs(found[1].mean()) < 1e-6
     assert found[1].std() == pytest.approx(1, abs=1e-5)
     torch.testing.assert_close(found[1], (found[0] - found[0].mean()) / found[0].std(), rtol=1e-4, atol=1e-5)
@@ -380,18 +392,16 @@ def test_r10_eight_prompts_are_learned_by_heart(files, tmp_path):
                                   ["--zero", "2"], ["--zero", "3", "--activation_checkpointing"],
                                   ["--attention", "naive"]], ids=" ".join)
 def test_how_it_is_computed_does_not_matter(files, reference, tmp_path, more):
-    """Micro-batches, padding in place of packing, ZeRO, attention: one curve (1e-4)."""
-    for (_, a), (_, b) in zip(reference[1], train(files, tmp_path, "--steps", "6", *more), strict=True):
-        assert b == pytest.approx(a, rel=1e-4)
+    """Micro-batches, padding in place of packing, ZeRO, attention: the same numbers in the log (1e-4)."""
+    train(files, tmp_path, "--steps", "6", *more)
+    same_metrics(reference[0], tmp_path, 1e-4)
 
 
 def test_two_processes_at_stage_3_give_the_same_curve(files, reference, tmp_path):
-    """7 prompts a step on 2 ranks, one at a time, so that the second rank's last forward is padding: one curve, one
-    evaluation, one final model."""
+    """7 prompts a step on 2 ranks, one at a time, so that the second rank's last forward is padding: the same log and
+    final model."""
     launch("train_rm.py", arguments(files, tmp_path, "--steps", "6", "--zero", "3", "--micro_batch_size", "1"))
-    for (_, a), (_, b) in zip(reference[1], curve(tmp_path), strict=True):
-        assert b == pytest.approx(a, rel=1e-4)
-    assert last(tmp_path, "eval_loss") == pytest.approx(last(reference[0], "eval_loss"), rel=1e-4)
+    same_metrics(reference[0], tmp_path, 1e-4)
     a, b = (load_final(str(out))[1] for out in (reference[0], tmp_path))
     assert all((a[name] - b[name]).abs().max() < 1e-3 for name in a)
 
@@ -415,6 +425,13 @@ def test_resuming_is_bitwise_equal_to_not_stopping(files, reference, tmp_path, m
         assert train(files, tmp_path, "--steps", "6", "--save_every", "3", "--resume") == reference[1]
         found = load_final(str(tmp_path))[1]
         assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("more", [["--dtype", "bfloat16"], ["--dtype", "float16"], ["--offload", "optim,acts"]],
+                         ids=" ".join)
+def test_low_precision_and_offload_train(files, reference, tmp_path, more):
+    """About the same loss at the end."""
+    assert train(files, tmp_path, "--steps", "6", *more)[-1][1] == pytest.approx(reference[1][-1][1], abs=0.02)
 
 
 @pytest.mark.parametrize("more", [["--margin", "0.5"], ["--centre", "0.5"], ["--seed", "2"], ["--weight_decay", "0.5"],
