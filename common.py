@@ -189,33 +189,22 @@ class RollCall(threading.Thread):
     """
     current = None  # of this process group
 
-    def __init__(self, store, rank: int):
+    def __init__(self):
         super().__init__(daemon=True)
-        self.store, self.rank, self.waits_in = store, rank, ""
-
-    @classmethod
-    def here(cls) -> RollCall:
-        store = dist.distributed_c10d._get_default_store()
-        if cls.current is None or cls.current.store is not store:
-            cls.current = cls(store, dist.get_rank())
-            cls.current.start()
-        return cls.current
+        self.store, self.rank, self.waits_in = dist.distributed_c10d._get_default_store(), dist.get_rank(), ""
 
     def run(self) -> None:
         with contextlib.suppress(RuntimeError):  # the store has gone, and the job with it
             while RollCall.current is self:
                 time.sleep(0.25)
                 if self.waits_in and self.store.check(["alarm"]):
-                    self.answer()
-
-    def answer(self) -> None:
-        self.store.set(f"here/{self.rank}", "yes")
+                    self.store.set(f"here/{self.rank}", "yes")
 
     def lost_ranks(self) -> list[str]:
         """Sound the alarm and see who answers. The store is that of the rendezvous; torchrun's outlives the ranks."""
         try:
             self.store.set("alarm", "now")
-            self.answer()
+            self.store.set(f"here/{self.rank}", "yes")
             time.sleep(2)
             return [str(r) for r in range(dist.get_world_size()) if not self.store.check([f"here/{r}"])]
         except RuntimeError:
@@ -225,7 +214,10 @@ class RollCall(threading.Thread):
 @contextlib.contextmanager
 def naming_lost_ranks(what: str):
     """Turn a failed collective into a LostRanks that says which ranks did not take part."""
-    call = RollCall.here()
+    call = RollCall.current
+    if call is None or call.store is not dist.distributed_c10d._get_default_store():  # the first collective
+        call = RollCall.current = RollCall()
+        call.start()
     call.waits_in = what
     try:
         yield

@@ -22,7 +22,7 @@ from checkpoint import claim, final_folder, load_checkpoint, load_model, save_ch
 from common import Log, UserError, matmul_peak, parse, require_positive, run, setup
 from corpus import TokenFile, prepare
 from data import Windows, eval_windows
-from model import GPT, GPTConfig, generate
+from model import GPT, GPTConfig, generate, initialise
 from tokenizer import Tokenizer
 from zero import Zero
 
@@ -66,6 +66,7 @@ class Config(GPTConfig):  # every field of GPTConfig is a flag too
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of weights and activations in forward and backward
     zero: Literal[0, 1, 2, 3] = 0  # ZeRO stage: what is sharded over the ranks
     offload: str = ""  # to host memory: comma list of optim, params, acts
+    overlap: bool = False  # gather a unit ahead and reduce one behind the computation; the same numbers, more memory
     activation_checkpointing: bool = False  # recompute each block in backward instead of keeping its activations
     compile: bool = False  # torch.compile each block
 
@@ -139,15 +140,18 @@ def main(argv=None) -> int:
         shape = {f.name: getattr(cfg, f.name) for f in dataclasses.fields(GPTConfig)}
         shape |= {"vocab_size": tokenizer.vocab_size, "max_seq_len": cfg.max_seq_len or cfg.seq_len}
         model_config = GPTConfig(**shape)
-        model = GPT(model_config, seed=cfg.seed)
+        with torch.device("meta"):  # without memory: it is filled unit by unit below, so no rank need hold it whole
+            model = GPT(model_config)
     if cfg.seq_len > model_config.max_seq_len:
         raise UserError(f"--seq_len {cfg.seq_len}: the model's rows end at {model_config.max_seq_len}; lower it"
                         + ("" if cfg.init else ", or raise --max_seq_len"))
     parameters, flops = model.parameter_count(), model.flops_per_token(cfg.seq_len)
-    zero = Zero(model.to(env.device), units=model.units(), stage=cfg.zero, dtype=getattr(torch, cfg.dtype),
+    zero = Zero(model, units=model.units(), stage=cfg.zero, device=env.device,
+                init=None if cfg.init else lambda module, prefix: initialise(module, cfg.seed, prefix),
+                dtype=getattr(torch, cfg.dtype),
                 offload=tuple(filter(None, cfg.offload.split(","))), lr=cfg.lr, weight_decay=cfg.weight_decay,
                 betas=cfg.betas, eps=cfg.eps, activation_checkpointing=cfg.activation_checkpointing,
-                compile=cfg.compile)
+                compile=cfg.compile, overlap=cfg.overlap)
 
     # where were we
     lock = claim(cfg.out, cfg.resume) if env.is_main else None  # noqa: F841 - held until this function returns

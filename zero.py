@@ -318,7 +318,6 @@ class Zero:
         self.device = torch.device(device or next(model.parameters()).device)
         self.memory = zero_tools.Memory(self.device, self.offload)
         self.comm = zero_tools.Comm(self.memory, overlap)
-        self.memory.resident |= {buffer.data_ptr() for buffer in model.buffers()}
         self.trigger = torch.zeros((), requires_grad=True)  # makes Use a node of the graph
         self.is_gathered = self.in_backward = False
         self.order = []  # overlap: units in the order of the first forward
@@ -331,6 +330,8 @@ class Zero:
                 init(module, name)
             self.units.append(Unit(self, name or "root", module, *zero_tools.take_out(parameters, frozen)))
             module.forward = self.units[-1].forward
+        model.to(self.device)  # the parameters are out of it; what it moves are the buffers
+        self.memory.resident |= {buffer.data_ptr() for buffer in model.buffers()}
         self.root = next((unit for unit in self.units if unit.module is model), None)
         self.trained = [unit for unit in self.units if unit.trainable]
         self.frozen = not self.trained

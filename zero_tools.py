@@ -200,6 +200,7 @@ class Memory:
     def __init__(self, device: torch.device, offload: tuple[str, ...]):
         self.device, self.offload = device, offload
         self.side = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.leaving = collections.deque()  # (tensor, event) of copies to the host that may not have ended
         self.moved = collections.Counter()  # bytes to_host, from_host
         self.alive: list[tuple[str, StorageWeakRef, int, int]] = []  # temporaries: kind, storage, bytes, address
         self.peak: dict[str, int] = {}  # most bytes of temporaries alive at once, by kind
@@ -214,10 +215,15 @@ class Memory:
     def on_disk(self, numel: int, dtype: torch.dtype) -> torch.Tensor:
         """Zeros in a file of the temporary folder (TMPDIR: on a fast disk). It has no name, so it dies with us."""
         handle, path = tempfile.mkstemp(prefix="zero-")
-        os.close(handle)
         try:
+            if hasattr(os, "posix_fallocate"):  # else the file has holes, and writing into one on a full disk kills us
+                os.posix_fallocate(handle, 0, max(1, numel) * dtype.itemsize)
             return torch.from_file(path, shared=True, size=max(1, numel), dtype=dtype)[:numel]
+        except OSError as error:
+            raise UserError(f"{path}: {numel * dtype.itemsize >> 20} MiB for --offload disk: {error.strerror}; free "
+                            "space, or set TMPDIR to a larger disk") from None
         finally:
+            os.close(handle)
             os.unlink(path)
 
     def temporary(self, kind: str, numel: int, dtype: torch.dtype) -> torch.Tensor:
@@ -235,19 +241,21 @@ class Memory:
         return self.empty(numel, dtype, host).zero_()
 
     def to_host(self, target: torch.Tensor, x: torch.Tensor, add: bool = False) -> None:
-        """target (host) <- x (device), or target + x; wait() before reading it."""
+        """target (host) <- x (device), which is ours to change, or target + x; wait() before reading it."""
+        if add:  # on the device: an addition on the host would have to wait until the device has got as far as x
+            if self.side is not None:
+                torch.cuda.current_stream(self.device).wait_stream(self.side)  # the copy that wrote target
+            x += self.to_device(target, x.dtype)
         self.moved["to_host"] += x.nbytes
-        if add:
-            self.wait()
-            target.add_(x.to("cpu"))
-            return
         if self.side is None:
             target.copy_(x)
             return
         self.side.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self.side):
             target.copy_(x, non_blocking=True)
-        x.record_stream(self.side)  # its memory must not be given to others before the copy has read it
+            self.leaving.append((x, self.side.record_event()))
+        if len(self.leaving) > 2:  # x must stay until it is read, and the host must not queue more and more of them
+            self.leaving.popleft()[1].synchronize()
 
     def to_device(self, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """x (host) on the device; cast before the trip, which is the narrow part."""
@@ -259,6 +267,7 @@ class Memory:
     def wait(self) -> None:
         if self.side is not None:
             torch.cuda.synchronize(self.device)
+        self.leaving.clear()
 
     def park(self, x: torch.Tensor):
         """What autograd keeps in place of x: with offload "acts", a host copy of its storage, one for all its views.

@@ -148,7 +148,7 @@ def test_a_signal_saves_at_the_next_step_and_says_so(text, tmp_path):
 
 @pytest.mark.parametrize("flags", [["--dtype", "bfloat16"], ["--dtype", "float16"], ["--activation_checkpointing"],
                                    ["--windows", "sequential", "--decay", "cosine", "--tie_embeddings"],
-                                   ["--offload", "optim,acts"],
+                                   ["--offload", "optim,acts", "--zero", "3", "--overlap"],
                                    pytest.param(["--compile"], marks=pytest.mark.slow)])
 def test_every_way_of_running_trains(reference, text, tmp_path, flags):
     """Each option trains to about the loss of the plain run; recomputation, offload and compilation to the same."""
@@ -156,6 +156,22 @@ def test_every_way_of_running_trains(reference, text, tmp_path, flags):
     expected, found = curve(reference[1])[-1][1], curve(events)[-1][1]
     exact = flags[0] in ("--activation_checkpointing", "--offload")
     assert found == pytest.approx(expected, rel=1e-6 if exact else 1e-5 if flags[0] == "--compile" else 0.1)
+
+
+def test_a_new_model_is_born_unit_by_unit(text, tmp_path, monkeypatch):
+    """No rank holds a new model whole: it comes to Zero without memory and is filled there, with the numbers of
+    GPT(config, seed)."""
+    born, original = [], Zero.__init__
+
+    def watch(self, model, **options):
+        born.append({p.device.type for p in model.parameters()})
+        original(self, model, **options)
+
+    monkeypatch.setattr(Zero, "__init__", watch)
+    _, weights = train(text, tmp_path, "--steps", "1", "--lr", "0", "--seed", "5", "--sample_tokens", "0")
+    config = json.load(open(tmp_path / "final" / "config.json"))["model"]
+    expected = GPT(GPTConfig.from_dict(config, ""), seed=5).state_dict()
+    assert born == [{"meta"}] and all(torch.equal(weights[name], expected[name]) for name in expected)
 
 
 def test_init_starts_from_the_weights_alone(reference, text, tmp_path):
