@@ -35,9 +35,8 @@ from torch import Tensor
 #     dV = P^T dO      dP = dO V^T      dS = P * (dP - delta)      dQ = s dS K      dK = s dS^T Q
 #     delta_i = sum_j P_ij dP_ij = dO_i . o_i     (the one term of softmax's gradient that needs the whole row)
 # FLOPs per visible pair and head: 4 D forward (2 products), 10 D backward (5). Numbers moved per head, with query tiles
-# of r rows, causal: forward 2 T D for q and o, and k and v once per query tile, T D T / r; backward twice that, and dk
-# and dv read and written as often. The naive version moves every one of T^2 scores about 10 times forward and 13
-# backward. Memory: O(T D), and a tile.
+# of r rows, causal: 2 T D for q and o, T D T / r for k and v; backward twice that, and dk and dv as often. The naive
+# version moves each of T^2 scores about 10 times forward and 13 backward. Memory: O(T D), and a tile.
 
 LOG2E = math.log2(math.e)
 SCORES_AT_ONCE = {"cpu": 2**20, "cuda": 2**24}  # of a tile, its heads together; on a CPU 4 MB, to stay in the caches
@@ -116,10 +115,8 @@ def one_query(q, k, v, ids_q, ids_k, scale):
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """As PyTorch's own kernels are treated under torch.autocast: cast to its dtype, float64 left alone."""
     device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
-        return tensors
-    dtype = torch.get_autocast_dtype(device)
-    return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tensors)
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    return tuple(x if dtype is None or x.dtype == torch.float64 else x.to(dtype) for x in tensors)
 
 
 def dtypes(x: Tensor) -> tuple[torch.dtype, torch.dtype]:
@@ -320,8 +317,7 @@ def differentiable(name, forward, backward, shapes, tensors, options, outputs, r
                 raise RuntimeError(f"the tiled {name} has no second derivative; call backward without create_graph")
             return eager_gradient(ctx, *grads)
 
-    given = "".join(f"Tensor grad{i}, " for i in range(results))
-    kept = "".join(f"Tensor out{i}, " for i in range(outputs))
+    given, kept = ("".join(f"Tensor {kind}{i}, " for i in range(n)) for kind, n in (("grad", results), ("out", outputs)))
     op = torch.library.custom_op(f"llm_from_zero::{name}", forward, mutates_args=(),
                                  schema=f"({tensors}, {options}) -> ({', '.join(['Tensor'] * outputs)})")
     op_backward = torch.library.custom_op(f"llm_from_zero::{name}_backward", backward, mutates_args=(), schema=(

@@ -1,19 +1,36 @@
-"""Blocks that the scripts deliberately share stay equal: what differs between two stages is then their algorithm."""
+"""Blocks that are equal in several scripts on purpose: marked `# [copy: name]`, and kept equal here."""
 import re
+from collections import defaultdict
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parent.parent
+BLOCK = re.compile(r"^( *)# \[copy: (\w+)\]\n(.*?)^\1# \[end copy\]$", re.M | re.S)
 
 
-def test_blocks_of_one_name_are_equal():
-    """Between `# [copy: name]` and `# [end copy]`, in all training scripts."""
-    found = {}
-    for path in sorted(ROOT.glob("train_*.py")):
+def blocks() -> dict[str, dict[str, str]]:
+    """{name: {file: text}}."""
+    found = defaultdict(dict)
+    for path in sorted(ROOT.glob("*.py")):
+        for _, name, text in BLOCK.findall(path.read_text()):
+            assert path.name not in found[name], f"{path.name} has two blocks named {name}"
+            found[name][path.name] = text
+    return found
+
+
+@pytest.mark.parametrize("name", blocks())
+def test_copies_are_equal(name):
+    """A change to one copy is a change to all, or else the block needs another name."""
+    copies = blocks()[name]
+    first, *others = copies
+    assert others, f"{name} stands in {first} alone: it is no copy"
+    for other in others:
+        assert copies[other] == copies[first], f"{name} differs between {first} and {other}"
+
+
+def test_every_mark_is_closed():
+    for path in ROOT.glob("*.py"):
         text = path.read_text()
-        blocks = re.findall(r"# \[copy: (\w+)\]\n(.*?)# \[end copy\]\n", text, re.DOTALL)
-        assert len(blocks) == text.count("# [copy: ") == text.count("# [end copy]"), path.name
-        for name, block in blocks:
-            found.setdefault(name, {})[path.name] = block
-    assert "lr_at" in found
-    for name, blocks in found.items():
-        assert len(blocks) > 1 and len(set(blocks.values())) == 1, f"{name} differs between {', '.join(blocks)}"
+        assert text.count("# [copy: ") == text.count("# [end copy]") == len(BLOCK.findall(text)) or \
+            path.name == "common.py", path.name
