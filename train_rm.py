@@ -190,6 +190,7 @@ def evaluate(rewards, replies: Replies, cfg: Config) -> dict:
                                      ("ceiling", wins(gaps), chosen & known)):
             if counted.any():
                 result[f"{name}/{kind}".rstrip("/")] = right[counted].mean().item()
+        result[f"pairs/{kind}".rstrip("/")] = len(members)
     return {f"eval_{name}": value for name, value in result.items()}
 
 
@@ -256,7 +257,9 @@ def main(argv=None) -> int:
 
     def evaluate_and_show(step: int) -> None:
         rewards = all_rewards(model, val, range(len(val)), micro or 16, env)  # (n,)
-        log.event(step, **evaluate(rewards, val, cfg))
+        found = evaluate(rewards, val, cfg)
+        for kind in sorted({name.partition("/")[2] for name in found}):  # a line each; all pairs together come first
+            log.event(step, **{name: value for name, value in found.items() if name.partition("/")[2] == kind})
         for record in val.records[:cfg.eval_prompts]:
             log.say(f"    {record.messages[-1]['content']!r}")
             for text, reward in zip(record.responses, rewards.tolist()):

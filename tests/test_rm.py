@@ -288,6 +288,7 @@ def test_accuracy_by_kind_of_pair():
     assert found["eval_accuracy"] == pytest.approx(2 / 4)  # 1<2 wrong, 1>3 right, 2>3 right, 4<5 wrong
     assert found["eval_accuracy/a|b"] == pytest.approx(1 / 2) and found["eval_accuracy/b|b"] == 1
     assert found["eval_accuracy/t"] == pytest.approx(2 / 3)
+    assert [found[f"eval_pairs{kind}"] for kind in ("", "/a|b", "/b|b", "/t")] == [4, 2, 1, 3]
     assert found["eval_agreement"] == 0.5 and found["eval_ceiling"] == pytest.approx((1 + 1 + 0.5) / 3)
     gapped = evaluate(torch.tensor([0.0, 1.0, -1.0, 5.0, 6.0]), replies, Config(score_gap=0.1))
     assert gapped["eval_agreement"] == 0.5
