@@ -63,7 +63,7 @@ class Config:
     # rollouts
     max_new_tokens: int = 48  # longest reply
     temperature: float = 1.0  # of the policy: sampling and all log-probabilities are of logits / temperature
-    rollout_batch_size: int = 0  # replies drawn at once per rank; 0: the rank's whole share
+    rollout_batch_size: int = 32  # replies drawn at once per rank, of similar prompts; 0: the rank's whole share
     # reward
     beta: float = 0.05  # weight of the KL penalty; 0: off
     target_kl: float = 0.0  # nats per reply that beta is adapted to keep; 0: beta is fixed
@@ -270,8 +270,8 @@ def everywhere(x: torch.Tensor, env) -> torch.Tensor:
 def draw(prompts: list[list[int]], seeds: list[int], actor: GPT, zero: Zero, tokenizer, cfg: Config, env) -> Rollout:
     """One reply to each prompt; ranks share the work. Reply i depends on prompt i and seed i alone."""
     N, R = len(prompts), cfg.max_new_tokens
-    tokens = torch.zeros(N, R, dtype=torch.int64, device=env.device)  # (N, R)
-    sampled_logp, lengths = torch.zeros(N, R, device=env.device), torch.zeros_like(tokens[:, 0])
+    tokens, sampled_logp = torch.zeros(N, R, dtype=torch.int64), torch.zeros(N, R)  # (N, R)
+    lengths = torch.zeros(N, dtype=torch.int64)
     mine = sorted(range(env.rank, N, env.world), key=lambda i: len(prompts[i]))  # of one length together: less padding
     at_once = cfg.rollout_batch_size or N
     with zero.gathered():  # no communication inside, so ranks may take as many steps as their replies need
@@ -280,9 +280,8 @@ def draw(prompts: list[list[int]], seeds: list[int], actor: GPT, zero: Zero, tok
                              eos_id=tokenizer.end_id, seeds=[seeds[i] for i in some], return_logp=True)
             for i, new, logp in zip(some, *drawn):
                 lengths[i] = len(new)
-                tokens[i, : len(new)] = torch.tensor(new, device=env.device)
-                sampled_logp[i, : len(new)] = torch.tensor(logp, device=env.device)
-    tokens, sampled_logp, lengths = (everywhere(x, env) for x in (tokens, sampled_logp, lengths))
+                tokens[i, : len(new)], sampled_logp[i, : len(new)] = torch.tensor(new), torch.tensor(logp)
+    tokens, sampled_logp, lengths = (everywhere(x.to(env.device), env) for x in (tokens, sampled_logp, lengths))
     R = int(lengths.max())
     mask = torch.arange(R, device=env.device) < lengths[:, None]  # (N, R)
     replies = [row[:n] for row, n in zip(tokens.tolist(), lengths.tolist())]

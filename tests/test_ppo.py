@@ -15,6 +15,7 @@ from checkpoint import load_checkpoint, load_model, save_final
 from common import Env, UserError
 from data import CHAT_TEMPLATE, encode_prompt
 from model import GPT, GPTConfig
+from records import read_prompts
 from tokenizer import make_tokenizer
 from train_ppo import (
     Config,
@@ -196,9 +197,10 @@ def test_bandit_reaches_the_gibbs_policy():
 
 # ---- rollouts -------------------------------------------------------------------------------------------------------
 
-def lively(head="lm", seed=0, noise=0.3) -> GPT:
+def lively(head="lm", seed=0, noise=0.3, **more) -> GPT:
     """A tiny model whose every weight matters."""
-    model = GPT(GPTConfig(vocab_size=TOKENIZER.vocab_size, n_layer=2, n_head=2, n_embd=16, max_seq_len=64), head=head)
+    model = GPT(GPTConfig(vocab_size=TOKENIZER.vocab_size, n_layer=2, n_head=2, n_embd=16, max_seq_len=64, **more),
+                head=head)
     generator = torch.Generator().manual_seed(seed)
     for p in model.parameters():
         p.data += noise * torch.randn(p.shape, generator=generator)
@@ -206,10 +208,10 @@ def lively(head="lm", seed=0, noise=0.3) -> GPT:
 
 
 def four_models(**more) -> tuple[Models, Zero]:
-    models = Models(lively(), lively("scalar", 1), lively(seed=2), lively("scalar", 3))
+    models = Models(lively(**more), lively("scalar", 1), lively(seed=2, **more), lively("scalar", 3))
     for model in (models.actor, models.reference):
         model.head = ReplyHead(model.head, TOKENIZER.vocab_size, TOKENIZER.specials_but_end)
-    return models, Zero(models.actor, units=models.actor.units(), **more)
+    return models, Zero(models.actor, units=models.actor.units())
 
 
 def some_prompts(n: int, seed=0) -> list[list[int]]:
@@ -230,18 +232,19 @@ def naive_logp(model, sequence: list[int], temperature: float) -> torch.Tensor:
     return logits.log_softmax(-1)[torch.arange(len(sequence) - 1), torch.tensor(sequence[1:])]
 
 
-def rolled_out(cfg: Config, n=10):
-    models, actor = four_models()
+def rolled_out(cfg: Config, n=10, **more):
+    models, actor = four_models(**more)
     rollout = draw(some_prompts(n), list(range(n)), models.actor, actor, TOKENIZER, cfg, ENV)
     score(rollout, minibatches(n, cfg, 1, 0), models, cfg, ENV)
     return models, actor, rollout
 
 
-@pytest.mark.parametrize("temperature", [0.7, 1.0])
-def test_sampler_scorer_and_a_naive_model_agree(temperature):
+@pytest.mark.parametrize("temperature, more", [
+    (0.7, {}), (1.0, {}), (1.0, {"tie_embeddings": True, "position": "learned"})])
+def test_sampler_scorer_and_a_naive_model_agree(temperature, more):
     """P3: log-probabilities from the sampler's cache, from packed rows and from one reply at a time are equal to 1e-5;
     values stand before their token, scores are read at the end, which is put there where it was not drawn."""
-    models, actor, rollout = rolled_out(small(temperature=temperature))
+    models, actor, rollout = rolled_out(small(temperature=temperature), **more)
     assert {True, False} == set(rollout.ended)
     assert (rollout.sampled_logp - rollout.logp).abs().max() < 1e-5
     with actor.gathered():
@@ -501,16 +504,42 @@ def calls_of(name, monkeypatch) -> list:
 
 @pytest.mark.parametrize("flags", [[], ["--micro_batch_size", "1"], ["--temperature", "0.7"], ["--seq_len", "34"]])
 def test_the_first_ratio_is_exactly_one(place, tmp_path, monkeypatch, flags):
-    """P1: before the first update log pi_new - log pi_old is 0 to the last bit; P16: with lr 0 it stays below 1e-5 in
-    all epochs, which mix the replies differently."""
-    calls = calls_of("ppo_policy_loss", monkeypatch)
+    """P1: before the first update log pi_new - log pi_old is 0 to the last bit, and so is V - V_old; P16: with lr 0
+    both stay below 1e-5 in all epochs, which mix the replies differently."""
+    calls, valued, gaes = (calls_of(name, monkeypatch) for name in ("ppo_policy_loss", "ppo_value_loss", "gae"))
     events, *_ = train(place, tmp_path, "--steps", "1", "--lr", "0", "--min_lr", "0", "--ppo_epochs", "3",
                        *flags)
-    first = [logp - old_logp for logp, old_logp, *_ in calls[: len(calls) // 3]]  # all of epoch 1, as nothing moves
-    assert all(not difference.any() for difference in first)
-    assert max((logp - old_logp).abs().max() for logp, old_logp, *_ in calls) < 1e-5
+    for called in (calls, valued):
+        first = [new - old for new, old, *_ in called[: len(called) // 3]]  # all of epoch 1, as nothing moves
+        assert all(not difference.any() for difference in first)
+        assert max((new - old).abs().max() for new, old, *_ in called) < 1e-5
+    # The actor learns from A, whitened over the rollout, the critic from A + V before that; each slot once an epoch:
+    advantages, returns = gae(*gaes[0])
+    for called, expected in ((calls, whiten(advantages, gaes[0][2])), (valued, returns)):
+        learned = torch.cat([given[mask] for _, _, given, mask, _ in called[: len(called) // 3]])
+        assert torch.equal(learned.sort().values, expected[gaes[0][2]].sort().values)
     assert events[0]["policy/clipfrac_avg"] == 0 and events[0]["policy/approxkl_avg"] < 1e-10
     assert events[0]["val/ratio"] == pytest.approx(1) and events[0]["updates"] == 9
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision(place, tmp_path, monkeypatch, dtype):
+    """However coarse the numbers: the first ratio is still exactly 1, and the sampler is not far."""
+    calls = calls_of("ppo_policy_loss", monkeypatch)
+    events, *_ = train(place, tmp_path, "--dtype", dtype, "--steps", "1", "--lr", "0", "--min_lr", "0")
+    assert all(torch.equal(logp, old_logp) for logp, old_logp, *_ in calls[:3])
+    assert events[0]["objective/kl"] == 0 and events[0]["val/sampler_gap"] < 0.1
+
+
+def test_each_step_draws_anew(place, tmp_path, monkeypatch):
+    """Prompts by epochs, each with a seed of its own that never comes again; evaluations all with the same ones."""
+    calls = calls_of("draw", monkeypatch)
+    train(place, tmp_path, "--ppo_epochs", "1", "--minibatches", "1", "--eval_every", "2")
+    (first, *steps), evaluations = [[calls[i] for i in some] for some in ((1, 2, 4, 5), (0, 3, 6))]
+    assert len(set(sum((seeds for _, seeds, *_ in (first, *steps)), []))) == 48
+    assert sorted(first[0] + steps[0][0] + steps[1][0]) == sorted(
+        encode_prompt(TOKENIZER, record.messages) for record in read_prompts(place / "prompts.jsonl")[:36])
+    assert all(call[:2] == evaluations[0][:2] for call in evaluations)
 
 
 def test_only_two_of_four_models_learn(place, tmp_path, monkeypatch):
