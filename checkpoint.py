@@ -22,9 +22,8 @@ import sys
 from functools import partial
 
 import torch
-import torch.distributed as dist
 
-from common import LostRanks, UserError, naming_lost_ranks, run
+from common import LostRanks, UserError, run, together
 from model import GPT, GPTConfig
 from tokenizer import Tokenizer
 from zero import Zero
@@ -66,9 +65,9 @@ def save_checkpoint(out: str, step: int, models: dict[str, Zero], extra: dict, *
             shutil.rmtree(_hide_folder(os.path.join(out, name)))
 
     try:
-        _together(prepare if rank == 0 else None)
-        shards = _together(write_shard)
-        _together(finish if rank == 0 else None)
+        together(prepare if rank == 0 else None)
+        shards = together(write_shard)
+        together(finish if rank == 0 else None)
     except Exception:
         if rank == 0:
             shutil.rmtree(tmp, ignore_errors=True)
@@ -85,10 +84,10 @@ def load_checkpoint(out: str, models: dict[str, Zero], bitwise: dict | None = No
     """
     rank, world = rank_and_world()
     problem = None
-    for name in _together((lambda: steps(out)) if rank == 0 else None)[0]:
+    for name in together((lambda: steps(out)) if rank == 0 else None)[0]:
         folder = os.path.join(out, name)
         try:
-            meta = _together(partial(_examine, folder, slice(rank, None, world)))[0]  # each rank hashes its share
+            meta = together(partial(_examine, folder, slice(rank, None, world)))[0]  # each rank hashes its share
         except UserError as error:
             if isinstance(error, LostRanks):
                 raise
@@ -248,15 +247,14 @@ def claim(out: str, resume: bool):
     try:
         os.makedirs(out, exist_ok=True)
         file = open(path, "a+")
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}; choose another --out") from None
-    try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
         file.seek(0)
         raise UserError(f"{out}: in use by process {file.read().strip()}; choose another --out") from None
-    newest = steps(out)[:1]
-    _expect(resume or not newest, f"{out}: holds a run {newest}; go on with it by --resume, or choose another --out")
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; choose another --out") from None
+    newest = "".join(steps(out)[:1])
+    _expect(resume or not newest, f"{out}: holds a run ({newest}); go on with it by --resume, or choose another --out")
     file.truncate(0)
     file.write(str(os.getpid()))
     file.flush()
@@ -434,32 +432,9 @@ def _check_layout(folder: str, found: dict, expected: dict) -> None:
     raise UserError(f"{folder}: has the tensors of this model, but cut into other units")
 
 
-# ---- all ranks together ---------------------------------------------------------------------------------------------
-
-def _together(action) -> list:
-    """Run action() (None: nothing to do) on every rank; returns all results in rank order. If one fails, all raise."""
-    bug = None
-    try:
-        mine = (True, action() if action else None)
-    except Exception as error:  # whatever it is: the others wait below
-        expected = isinstance(error, (UserError, OSError, RuntimeError))
-        bug, mine = None if expected else error, (False, str(error) if expected else repr(error))
-    rank, world = rank_and_world()
-    everyone = [mine] * world
-    if world > 1:
-        with naming_lost_ranks("checkpoint"):
-            dist.all_gather_object(everyone, mine)
-    if bug:
-        raise bug  # with its traceback
-    for r, (done, result) in enumerate(everyone):
-        _expect(done, result if world == 1 else f"rank {r}: {result}")
-    return [result for _, result in everyone]
-
-
 def main() -> None:
     """python checkpoint.py out/run/step-00000300 [actor]: make out/run/final of a run that did not get to its end."""
-    if len(sys.argv) not in (2, 3):
-        raise UserError("usage: python checkpoint.py out/run/step-00000300 [name of the model]")
+    _expect(len(sys.argv) in (2, 3), "usage: python checkpoint.py out/run/step-00000300 [name of the model]")
     folder = sys.argv[1].rstrip("/")
     state, config = consolidate(folder, *sys.argv[2:]), _read_json(os.path.join(folder, "config.json"))
     print(save_final(os.path.dirname(folder) or ".", state, config, os.path.join(folder, "tokenizer.json")))

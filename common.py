@@ -231,6 +231,27 @@ def naming_lost_ranks(what: str):
         call.waits_in = ""
 
 
+def together(action) -> list:
+    """Run action() (None: nothing to do) on every rank; returns all results in rank order. If one fails, all raise."""
+    inside = dist.is_available() and dist.is_initialized()
+    bug, world = None, dist.get_world_size() if inside else 1
+    try:
+        mine = (True, action() if action else None)
+    except Exception as error:  # whatever it is: the others wait below
+        expected = isinstance(error, (UserError, OSError, RuntimeError))
+        bug, mine = None if expected else error, (False, str(error) if expected else repr(error))
+    everyone = [mine] * world
+    if world > 1:
+        with naming_lost_ranks("checkpoint"):
+            dist.all_gather_object(everyone, mine)
+    if bug:
+        raise bug  # with its traceback
+    for r, (done, result) in enumerate(everyone):
+        if not done:
+            raise UserError(result if world == 1 else f"rank {r}: {result}")
+    return [result for _, result in everyone]
+
+
 def setup(device: str = "auto", timeout: float = 600.0, catch_signals: bool = True) -> Env:
     """Join the process group that torchrun describes in the environment (or none), pick device and thread count.
 

@@ -170,7 +170,7 @@ class Unit:
 
     @torch.no_grad()
     def reduce(self, gradients) -> None:
-        """Add one backward's gradients to the whole local gradient (stages 0-1), or to this rank's shard (2-3)."""
+        """Add one backward's gradients to the local gradient (stages 0-1), or to this rank's shard (2-3)."""
         self.held = None
         if self.zero.stage < 2:
             for part, gradient in zip(self.views(self.grad), gradients):
@@ -178,8 +178,7 @@ class Unit:
                 part.add_(gradient) if self.filled else part.copy_(gradient)
             self.filled = True
             return
-        flat = self.zero.memory.temporary("reduced", self.S * self.zero.comm.world, self.zero.dtype)
-        end = 0
+        flat, end = self.zero.memory.temporary("reduced", self.S * self.zero.comm.world, self.zero.dtype), 0
         for slot, part, gradient in zip(self.slots, self.views(flat), gradients):
             flat[end:slot.start].zero_()  # padding between parameters
             part.copy_(gradient) if gradient is not None else part.zero_()
@@ -247,12 +246,10 @@ class Unit:
             return self.original(*args, **kwargs)
         if torch.is_autocast_enabled(self.zero.device.type):  # autograd would keep its casted copies of all the weights
             raise RuntimeError("autocast with Zero: choose the compute dtype by Zero(dtype=...)")
-        if not torch.is_grad_enabled():
-            return self.run(*args, **kwargs)
         # Of nested saved_tensors_hooks only the innermost pair acts: ours must stand outside of checkpoint, or it would
         # drop nothing. Checkpoint itself drops the weights, and recomputing `run` fetches them again.
         with self.hooks():
-            if self.zero.activation_checkpointing and self.is_block:
+            if self.zero.activation_checkpointing and self.is_block and torch.is_grad_enabled():
                 return checkpoint(self.run, *args, use_reentrant=False, **kwargs)
             return self.run(*args, **kwargs)
 
@@ -271,7 +268,7 @@ class Unit:
     def hooks(self):
         """What autograd keeps for backward: of gathered weights a recipe (where to look after gathering again); of
         large activations, if they are offloaded, a copy in host memory."""
-        if self.zero.stage < 3 and "acts" not in self.zero.offload:
+        if not torch.is_grad_enabled() or self.zero.stage < 3 and "acts" not in self.zero.offload:
             return contextlib.nullcontext()
 
         def pack(x):
@@ -380,8 +377,8 @@ class Zero:
 
     def _must_train(self) -> None:
         if self.is_gathered or self.frozen:
-            raise RuntimeError("backward or step inside gathered()" if self.is_gathered else
-                               "backward or step of a frozen model: none of its parameters requires a gradient")
+            raise RuntimeError("backward or step " + ("inside gathered()" if self.is_gathered else
+                               "of a frozen model: none of its parameters requires a gradient"))
 
     @torch.no_grad()
     def step(self, lr: float, clip: float | None = None) -> StepInfo:
@@ -423,7 +420,7 @@ class Zero:
     def gathered(self):
         """Whole weights in every module, no gradients, no communication: ranks may generate different lengths."""
         if self.is_gathered:
-            raise RuntimeError("gathered() inside gathered(): the inner one would take the weights away from the outer")
+            raise RuntimeError("gathered() inside gathered(): leaving the inner one would end the outer")
         self.is_gathered = True
         try:
             with torch.no_grad():

@@ -96,6 +96,20 @@ def test_sum_of_one_rank_is_the_number_itself():
     env.close()
 
 
+def test_threads_are_shared_among_the_ranks_of_a_machine(monkeypatch):
+    """torchrun sets OMP_NUM_THREADS=1; with 2 ranks on 8 cores each takes 4 threads, with more ranks than cores one."""
+    before = torch.get_num_threads()
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(8)))
+    try:
+        for local_world, threads in ((2, 4), (20, 1), (1, 1)):
+            torch.set_num_threads(1)
+            monkeypatch.setenv("LOCAL_WORLD_SIZE", str(local_world))
+            setup("cpu", catch_signals=False)
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_unknown_device_is_a_user_error():
     with pytest.raises(UserError, match="--device abacus"):
         setup("abacus")

@@ -1014,8 +1014,10 @@ class SharesStorage(nn.Module):
         x = self.linear(x)
         first = x.sin()
         x = x.mul_(2) if self.in_place else x * 2
-        z = torch.view_as_complex((x * 3).view(-1, 8, 2))
-        return first + x.cos() + torch.view_as_real(z * z).reshape(-1, 16) * torch.view_as_real(z).reshape(-1, 16).exp()
+        second = x.cos()
+        y = x * 3
+        z = torch.view_as_complex(y.view(-1, 8, 2))
+        return first + second + y.sin() + torch.view_as_real(z * z).flatten(1)
 
 
 def test_parked_copies_are_of_the_right_moment_and_type():
