@@ -317,7 +317,7 @@ def differentiable(name, forward, backward, shapes, tensors, options, outputs, r
                 raise RuntimeError(f"the tiled {name} has no second derivative; call backward without create_graph")
             return eager_gradient(ctx, *grads)
 
-    given, kept = ("".join(f"Tensor {kind}{i}, " for i in range(n)) for kind, n in (("grad", results), ("out", outputs)))
+    given, kept = ("".join(f"Tensor {x}{i}, " for i in range(m)) for x, m in (("grad", results), ("out", outputs)))
     op = torch.library.custom_op(f"llm_from_zero::{name}", forward, mutates_args=(),
                                  schema=f"({tensors}, {options}) -> ({', '.join(['Tensor'] * outputs)})")
     op_backward = torch.library.custom_op(f"llm_from_zero::{name}_backward", backward, mutates_args=(), schema=(
