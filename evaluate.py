@@ -1,28 +1,36 @@
-"""How well does a model predict a text, or answer?
+"""How well does a model predict a text, or answer, and how well does it behave where the truth is known?
 
     python evaluate.py --model out/pretrain --data my.txt                 rows of seq_len that do not overlap
     python evaluate.py --model out/pretrain --data my.txt --stride 64     each token sees seq_len - 64 or more before it
     python evaluate.py --model out/sft --chats held_out.jsonl             the replies of conversations
+    python evaluate.py --model out/dpo --village data/village --against out/sft            the scorecard of the Village
+    python evaluate.py --model out/sft --village data/village --rm out/rm --best_of 16     and of the best of 16 replies
+    python evaluate.py --village data/village --rollouts out/ppo/samples.jsonl             reward and truth per step
 
 Of a text: the mean loss (nats per token), perplexity exp(loss), and bits per byte, which alone can be compared between
 tokenizers: total loss / ln 2 / UTF-8 bytes. Of conversations: loss and first guesses per token of the replies, and what
-the model answers when it takes the likeliest token each time: how often word for word, how often to an end.
+the model answers when it takes the likeliest token each time: how often word for word, how often to an end. Of the
+Village (village.py): what its judge says of the replies to held-out questions, drawn at temperature 1 and greedily.
 """
 from __future__ import annotations
 
 import json
 import math
+import os
+from collections import Counter
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 
+import village
 from checkpoint import load_model
 from common import UserError, parse, require_positive, run, setup
-from corpus import read_corpus
-from data import Conversations, encode_prompt
-from model import generate
-from records import read_chats
+from corpus import read_corpus, replacing
+from data import Conversations, collate, encode_prompt
+from model import generate, generate_sorted
+from records import prompt_of, read_chats, read_prompts, read_records
 
 
 @dataclass
@@ -31,6 +39,16 @@ class Config:
     model: str = "out/pretrain"  # folder of a run, or of a finished model
     data: str = "shakespeare"  # stdlib, shakespeare, or a path (.txt, .json, .jsonl, each also .gz)
     chats: str = ""  # instead of data: conversations, in any form that train_sft.py reads
+    # the Village
+    village: str = ""  # instead of data: folder of a world that village.py made
+    against: str = ""  # another model, for the win rate and the KL to it; empty: none
+    rm: str = ""  # a reward model, to score the replies and to choose the best of several; empty: none
+    best_of: int = 0  # replies per prompt from which the judge and the reward model choose the best; 0: none
+    best_of_prompts: int = 50  # prompts of each kind for that
+    rollouts: str = ""  # instead of a model: samples.jsonl of a PPO run, judged step by step
+    max_new_tokens: int = 64  # longest reply
+    out: str = ""  # file for the figures, .json; empty: scorecard.json in the model's folder
+    seed: int = 1  # of the replies
     # how
     seq_len: int = 0  # tokens the model sees at once; 0: the longest it was made for
     stride: int = 0  # tokens scored per row, the rest is context; 0: seq_len, rows do not overlap
@@ -111,12 +129,189 @@ def answers(model, tokenizer, records, batch_size: int, device) -> dict:
             "exact_match": exact / max(1, len(asked)), "ended": ended / max(1, len(asked))}
 
 
+# ---- the scorecard of the Village -----------------------------------------------------------------------------------
+
+@dataclass
+class Reply:
+    """A model's answer to a prompt: ids (its end included), text, whether it ended, and what the judge says."""
+    ids: list[int]
+    text: str
+    ended: bool
+    gold: dict
+
+
+def replies_to(model, tokenizer, people, records, cfg: Config, temperature: float, k: int = 1) -> list[list[Reply]]:
+    """k replies to each prompt; reply j of prompt i depends on (seed, i, j) alone."""
+    tasks = [(i, j) for i in range(len(records)) for j in range(k)]
+    prompts = [encode_prompt(tokenizer, record.messages) for record in records]
+    drawn = generate_sorted(model, [prompts[i] for i, _ in tasks], batch_size=4 * cfg.batch_size,
+                            seeds=[(cfg.seed << 64) + (i << 32) + j for i, j in tasks], temperature=temperature,
+                            max_new_tokens=cfg.max_new_tokens, eos_id=tokenizer.end_id,
+                            banned=tokenizer.specials_but_end)
+    found = [[] for _ in records]
+    for (i, _), ids in zip(tasks, drawn):
+        ended = ids[-1] == tokenizer.end_id
+        text = tokenizer.decode(ids[:-1] if ended else ids)
+        found[i].append(Reply(ids, text, ended, village.gold(people, records[i].messages, text, ended)))
+    return found
+
+
+@torch.no_grad()
+def score(model, tokenizer, records, replies: list[Reply], cfg: Config, device) -> list[float]:
+    """One number per reply: of a language model log p(reply | prompt), of a reward model what it says at the end."""
+    numbers, is_lm = [], model.config.vocab_size == model.head.weight.shape[0]
+    for start in range(0, len(replies), cfg.batch_size):
+        some = list(zip(records, replies))[start : start + cfg.batch_size]
+        sequences, masks = [], []
+        for record, reply in some:
+            prompt = encode_prompt(tokenizer, record.messages)
+            ids = reply.ids + [tokenizer.end_id] * (not reply.ended and not is_lm)  # a reward is read at an end
+            sequences.append(prompt + ids)
+            masks.append([0] * len(prompt) + [1] * len(ids))
+        ids, targets, segment_ids = (part.to(device) for part in collate(sequences, masks))  # (b, T) each
+        out = model(ids, targets if is_lm else None, segment_ids=segment_ids)  # (b, T)
+        last = torch.tensor([len(sequence) - 1 for sequence in sequences], device=device)
+        numbers += (out.sum(1) if is_lm else out[torch.arange(len(out)), last]).tolist()
+    return numbers
+
+
+def repeated(text: str, n: int = 4) -> tuple[int, int]:
+    """(how many runs of n words came before in the same text, how many there are)."""
+    words = text.split()
+    runs = [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
+    return len(runs) - len(set(runs)), len(runs)
+
+
+def tally(records, replies: list[Reply]) -> dict[str, float]:
+    """What the judge says of one reply per prompt: shares in percent, gold mean and its standard error."""
+    kinds = Counter((record.tag, reply.gold["kind"]) for record, reply in zip(records, replies))
+    prompts = Counter(record.tag for record in records)
+
+    def share(tag: str, *wanted: str) -> float:
+        return 100 * sum(kinds[tag, kind] for kind in wanted) / max(1, prompts[tag])
+
+    golds = np.array([reply.gold["score"] for reply in replies])
+    runs = np.array([repeated(reply.text) for reply in replies]).sum(0)
+    return {"right": share("known", "right"), "needless": share("known", "needless"),
+            **{f"invented_{tag}": share(tag, "invented") for tag in ("untold", "elsewhere", "withheld")},
+            "code_given": share("code", "leaked", "granted"), "code_leaked": share("code", "leaked"),
+            "repeated_4grams": 100 * runs[0] / max(1, runs[1]),
+            "courtesies": float(np.mean([len(village.COURTESY.findall(reply.text)) for reply in replies])),
+            "words": float(np.mean([len(reply.text.split()) for reply in replies])),
+            "ended": 100 * float(np.mean([reply.ended for reply in replies])),
+            "gold": float(golds.mean()), "gold_standard_error": float(golds.std(ddof=1) / math.sqrt(len(golds)))}
+
+
+def scorecard(model, tokenizer, people, cfg: Config, device) -> dict:
+    """Everything that the Village can tell of a model."""
+    records = read_prompts(os.path.join(cfg.village, "heldout.jsonl"))
+    at_1, greedy = (replies_to(model, tokenizer, people, records, cfg, temperature) for temperature in (1.0, 0.0))
+    at_1, greedy = ([one for one, in replies] for replies in (at_1, greedy))
+    card = {"model": cfg.model, "village": cfg.village, "prompts": Counter(record.tag for record in records),
+            "sampled": tally(records, at_1), "greedy": tally(records, greedy)}
+    biographies = read_corpus(os.path.join(cfg.village, "heldout.txt"))
+    T = model.config.max_seq_len
+    card["biographies_loss"] = perplexity(model, tokenizer, biographies, T, T, cfg.batch_size, device)["loss"]
+    if cfg.against:
+        other, its_tokenizer, _ = load_model(cfg.against, head="lm")
+        if its_tokenizer.fingerprint != tokenizer.fingerprint:
+            raise UserError(f"--against {cfg.against}: found another tokenizer than that of --model {cfg.model}")
+        other.to(device)
+        for name, temperature, own in (("sampled", 1.0, at_1), ("greedy", 0.0, greedy)):
+            theirs = [one for one, in replies_to(other, tokenizer, people, records, cfg, temperature)]
+            better = [a.gold["score"] - b.gold["score"] for a, b in zip(own, theirs)]
+            card[name]["win_rate"] = 100 * float(np.mean([0.5 * (d > 0) + 0.5 * (d >= 0) for d in better]))
+        logp, other_logp = (score(m, tokenizer, records, at_1, cfg, device) for m in (model, other))
+        card["against"], card["kl"] = cfg.against, float(np.mean(np.subtract(logp, other_logp)))
+    judge = None
+    if cfg.rm:
+        judge = load_model(cfg.rm, head="scalar")[0].to(device)
+        card["rm"] = cfg.rm
+        card["sampled"]["reward"] = float(np.mean(score(judge, tokenizer, records, at_1, cfg, device)))
+    if cfg.best_of:
+        card["best_of"] = best_of(model, tokenizer, people, records, judge, cfg, device)
+    return card
+
+
+def best_of(model, tokenizer, people, records, judge, cfg: Config, device) -> list[dict]:
+    """What choosing the best of n replies gives, by the truth (no policy near this one does better) and by a reward
+    model (what alignment gets for free, at n times the cost), for n = 1, 2, 4, ... Its KL to the model that draws is at
+    most log n - (n - 1) / n (Stiennon et al. 2020, appendix G.3), whatever chooses."""
+    some = [record for tag in dict.fromkeys(record.tag for record in records)
+            for record in [record for record in records if record.tag == tag][: cfg.best_of_prompts]]
+    drawn = replies_to(model, tokenizer, people, some, cfg, 1.0, cfg.best_of)
+    flat = [(record, reply) for record, replies in zip(some, drawn) for reply in replies]
+    rewards = score(judge, tokenizer, *zip(*flat), cfg, device) if judge is not None else []
+    rows, n = [], 1
+    while n <= cfg.best_of:
+        row = {"n": n, "kl": math.log(n) - (n - 1) / n}
+        row["gold"] = tally(some, [max(replies[:n], key=lambda r: r.gold["score"]) for replies in drawn])
+        if judge is not None:
+            of = [rewards[i : i + n] for i in range(0, len(rewards), cfg.best_of)]
+            row["rm"] = tally(some, [replies[its.index(max(its))] for replies, its in zip(drawn, of)])
+        rows.append(row)
+        n *= 2
+    return rows
+
+
+def show(card: dict) -> None:
+    """The scorecard as a table."""
+    print(f"{card['model']}: {card['prompts'].total()} held-out prompts; percent, but for the last rows")
+    print(f"{'':20} {'T = 1':>9} {'greedy':>9}")
+    for name in card["sampled"]:
+        both = [card[way][name] for way in ("sampled", "greedy") if name in card[way]]
+        print(f"{name:20} " + " ".join(f"{value:9.2f}" for value in both))
+    print(f"{'biographies_loss':20} {card['biographies_loss']:9.4f}")
+    if "kl" in card:
+        print(f"{'kl':20} {card['kl']:9.3f}  nats per reply, to {card['against']}")
+    for row in card.get("best_of", []):
+        print(f"best of {row['n']:3}: gold {row['gold']['gold']:6.3f} if the truth chooses"
+              + (f", {row['rm']['gold']:6.3f} if the reward model does" if "rm" in row else "")
+              + f"; KL at most {row['kl']:.2f}")
+
+
+def judge_rollouts(people: dict, path: str) -> list[dict]:
+    """Per step of a PPO run: the reward model's score, the truth, and the KL, means over its replies."""
+    steps = {}
+    for where, line in read_records(path):
+        prompt = prompt_of(line, where)
+        try:
+            rows = list(zip(line["responses"], line["ended"], line["reward"], line["kl"], strict=True))
+            steps.setdefault(line["step"], []).extend(
+                (reward, village.gold(people, prompt.messages, text, ended)["score"], kl)
+                for text, ended, reward, kl in rows)
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(f"{where}: found {error}, expected rollouts as train_ppo.py writes them") from None
+    return [{"step": step, **dict(zip(("reward", "gold", "kl"), np.mean(rows, axis=0).tolist()))}
+            for step, rows in sorted(steps.items())]
+
+
+def write(path: str, figures) -> None:
+    with replacing(Path(path)) as temporary:
+        temporary.write_text(json.dumps(figures, indent=1) + "\n")
+    print(path)
+
+
 def main(argv=None) -> int:
     cfg = parse(Config, argv, __doc__)
     require_positive(cfg, "batch_size")
     env = setup(cfg.device, catch_signals=False)
+    people = village.load(cfg.village) if cfg.village else {}
+    if cfg.rollouts:
+        if not people:
+            raise UserError("--rollouts: found no --village, expected the folder of the world they speak of")
+        rows = judge_rollouts(people, cfg.rollouts)
+        for row in rows:
+            print(f"step {row['step']:5}: reward {row['reward']:7.3f}, gold {row['gold']:6.3f}, KL {row['kl']:6.3f}")
+        write(cfg.out or os.path.join(os.path.dirname(cfg.rollouts), "rollouts.json"), rows)
+        return 0
     model, tokenizer, _ = load_model(cfg.model)
     model.to(env.device)
+    if cfg.village:
+        card = scorecard(model, tokenizer, people, cfg, env.device)
+        show(card)
+        write(cfg.out or os.path.join(cfg.model, "scorecard.json"), card)
+        return 0
     if cfg.chats:
         result = answers(model, tokenizer, read_chats(cfg.chats), cfg.batch_size, env.device)
         print(json.dumps({"model": cfg.model, "chats": cfg.chats, **result}))

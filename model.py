@@ -412,3 +412,15 @@ def generate(model, prompts, *, max_new_tokens, temperature=1.0, top_k=0, top_p=
         positions = positions[:, -1:] + 1  # (B, 1)
         segment_ids = torch.zeros_like(ids) if segment_ids is not None else None
     return (new, logps) if return_logp else new
+
+
+def generate_sorted(model, prompts, *, batch_size, seeds, **options):
+    """generate, for any number of prompts: batch_size at a time, those of like length together, so that little is
+    padding. Returns the replies in the order of the prompts."""
+    order, replies = sorted(range(len(prompts)), key=lambda i: len(prompts[i])), [None] * len(prompts)
+    for start in range(0, len(order), batch_size):
+        some = order[start:start + batch_size]
+        new = generate(model, [prompts[i] for i in some], seeds=[seeds[i] for i in some], **options)
+        for i, reply in zip(some, new):
+            replies[i] = reply
+    return replies

@@ -19,7 +19,7 @@ from checkpoint import load_model
 from common import UserError, parse, require_positive, run, setup
 from corpus import replacing
 from data import CHAT_TEMPLATE, encode_prompt
-from model import generate
+from model import generate_sorted
 from records import read_prompts
 from tokenizer import Tokenizer
 
@@ -60,9 +60,10 @@ class Printer:
 
 def draw(model, tokenizer, prompts: list[list[int]], seeds: list[int], cfg: Config, length: int, on_token=None):
     """At most `length` new ids for each prompt, as the flags say."""
-    return generate(model, prompts, max_new_tokens=length, temperature=cfg.temperature, top_k=cfg.top_k,
-                    top_p=cfg.top_p, repetition_penalty=cfg.repetition_penalty, eos_id=tokenizer.end_id,
-                    banned=tokenizer.specials_but_end, seeds=seeds, on_token=on_token)
+    return generate_sorted(model, prompts, batch_size=cfg.batch_size, seeds=seeds, max_new_tokens=length,
+                           temperature=cfg.temperature, top_k=cfg.top_k, top_p=cfg.top_p, eos_id=tokenizer.end_id,
+                           repetition_penalty=cfg.repetition_penalty, banned=tokenizer.specials_but_end,
+                           on_token=on_token)
 
 
 def room(model, prompt_length: int, cfg: Config) -> int:
@@ -143,25 +144,18 @@ def answer_file(model, tokenizer, cfg: Config) -> None:
         except UserError as error:
             raise UserError(f"{record.where}: {error}") from None
     length = room(model, max(map(len, prompts)), cfg)
-    tasks = [(len(prompt), i, number) for i, prompt in enumerate(prompts) for number in range(cfg.k)]
-    tasks.sort()  # prompts of one length together: less padding
-    replies = [[None] * cfg.k for _ in prompts]
-    for first in range(0, len(tasks), cfg.batch_size):
-        batch = tasks[first : first + cfg.batch_size]
-        seeds = [(cfg.seed << 64) + (i << 32) + number for _, i, number in batch]
-        drawn = draw(model, tokenizer, [prompts[i] for _, i, _ in batch], seeds, cfg, length)
-        for (_, i, number), new in zip(batch, drawn):
-            replies[i][number] = new
-        if sys.stdout.isatty():
-            print(f"\r{first + len(batch)} of {len(tasks)} replies", end="", flush=True)
+    tasks = [(i, number) for i in range(len(prompts)) for number in range(cfg.k)]
+    drawn = draw(model, tokenizer, [prompts[i] for i, _ in tasks],
+                 [(cfg.seed << 64) + (i << 32) + number for i, number in tasks], cfg, length)
+    ended = [new[-1] == tokenizer.end_id for new in drawn]
+    texts = [tokenizer.decode(new[:-1] if end else new) for new, end in zip(drawn, ended)]
     with replacing(Path(cfg.out)) as temporary, open(temporary, "w", encoding="utf-8") as file:
-        for record, drawn in zip(records, replies):
-            ended = [new[-1] == tokenizer.end_id for new in drawn]
-            texts = [tokenizer.decode(new[:-1] if end else new) for new, end in zip(drawn, ended)]
-            line = {"prompt": record.messages, "responses": texts, "ended": ended}
+        for i, record in enumerate(records):
+            own = slice(i * cfg.k, (i + 1) * cfg.k)
+            line = {"prompt": record.messages, "responses": texts[own], "ended": ended[own]}
             file.write(json.dumps(line | ({"tag": record.tag} if record.tag else {}), ensure_ascii=False) + "\n")
-    ended = sum(new[-1] == tokenizer.end_id for drawn in replies for new in drawn) / len(tasks)
-    print(f"\r{cfg.out}: {len(tasks)} replies to {len(prompts)} prompts; {ended:.1%} ended by themselves")
+    print(f"{cfg.out}: {len(drawn)} replies to {len(prompts)} prompts; "
+          f"{sum(ended) / len(drawn):.1%} ended by themselves")
 
 
 def main(argv=None) -> int:

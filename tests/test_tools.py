@@ -121,7 +121,7 @@ def test_a_chat_remembers_resets_and_quits(finished, monkeypatch, capsys):
     """What the model is asked: the conversation so far, without it after /reset, nothing after /quit."""
     out, _, tokenizer = finished
     prompts = []
-    monkeypatch.setattr(sample, "generate", lambda model, p, on_token, **_: (
+    monkeypatch.setattr(sample, "generate_sorted", lambda model, p, on_token, **_: (
         prompts.append(tokenizer.decode(p[0])), [on_token(0, i) for i in (72, 105, tokenizer.end_id)])
         and [[72, 105, tokenizer.end_id]])
     lines = iter(["ab", "", "cd", "/reset", "ef", "/quit", "gh"])
