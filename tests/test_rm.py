@@ -43,6 +43,11 @@ from zero import Zero
 TOKENIZER = make_tokenizer("byte", [])
 
 
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(1)
+
+
 def loss_by_loop(rewards, group_sizes, margin=0.0, centre=0.0):
     """Ouyang et al. 2022, equation 1, as it is written."""
     total, start = 0.0, 0
