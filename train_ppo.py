@@ -44,7 +44,7 @@ import torch
 import torch.distributed as dist
 
 from checkpoint import claim, final_folder, load_checkpoint, load_model, save_checkpoint, save_final
-from common import Log, UserError, parse, require_positive, run, setup
+from common import Log, UserError, naming_lost_ranks, parse, require_positive, run, setup
 from corpus import TokenFile, prepare
 from data import CHAT_TEMPLATE, Windows, collate, encode_prompt, pack, shuffled
 from kernels import target_logp
@@ -86,7 +86,7 @@ class Config:
     ptx: float = 0.0  # weight of the pretraining loss that is mixed in (PPO-ptx); 0: off
     ptx_data: str = ""  # its text: .txt, .json or .jsonl
     ptx_rows: int = 4  # its rows of seq_len per update over all ranks
-    lr: float = 1e-4  # peak learning rate of the actor
+    lr: float = 2e-4  # peak learning rate of the actor
     critic_lr: float = 0.0  # of the critic; 0: as the actor's
     min_lr: float = 1e-5  # learning rate at the last step; 0 would waste its rollout
     warmup_steps: int = 5  # rollouts over which the rate climbs from 0
@@ -263,7 +263,8 @@ SAMPLING, EVALUATION, ORDER = 2, 3, 4  # uses of random_bits; ORDER + epoch
 def everywhere(x: torch.Tensor, env) -> torch.Tensor:
     """Each rank has filled some rows and left 0 in the others: now all rows are there on all ranks."""
     if env.world > 1:
-        dist.all_reduce(x)
+        with naming_lost_ranks("rollout"):
+            dist.all_reduce(x)
     return x
 
 
@@ -396,17 +397,18 @@ def main(argv=None) -> int:
     # models
     folders = {"init": cfg.init, "critic_init": cfg.critic_init or cfg.reward_model, "ref": cfg.ref or cfg.init,
                "reward_model": cfg.reward_model}
-    loaded = [load_model(folder, head=head, attention=cfg.attention) for folder, head in
-              zip(folders.values(), ("lm", "scalar", "lm", ""))]
+    heads = ("lm", "scalar", "lm", "scalar")
+    loaded = [load_model(folder, head, attention=cfg.attention) for folder, head in zip(folders.values(), heads)]
     tokenizer, tokenizer_path = loaded[0][1], os.path.join(final_folder(cfg.init), "tokenizer.json")
-    for (flag, folder), (_, other, found) in zip(folders.items(), loaded):
+    for (flag, folder), head, (_, other, found) in zip(folders.items(), heads, loaded):
+        if found["head"] != head and flag != "critic_init":  # load_model has made a new head
+            raise UserError(f"--{flag} {folder}: found a model with the head {found['head']!r}, expected {head!r}; "
+                            "a reward model is made by train_rm.py")
         if other.fingerprint != tokenizer.fingerprint:
             raise UserError(f"--{flag} {folder}: its tokenizer is not that of --init {cfg.init}; train it from there")
-        if flag in ("init", "reward_model") and found.get("chat_template") != CHAT_TEMPLATE:
+        if found.get("chat_template") != CHAT_TEMPLATE and flag != "critic_init":
             raise UserError(f"--{flag} {folder}: found the chat template {found.get('chat_template')!r}, expected "
                             f"{CHAT_TEMPLATE!r}; train it on conversations")
-    if loaded[3][2]["head"] != "scalar":
-        raise UserError(f"--reward_model {cfg.reward_model}: found a language model, expected one by train_rm.py")
     models = Models(*(model for model, *_ in loaded))
     for model in (models.actor, models.reference):
         model.head = ReplyHead(model.head, model.config.vocab_size, tokenizer.specials_but_end)

@@ -673,6 +673,7 @@ BAD = {
     "no data": (["--data", ""], "--data"),
     "missing file": (["--data", "nowhere.jsonl"], "nowhere.jsonl"),
     "a language model as judge": (["--reward_model", "sft"], "--reward_model"),
+    "a reward model to imitate": (["--ref", "rm"], "--ref"),
     "no reward model": (["--reward_model", "nowhere"], "nowhere"),
     "more minibatches than prompts": (["--minibatches", "13"], "--minibatches"),
     "replies longer than the rows": (["--max_new_tokens", "63"], "--max_new_tokens"),
@@ -687,7 +688,7 @@ BAD = {
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input_is_one_clear_line(place, tmp_path, case):
     flags, named = BAD[case]
-    flags = [str(place / flag) if flag == "sft" else flag for flag in flags]
+    flags = [str(place / flag) if flag in ("sft", "rm") else flag for flag in flags]
     with pytest.raises(UserError) as error:
         train_ppo.main(arguments(place, tmp_path / "out", *flags))
     assert named in str(error.value) and "\n" not in str(error.value)
