@@ -240,7 +240,7 @@ class GPT(nn.Module):
     def load_weights(self, weights: dict, where: str) -> None:
         """Copy {name: tensor} into the parameters. Names and shapes must match, except that the head is left as it was
         born when the file holds the other kind of head. `where`: the file, for the error message."""
-        own = dict(self.named_parameters())
+        own = dict(self.named_parameters(remove_duplicate=False))  # a tied head has a name of its own in files
         same_head = weights.get("head.weight", self.head.weight).shape[0] == self.head.weight.shape[0]
         for name in sorted(own.keys() | weights.keys()):
             if name.startswith("head.") and not same_head:

@@ -234,9 +234,11 @@ def test_flops_formula_counts_the_matrix_products():
     assert counter.get_total_flops() == pytest.approx(2 * T * model.flops_per_token(T) + wasted, rel=1e-6)
 
 
-def test_weights_are_loaded_strictly():
+@pytest.mark.parametrize("tied", [False, True])
+def test_weights_are_loaded_strictly(tied):
     """load_weights: another shape, a missing or unknown name is one clear line; another head kind is left as born."""
-    source, target = lively(seed=3, dtype=torch.float32), GPT(GPTConfig(**SMALL))
+    shape = {**SMALL, "tie_embeddings": tied}
+    source, target = lively(seed=3, dtype=torch.float32, tie_embeddings=tied), GPT(GPTConfig(**shape))
     target.load_weights(source.state_dict(), "x")
     ids = some_ids(1, 8)
     assert torch.equal(source(ids), target(ids))
@@ -245,7 +247,7 @@ def test_weights_are_loaded_strictly():
                    {k: v for k, v in source.state_dict().items() if k != "norm.weight"}):
         with pytest.raises(UserError, match="norm.weight|extra"):
             target.load_weights(broken, "x")
-    reward = GPT(GPTConfig(**SMALL), head="scalar")
+    reward = GPT(GPTConfig(**shape), head="scalar")
     reward.load_weights(source.state_dict(), "x")
     assert torch.equal(reward.embed.weight, source.embed.weight) and reward.head.weight.shape == (1, 32)
 
