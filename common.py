@@ -171,6 +171,7 @@ class Env:
             signal.signal(number, handler)
         if self.world > 1:
             self.barrier()  # leaving while a peer still talks to us is how gloo aborts at exit
+            RollCall.stop()
             dist.destroy_process_group()
 
     def _on_signal(self, number, frame) -> None:
@@ -199,6 +200,13 @@ class RollCall(threading.Thread):
                 time.sleep(0.25)
                 if self.waits_in and self.store.check(["alarm"]):
                     self.store.set(f"here/{self.rank}", "yes")
+
+    @classmethod
+    def stop(cls) -> None:
+        """Let the thread end: one that is in the store while the interpreter leaves aborts the process."""
+        thread, cls.current = cls.current, None
+        if thread:
+            thread.join()
 
     def lost_ranks(self) -> list[str]:
         """Sound the alarm and see who answers. The store is that of the rendezvous; torchrun's outlives the ranks."""

@@ -32,6 +32,8 @@ class RankFailed(Exception):
 def _play(pipe):
     import torch
     import torch.distributed as dist
+
+    from common import RollCall
     torch.set_num_threads(1)
     pipe.send_bytes(b"ready")
     while True:
@@ -52,6 +54,7 @@ def _play(pipe):
             answer = ("error", traceback.format_exc())
         pipe.send_bytes(pickle.dumps(answer))
         if dist.is_initialized():
+            RollCall.stop()
             dist.destroy_process_group()
 
 
