@@ -142,7 +142,7 @@ class Env:
     local_world: int
     device: torch.device
     stop_signal: int = 0           # the signal that asked us to stop (0: none); agree on it with `sum` before acting
-    old_handlers: dict = dataclasses.field(default_factory=dict)
+    old_handlers: dict = dataclasses.field(default_factory=dict, repr=False)  # they hold the Env before: 2^n to print
 
     @property
     def is_main(self) -> bool:
