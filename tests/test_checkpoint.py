@@ -185,9 +185,10 @@ def test_killed_inside_a_save(tmp_path, rank, point):
 def save_with_a_bug(out):
     """A save in which rank 1 meets an error that nobody foresaw."""
     z = training(3)
-    if z.comm.rank == 1:
-        checkpoint.state_shards = lambda z: {}["no such key"]
-    save_checkpoint(out, 1, {"model": z}, {})
+    with pytest.MonkeyPatch.context() as patch:  # other tests will use this process
+        if z.comm.rank == 1:
+            patch.setattr(checkpoint, "state_shards", lambda z: {}["no such key"])
+        save_checkpoint(out, 1, {"model": z}, {})
 
 
 def test_an_unforeseen_error_inside_a_save_reaches_all_ranks(tmp_path):

@@ -362,6 +362,7 @@ def test_all_pairs_are_more_pairs(files, tmp_path):
     assert len(train(files, tmp_path, "--pairs", "all")) == 9
 
 
+@pytest.mark.slow
 def test_two_processes_at_stage_3_give_the_same_curve(files, reference, tmp_path):
     """7 pairs a step on 2 ranks, one at a time, so that the second rank's last forward is padding: the same log and
     final model."""

@@ -661,8 +661,8 @@ def strike(fault):
 
 
 @pytest.mark.parametrize("world, fault, where, stage", [
-    (3, "dies", "forward", 3), (5, "dies", "sum", 2), (3, "dies", "backward", 3), (3, "dies", "birth", 1),
-    (3, "raises", "forward", 0), (3, "hangs", "barrier", 1)])
+    (3, "dies", "forward", 3), (3, "dies", "backward", 3), (3, "dies", "birth", 1), (3, "raises", "forward", 0),
+    (3, "hangs", "barrier", 1), pytest.param(5, "dies", "sum", 2, marks=pytest.mark.slow)])
 def test_a_lost_rank_is_named(world, fault, where, stage):
     """A rank that is killed, raises, or sleeps: the others end within the timeout, with an error that names it and no
     other, though of five ranks two are no neighbours of the lost one."""
