@@ -15,6 +15,7 @@ import multiprocessing
 import os
 import statistics
 import time
+from functools import partial
 
 import numpy as np
 import torch
@@ -331,14 +332,15 @@ def bench_decode(args) -> dict:
     for layers, heads, width in [(4, 4, 128), (6, 6, 384)]:
         models = {attention: GPT(GPTConfig(vocab_size=71, n_layer=layers, n_head=heads, n_embd=width, max_seq_len=T,
                                            attention=attention)).to(device).eval() for attention in ("flash", "sdpa")}
-        table = Table(f"decoding, {models['flash'].parameter_count() / 1e6:.2f} M parameters, prompts of {start} tokens")
+        millions = models["flash"].parameter_count() / 1e6
+        table = Table(f"decoding, {millions:.2f} M parameters, prompts of {start} tokens")
         for B in (1, 32):
             prompts = torch.randint(0, 71, (B, start), generator=torch.Generator().manual_seed(0)).tolist()
             full = torch.randint(0, 71, (B, T), device=device)
-            peers = {name: lambda model=model: generate(model, prompts, max_new_tokens=T - start)
+            peers = {name: partial(generate, model, prompts, max_new_tokens=T - start)
                      for name, model in models.items()}
             with torch.inference_mode():
-                seconds = interleave({**peers, "again": lambda: models["flash"](full)}, args.repeats, device.type)
+                seconds = interleave({**peers, "again": partial(models["flash"], full)}, args.repeats, device.type)
             rates = {name: [B * (T - start) / s for s in seconds[name]] for name in peers}
             again = [B / s for s in seconds["again"]]
             table.add(f"cache / forwarding all {T} again, batch {B}", *ratio(rates["flash"], again),
