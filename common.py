@@ -46,6 +46,8 @@ def run(main) -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
         code = 130
+    except BrokenPipeError:
+        code = 141  # as a shell has it: whoever read our output has gone
     else:
         sys.exit(code or 0)
     os._exit(code)  # not sys.exit: other ranks may wait in a collective, and a clean shutdown would wait for them

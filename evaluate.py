@@ -28,8 +28,8 @@ import village
 from checkpoint import load_model
 from common import UserError, parse, require_positive, run, setup
 from corpus import read_corpus, replacing
-from data import Conversations, collate, encode_prompt
-from model import generate, generate_sorted
+from data import CHAT_TEMPLATE, Conversations, collate, encode_prompt
+from model import generate_sorted
 from records import prompt_of, read_chats, read_prompts, read_records
 
 
@@ -102,8 +102,9 @@ def perplexity(model, tokenizer, documents, seq_len: int, stride: int, batch_siz
 
 
 @torch.no_grad()
-def answers(model, tokenizer, records, batch_size: int, device) -> dict:
-    """The last replies of the conversations: predicted token by token, and given by greedy decoding."""
+def answers(model, tokenizer, records, batch_size: int, max_new_tokens: int, device) -> dict:
+    """The last replies of the conversations: predicted token by token, and given by greedy decoding (where prompt and
+    max_new_tokens fit into a row: "prompts" says how many)."""
     longest = model.config.max_seq_len
     chats = Conversations(records, tokenizer, longest, turns="last", batch_size=batch_size)
     loss, right, count = 0.0, 0, 0
@@ -113,16 +114,12 @@ def answers(model, tokenizer, records, batch_size: int, device) -> dict:
         loss, count = loss - logp.double().sum().item(), count + int((targets >= 0).sum())
         right += int(hits[targets >= 0].sum())
     prompts = [encode_prompt(tokenizer, record.messages[:-1]) for record in records]
-    asked = sorted((i for i, prompt in enumerate(prompts) if len(prompt) < longest), key=lambda i: len(prompts[i]))
-    exact = ended = 0
-    for start in range(0, len(asked), batch_size):
-        some = asked[start : start + batch_size]
-        room = longest - max(len(prompts[i]) for i in some)
-        replies = generate(model, [prompts[i] for i in some], max_new_tokens=room, temperature=0,
-                           eos_id=tokenizer.end_id, banned=tokenizer.specials_but_end)
-        for i, reply in zip(some, replies):
-            ended += reply[-1] == tokenizer.end_id
-            exact += reply == [*tokenizer.encode(records[i].messages[-1]["content"]), tokenizer.end_id]
+    asked = [i for i, prompt in enumerate(prompts) if len(prompt) + max_new_tokens <= longest]
+    replies = generate_sorted(model, [prompts[i] for i in asked], batch_size=batch_size, seeds=asked, temperature=0,
+                              max_new_tokens=max_new_tokens, eos_id=tokenizer.end_id, banned=tokenizer.specials_but_end)
+    ended = sum(reply[-1] == tokenizer.end_id for reply in replies)
+    exact = sum(reply == [*tokenizer.encode(records[i].messages[-1]["content"]), tokenizer.end_id]
+                for i, reply in zip(asked, replies))
     mean = loss / count
     return {"replies": len(chats), "dropped": chats.dropped, "tokens": count, "loss": mean,
             "perplexity": math.exp(min(mean, 700.0)), "mean_token_accuracy": right / count, "prompts": len(asked),
@@ -305,7 +302,12 @@ def main(argv=None) -> int:
             print(f"step {row['step']:5}: reward {row['reward']:7.3f}, gold {row['gold']:6.3f}, KL {row['kl']:6.3f}")
         write(cfg.out or os.path.join(os.path.dirname(cfg.rollouts), "rollouts.json"), rows)
         return 0
-    model, tokenizer, _ = load_model(cfg.model)
+    model, tokenizer, config = load_model(cfg.model)
+    if config["head"] != "lm":
+        raise UserError(f"--model {cfg.model}: found a reward model, expected a language model")
+    if (cfg.chats or cfg.village) and config.get("chat_template") != CHAT_TEMPLATE:
+        raise UserError(f"--model {cfg.model}: found the chat template {config.get('chat_template')!r}, expected "
+                        f"{CHAT_TEMPLATE!r}; train it to chat with train_sft.py")
     model.to(env.device)
     if cfg.village:
         card = scorecard(model, tokenizer, people, cfg, env.device)
@@ -313,7 +315,7 @@ def main(argv=None) -> int:
         write(cfg.out or os.path.join(cfg.model, "scorecard.json"), card)
         return 0
     if cfg.chats:
-        result = answers(model, tokenizer, read_chats(cfg.chats), cfg.batch_size, env.device)
+        result = answers(model, tokenizer, read_chats(cfg.chats), cfg.batch_size, cfg.max_new_tokens, env.device)
         print(json.dumps({"model": cfg.model, "chats": cfg.chats, **result}))
         return 0
     seq_len = min(cfg.seq_len or model.config.max_seq_len, model.config.max_seq_len)

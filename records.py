@@ -128,7 +128,8 @@ def turn_texts(turns, where: str) -> list[dict]:
         spot = f"{where}, message {i}"
         if not isinstance(turn, dict) or not ({"role", "content"} <= turn.keys() or {"from", "value"} <= turn.keys()):
             raise UserError(f'{spot}: found {found_in(turn)}, expected {{"role", "content"}} or {{"from", "value"}}')
-        role, content = (turn["role"], turn["content"]) if "role" in turn else (turn["from"], turn["value"])
+        role, content = (turn["role"], turn["content"]) if {"role", "content"} <= turn.keys() else \
+            (turn["from"], turn["value"])
         if not isinstance(role, str) or role not in ROLES:
             raise UserError(f"{spot}: found the role {found_in(role)}, expected one of {', '.join(ROLES)}")
         has_system = bool(messages) and messages[0]["role"] == "system"

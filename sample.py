@@ -105,11 +105,10 @@ def chat(model, tokenizer, text: str, cfg: Config) -> None:
         except (EOFError, KeyboardInterrupt):
             print()
             return
-        if said == "/quit":
+        if not text and said == "/quit":
             return
-        if said == "/reset":
-            messages = list(start)
-        if said in ("/reset", ""):
+        if not text and said in ("/reset", ""):
+            messages = list(start) if said else messages
             continue
         try:
             # A quarter of the row stays free for the reply, or what is asked for.
@@ -137,10 +136,11 @@ def chat(model, tokenizer, text: str, cfg: Config) -> None:
 def answer_file(model, tokenizer, cfg: Config) -> None:
     """k replies to each prompt of the file. A reply depends on (seed, prompt, number) alone, not on the batch size."""
     records = read_prompts(cfg.prompts)
-    prompts = [encode_prompt(tokenizer, record.messages) for record in records]
-    for record, prompt in zip(records, prompts):
+    prompts = []
+    for record in records:
         try:
-            room(model, len(prompt), cfg)
+            prompts.append(encode_prompt(tokenizer, record.messages))
+            room(model, len(prompts[-1]), cfg)
         except UserError as error:
             raise UserError(f"{record.where}: {error}") from None
     length = room(model, max(map(len, prompts)), cfg)
@@ -162,8 +162,12 @@ def main(argv=None) -> int:
     cfg = parse(Config, argv, __doc__)
     require_positive(cfg, "n", "k", "batch_size", "top_p", "repetition_penalty")
     env = setup(cfg.device, catch_signals=False)
+    for stream in (sys.stdin, sys.stdout):  # a terminal that is not UTF-8 shows "?" instead of a traceback
+        stream.reconfigure(errors="replace") if hasattr(stream, "reconfigure") else None
     model, tokenizer, config = load_model(cfg.model)
     model.to(env.device)
+    if config["head"] != "lm":
+        raise UserError(f"--model {cfg.model}: found a reward model, expected a language model")
     if (cfg.chat or cfg.prompts) and config.get("chat_template") != CHAT_TEMPLATE:
         raise UserError(f"--model {cfg.model}: found the chat template {config.get('chat_template')!r}, expected "
                         f"{CHAT_TEMPLATE!r}; train it to chat with train_sft.py")

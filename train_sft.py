@@ -116,7 +116,9 @@ def main(argv=None) -> int:
     env = setup(cfg.device)
 
     # model
-    model, tokenizer, _ = load_model(cfg.init, head="lm", attention=cfg.attention)
+    model, tokenizer, born = load_model(cfg.init, head="lm", attention=cfg.attention)
+    if born["head"] != "lm":
+        raise UserError(f"--init {cfg.init}: found a reward model, expected a language model")
     tokenizer_path = os.path.join(final_folder(cfg.init), "tokenizer.json")
     cfg.seq_len = cfg.seq_len or model.config.max_seq_len
     if cfg.seq_len > model.config.max_seq_len:

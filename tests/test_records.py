@@ -131,6 +131,7 @@ BAD = {  # what the file holds, and words that its one line of error must have
     "no role": (b'{"messages": [{"content": "Hi"}]}', [":1, message 1", '"role"']),
     "no content": (b'{"messages": [{"role": "user"}]}', [":1, message 1", '"content"']),
     "mixed keys": (b'{"messages": [{"role": "user", "value": "Hi"}]}', [":1, message 1", '"from"']),
+    "both kinds of keys": (chat({"role": "user", "from": "x", "value": "Hi"}), [":1, message 1", "'x'"]),
     "unknown role": (chat({"role": "tool", "content": "a"}), [":1, message 1", "tool", "assistant"]),
     "role is null": (chat({"role": None, "content": "a"}), [":1, message 1", "NoneType"]),
     "role is a list": (chat({"role": ["user"], "content": "a"}), [":1, message 1", "list"]),
