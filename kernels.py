@@ -318,9 +318,9 @@ def differentiable(name, forward, backward, shapes, tensors, options, outputs, r
             return eager_gradient(ctx, *grads)
 
     given, kept = ("".join(f"Tensor {x}{i}, " for i in range(m)) for x, m in (("grad", results), ("out", outputs)))
-    op = torch.library.custom_op(f"llm_from_zero::{name}", forward, mutates_args=(),
+    op = torch.library.custom_op(f"tiled::{name}", forward, mutates_args=(),
                                  schema=f"({tensors}, {options}) -> ({', '.join(['Tensor'] * outputs)})")
-    op_backward = torch.library.custom_op(f"llm_from_zero::{name}_backward", backward, mutates_args=(), schema=(
+    op_backward = torch.library.custom_op(f"tiled::{name}_backward", backward, mutates_args=(), schema=(
         f"({given}{tensors}, {kept}{options}) -> ({', '.join(['Tensor'] * gradients)})"))
     op.register_fake(shapes)
     op_backward.register_fake(lambda *args: tuple(x.new_empty(x.shape) for x in args[results:results + gradients]))

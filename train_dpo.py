@@ -292,6 +292,7 @@ def main(argv=None) -> int:
             log.train(step, loss=loss_sum, **pair_metrics(logps, ref_logps, cfg.beta), grad_norm=info.norm,
                       learning_rate=lr_at(step, cfg), epoch=step * cfg.batch_size / len(train),
                       **({"skipped": skipped} if skipped else {}))
+        # [copy: evaluate_and_save]
         if last or (cfg.eval_every and step % cfg.eval_every == 0):
             evaluate_and_show(step)
             log.restart_clock()
@@ -302,6 +303,7 @@ def main(argv=None) -> int:
         if stop:
             log.say(f"asked to stop: saved after step {step}; go on with --resume")
             break
+        # [end copy]
     else:
         weights = zero.full_state_dict()
         if env.is_main:

@@ -218,6 +218,7 @@ def main(argv=None) -> int:
         if step % cfg.log_every == 0 or step == start + 1 or last:
             log.train(step, loss=env.sum(loss_sum)[0], grad_norm=info.norm, learning_rate=lr_at(step, cfg),
                       **({"skipped": skipped} if skipped else {}))
+        # [copy: evaluate_and_save]
         if last or (cfg.eval_every and step % cfg.eval_every == 0):
             evaluate_and_show(step)
             log.restart_clock()
@@ -228,6 +229,7 @@ def main(argv=None) -> int:
         if stop:
             log.say(f"asked to stop: saved after step {step}; go on with --resume")
             break
+        # [end copy]
     else:
         weights = zero.full_state_dict()
         if env.is_main:

@@ -290,6 +290,7 @@ def main(argv=None) -> int:
             log.train(step, loss=loss_sum, **pair_metrics(rewards, train.sizes(chosen)), grad_norm=info.norm,
                       learning_rate=lr_at(step, cfg), epoch=step * cfg.batch_size / len(train),
                       **({"skipped": skipped} if skipped else {}))
+        # [copy: evaluate_and_save]
         if last or (cfg.eval_every and step % cfg.eval_every == 0):
             evaluate_and_show(step)
             log.restart_clock()
@@ -300,6 +301,7 @@ def main(argv=None) -> int:
         if stop:
             log.say(f"asked to stop: saved after step {step}; go on with --resume")
             break
+        # [end copy]
     else:
         known = range(min(len(train), cfg.reference_prompts or len(train)))
         rewards = all_rewards(model, train, known, micro or 16, env)  # (n,)

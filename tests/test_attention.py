@@ -370,7 +370,7 @@ def test_operators_are_what_they_declare(dtype):
     qkv, _ = inputs(14, 2, 4, 2, 9, 7, 8, dtype)
     ids = zeros(2, 9, dtype=torch.long), zeros(2, 7, dtype=torch.long)
     for segment_ids in ((None, None), ids):
-        torch.library.opcheck(torch.ops.llm_from_zero.attention.default, (*qkv, *segment_ids, True, 0.3, 4, 4),
+        torch.library.opcheck(torch.ops.tiled.attention.default, (*qkv, *segment_ids, True, 0.3, 4, 4),
                               atol=1e-2, rtol=1e-2)
 
 
@@ -382,7 +382,7 @@ def mutant(old, new):
         source = file.read()
     assert source.count(old) == 1, f"{old!r} occurs {source.count(old)} times"
     module = types.ModuleType(f"mutant{abs(hash((old, new)))}")
-    exec(source.replace(old, new).replace("llm_from_zero::", module.__name__ + "::"), module.__dict__)
+    exec(source.replace(old, new).replace("tiled::", module.__name__ + "::"), module.__dict__)
     return module
 
 

@@ -259,7 +259,7 @@ def test_what_does_not_fit_is_named(change):
 def test_operators_are_what_they_declare(ahead):
     """PyTorch's own check of custom operators: shapes and dtypes without data, aliasing, gradients under tracing."""
     (hidden, weight, bias), targets = inputs(14, 5, 3, 4, dtype=torch.bfloat16)
-    torch.library.opcheck(torch.ops.llm_from_zero.logp.default,
+    torch.library.opcheck(torch.ops.tiled.logp.default,
                           (hidden, weight, bias, targets, 1.5, not ahead, ahead), atol=1e-2, rtol=1e-2)
 
 
