@@ -416,11 +416,11 @@ def generate(model, prompts, *, max_new_tokens, temperature=1.0, top_k=0, top_p=
 
 def generate_sorted(model, prompts, *, batch_size, seeds, **options):
     """generate, for any number of prompts: batch_size at a time, those of like length together, so that little is
-    padding. Returns the replies in the order of the prompts."""
+    padding. Returns the replies in the order of the prompts; with return_logp each is a pair (ids, logp)."""
     order, replies = sorted(range(len(prompts)), key=lambda i: len(prompts[i])), [None] * len(prompts)
     for start in range(0, len(order), batch_size):
         some = order[start:start + batch_size]
         new = generate(model, [prompts[i] for i in some], seeds=[seeds[i] for i in some], **options)
-        for i, reply in zip(some, new):
+        for i, reply in zip(some, zip(*new) if options.get("return_logp") else new):
             replies[i] = reply
     return replies

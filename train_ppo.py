@@ -48,7 +48,7 @@ from common import Log, UserError, naming_lost_ranks, parse, require_positive, r
 from corpus import TokenFile, prepare
 from data import CHAT_TEMPLATE, Windows, collate, encode_prompt, pack, shuffled
 from kernels import target_logp
-from model import GPT, LMHead, generate
+from model import GPT, LMHead, generate_sorted
 from records import Record, read_prompts, split_records
 from zero import Zero
 
@@ -273,15 +273,14 @@ def draw(prompts: list[list[int]], seeds: list[int], actor: GPT, zero: Zero, tok
     N, R = len(prompts), cfg.max_new_tokens
     tokens, sampled_logp = torch.zeros(N, R, dtype=torch.int64), torch.zeros(N, R)  # (N, R)
     lengths = torch.zeros(N, dtype=torch.int64)
-    mine = sorted(range(env.rank, N, env.world), key=lambda i: len(prompts[i]))  # of one length together: less padding
-    at_once = cfg.rollout_batch_size or N
+    mine = range(env.rank, N, env.world)
     with zero.gathered():  # no communication inside, so ranks may take as many steps as their replies need
-        for some in (mine[first : first + at_once] for first in range(0, len(mine), at_once)):
-            drawn = generate(actor, [prompts[i] for i in some], max_new_tokens=R, temperature=cfg.temperature,
-                             eos_id=tokenizer.end_id, seeds=[seeds[i] for i in some], return_logp=True)
-            for i, new, logp in zip(some, *drawn):
-                lengths[i] = len(new)
-                tokens[i, : len(new)], sampled_logp[i, : len(new)] = torch.tensor(new), torch.tensor(logp)
+        drawn = generate_sorted(actor, [prompts[i] for i in mine], batch_size=cfg.rollout_batch_size or N,
+                                seeds=[seeds[i] for i in mine], max_new_tokens=R, temperature=cfg.temperature,
+                                eos_id=tokenizer.end_id, return_logp=True)
+    for i, (new, logp) in zip(mine, drawn):
+        lengths[i] = len(new)
+        tokens[i, : len(new)], sampled_logp[i, : len(new)] = torch.tensor(new), torch.tensor(logp)
     tokens, sampled_logp, lengths = (everywhere(x.to(env.device), env) for x in (tokens, sampled_logp, lengths))
     R = int(lengths.max())
     mask = torch.arange(R, device=env.device) < lengths[:, None]  # (N, R)
