@@ -104,12 +104,12 @@ def flash_attention(q, k, v, *, causal=True, segment_ids=None, kv_segment_ids=No
 def one_query(q, k, v, ids_q, ids_k, scale):
     """Tq = 1, as in decoding: a row of scores is smaller than the keys are, so tiles would only cost time."""
     B, H, _, D = q.shape
-    S = k @ (q * scale).reshape(B, k.shape[1], -1, D).transpose(2, 3)  # (B, G, Tk, R)
+    S = (q * scale).reshape(B, k.shape[1], -1, D) @ k.transpose(2, 3)  # (B, G, R, Tk), R = H/G queries share a key
     if ids_q is None:
-        return (S.softmax(2).transpose(2, 3) @ v).view(B, H, 1, D)
-    hidden = ((ids_q != ids_k) | (ids_k < 0))[:, None, :, None]  # (B, 1, Tk, 1)
-    P = S.masked_fill_(hidden, -math.inf).softmax(2).masked_fill_(hidden, 0.0)  # all hidden: NaN, the answer is 0
-    return (P.transpose(2, 3) @ v).view(B, H, 1, D)
+        return (S.softmax(-1) @ v).view(B, H, 1, D)
+    hidden = ((ids_q != ids_k) | (ids_k < 0))[:, None, None]  # (B, 1, 1, Tk)
+    P = S.masked_fill_(hidden, -math.inf).softmax(-1).masked_fill_(hidden, 0.0)  # all hidden: NaN, the answer is 0
+    return (P @ v).view(B, H, 1, D)
 
 
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:

@@ -319,6 +319,9 @@ class LayerCache:
         self.used += T
         return self.k[:, :, :self.used], self.v[:, :, :self.used]
 
+    def keep(self, rows) -> None:
+        self.k, self.v = self.k[rows], self.v[rows]
+
 
 class KVCache:
     """What attention must remember while a text grows: per layer the keys and values, and which of them are padding."""
@@ -333,6 +336,13 @@ class KVCache:
             past = [] if self.segment_ids is None else [self.segment_ids]
             self.segment_ids = torch.cat((*past, segment_ids), 1)
         return self.segment_ids
+
+    def keep(self, rows) -> None:
+        """Forget all rows but these."""
+        for layer in self.layers:
+            layer.keep(rows)
+        if self.segment_ids is not None:
+            self.segment_ids = self.segment_ids[rows]
 
 
 def choose(logits, uniforms, temperature=1.0, top_k=0, top_p=1.0):
@@ -382,35 +392,41 @@ def generate(model, prompts, *, max_new_tokens, temperature=1.0, top_k=0, top_p=
     uniforms = np.stack([np.random.Generator(np.random.Philox(key=int(s))).random(max_new_tokens) for s in seeds])
     uniforms = torch.from_numpy(uniforms).to(device)  # (B, max_new_tokens)
     cache = KVCache(model.config.n_layer, P + max_new_tokens)
-    new, logps, done = [[] for _ in prompts], [[] for _ in prompts], [False] * B
+    new, logps, rows = [[] for _ in prompts], [[] for _ in prompts], list(range(B))  # rows: prompts still computed
     for t in range(max_new_tokens):
-        logits = model(ids, segment_ids=segment_ids, positions=positions, cache=cache)[:, -1].float()  # (B, V)
+        logits = model(ids, segment_ids=segment_ids, positions=positions, cache=cache)[:, -1].float()  # (b, V)
         full = logits
         if repetition_penalty != 1:
             logits = logits.clone()  # full keeps what the model said
-            for row, prompt in enumerate(prompts):
-                seen = torch.tensor(sorted({*prompt, *new[row]} - {eos_id}), device=device)  # a chat has many ends
-                logits[row, seen] = torch.where(logits[row, seen] > 0, logits[row, seen] / repetition_penalty,
-                                                logits[row, seen] * repetition_penalty)
+            for i, row in enumerate(rows):
+                seen = torch.tensor(sorted({*prompts[row], *new[row]} - {eos_id}), device=device)  # a chat has many ends
+                logits[i, seen] = torch.where(logits[i, seen] > 0, logits[i, seen] / repetition_penalty,
+                                              logits[i, seen] * repetition_penalty)
         if banned:
             logits = logits.index_fill(-1, torch.tensor(banned, device=device), -torch.inf)
-        drawn = choose(logits, uniforms[:, t], temperature, top_k, top_p)  # (B,)
+        drawn = choose(logits, uniforms[:, t], temperature, top_k, top_p)  # (b,)
         if return_logp:
             scaled = (full / (temperature or 1.0)).log_softmax(-1).gather(-1, drawn[:, None])[:, 0].tolist()
-        for row, token in enumerate(drawn.tolist()):
-            if done[row]:
+        going = []
+        for i, (row, token) in enumerate(zip(rows, drawn.tolist())):
+            if new[row] and new[row][-1] == eos_id:
                 continue
             new[row].append(token)
             if return_logp:
-                logps[row].append(scaled[row])
+                logps[row].append(scaled[i])
             if on_token is not None:
                 on_token(row, token)
-            done[row] = token == eos_id
-        if all(done):
+            if token != eos_id:
+                going.append(i)
+        if not going:
             break
-        ids = drawn[:, None]  # (B, 1)
-        positions = positions[:, -1:] + 1  # (B, 1)
+        ids, positions = drawn[:, None], positions[:, -1:] + 1  # (b, 1) twice
         segment_ids = torch.zeros_like(ids) if segment_ids is not None else None
+        if len(going) <= 0.75 * len(rows):  # finished rows cost as much as others; to drop them costs a copy
+            rows = [rows[i] for i in going]
+            cache.keep(going)
+            ids, uniforms, positions = ids[going], uniforms[going], positions.expand(len(drawn), -1)[going]
+            segment_ids = segment_ids[going] if segment_ids is not None else None
     return (new, logps) if return_logp else new
 
 
