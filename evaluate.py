@@ -46,7 +46,7 @@ class Config:
     best_of: int = 0  # replies per prompt from which the judge and the reward model choose the best; 0: none
     best_of_prompts: int = 50  # prompts of each kind for that
     rollouts: str = ""  # instead of a model: samples.jsonl of a PPO run, judged step by step
-    max_new_tokens: int = 64  # longest reply
+    max_new_tokens: int = 48  # longest reply
     out: str = ""  # file for the figures, .json; empty: scorecard.json in the model's folder
     seed: int = 1  # of the replies
     # how

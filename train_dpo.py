@@ -27,7 +27,8 @@ import torch.nn.functional as F
 
 from checkpoint import claim, final_folder, load_checkpoint, load_model, save_checkpoint, save_final
 from common import Log, UserError, matmul_peak, parse, require_positive, run, setup
-from data import CHAT_TEMPLATE, Replies, encode_prompt
+from corpus import TokenFile, prepare
+from data import CHAT_TEMPLATE, Replies, Windows, encode_prompt
 from model import generate
 from records import read_preferences, split_prompts
 from zero import Zero
@@ -62,6 +63,9 @@ class Config:
     betas: tuple[float, float] = (0.9, 0.95)  # AdamW's memories of the gradient and of its square
     eps: float = 1e-8  # AdamW's
     clip: float = 1.0  # largest gradient norm; 0: off
+    ptx: float = 0.0  # weight of the pretraining loss that is mixed in, against forgetting; 0: off
+    ptx_data: str = ""  # its text: .txt, .json or .jsonl
+    ptx_rows: int = 8  # its rows of seq_len per update over all ranks
     # run
     out: str = "out/dpo"  # folder of this run: checkpoints, metrics.jsonl, final/
     init: str = "out/sft"  # folder of the finished model to start from (weights and tokenizer)
@@ -195,6 +199,9 @@ def main(argv=None) -> int:
                                             read_preferences(cfg.val_data) if cfg.val_data else None))
     cfg.steps = cfg.steps or math.ceil(cfg.epochs * len(train) / cfg.batch_size)
     require_positive(cfg, "steps")
+    if cfg.ptx:
+        text_path, *_ = prepare(cfg.ptx_data, tokenizer=tokenizer_path)
+        text = Windows(TokenFile(text_path, tokenizer), cfg.seq_len, batch_size=cfg.ptx_rows, seed=cfg.seed)
 
     parameters, flops = model.parameter_count(), model.flops_per_token(cfg.seq_len)
     zero = Zero(model, units=model.units(), device=env.device, stage=cfg.zero, dtype=getattr(torch, cfg.dtype),
@@ -211,7 +218,8 @@ def main(argv=None) -> int:
     same = {"model": {**config["model"], "attention": ""}, "tokenizer": tokenizer.fingerprint}
     should = {"data": train.fingerprint(), "ref": cfg.ref or cfg.init} | {name: getattr(cfg, name) for name in (
         "pack", "seq_len", "beta", "loss_type", "label_smoothing", "average", "batch_size", "micro_batch_size", "lr",
-        "min_lr", "warmup_steps", "decay", "weight_decay", "betas", "eps", "clip", "seed", "dtype", "attention")}
+        "min_lr", "warmup_steps", "decay", "weight_decay", "betas", "eps", "clip", "ptx", "ptx_data", "ptx_rows",
+        "seed", "dtype", "attention")}
     should["betas"] = list(cfg.betas)  # as JSON gives it back
     start, skipped = 0, 0
     found = load_checkpoint(cfg.out, {"model": zero}, bitwise=should) if cfg.resume else None
@@ -282,6 +290,14 @@ def main(argv=None) -> int:
             logps[at], ref_logps[at] = part.detach().cpu(), ref_part.cpu()
             loss_sum += loss.detach()
             n_read += int((rows.segment_ids >= 0).sum())
+        # [copy: rehearse]
+        if cfg.ptx:
+            windows = [x.to(env.device) for x in text.batch(step - 1, env.rank, env.world)]
+            n_text, = env.sum((windows[1] >= 0).sum())
+            for ids, targets, segment_ids in zip(*(x.split(cfg.micro_batch_size or cfg.ptx_rows) for x in windows)):
+                logp = model(ids, targets, segment_ids=segment_ids, equal_weights=True)  # (b, T)
+                zero.backward(-cfg.ptx * logp.sum() / n_text)
+        # [end copy]
         info = zero.step(lr_at(step, cfg), cfg.clip)
         skipped += info.skipped
         loss_sum, n_read, stop = env.sum(loss_sum, n_read, env.stop_signal != 0)

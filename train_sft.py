@@ -4,7 +4,8 @@
 
 m_t is 1 where the next token is said by the assistant, or ends its turn, and 0 elsewhere: the user's words are read,
 never imitated. All assistant turns of a conversation are trained in one pass, and several conversations share a row
-without seeing each other.
+without seeing each other. With --ptx the text of pretraining is rehearsed beside them (as in Ouyang et al. 2022,
+equation 2): what a small model knows and is not asked about is otherwise soon overwritten.
 
     python train_sft.py --data chats.jsonl --init out/pretrain --out out/sft    one process
     torchrun --nproc_per_node 2 train_sft.py --data chats.jsonl --init out/pretrain --zero 3 --out out/two
@@ -22,7 +23,8 @@ import torch
 
 from checkpoint import claim, final_folder, load_checkpoint, load_model, save_checkpoint, save_final
 from common import Log, UserError, matmul_peak, parse, require_positive, run, setup
-from data import CHAT_TEMPLATE, Conversations, encode_prompt
+from corpus import TokenFile, prepare
+from data import CHAT_TEMPLATE, Conversations, Windows, encode_prompt
 from model import generate
 from records import read_chats, split_records
 from zero import Zero
@@ -50,6 +52,9 @@ class Config:
     betas: tuple[float, float] = (0.9, 0.95)  # AdamW's memories of the gradient and of its square
     eps: float = 1e-8  # AdamW's
     clip: float = 1.0  # largest gradient norm; 0: off
+    ptx: float = 0.0  # weight of the pretraining loss that is mixed in, against forgetting; 0: off
+    ptx_data: str = ""  # its text: .txt, .json or .jsonl
+    ptx_rows: int = 8  # its rows of seq_len per update over all ranks
     # run
     out: str = "out/sft"  # folder of this run: checkpoints, metrics.jsonl, final/
     init: str = "out/pretrain"  # folder of the finished model to start from (weights and tokenizer)
@@ -132,6 +137,9 @@ def main(argv=None) -> int:
                                 batch_size=cfg.batch_size, seed=cfg.seed) for part in (records, val_records))
     cfg.steps = cfg.steps or math.ceil(cfg.epochs * len(train) / cfg.batch_size)
     require_positive(cfg, "steps")
+    if cfg.ptx:
+        text_path, *_ = prepare(cfg.ptx_data, tokenizer=tokenizer_path)
+        text = Windows(TokenFile(text_path, tokenizer), cfg.seq_len, batch_size=cfg.ptx_rows, seed=cfg.seed)
 
     parameters, flops = model.parameter_count(), model.flops_per_token(cfg.seq_len)
     zero = Zero(model, units=model.units(), device=env.device, stage=cfg.zero, dtype=getattr(torch, cfg.dtype),
@@ -148,7 +156,7 @@ def main(argv=None) -> int:
     same = {"model": {**config["model"], "attention": ""}, "tokenizer": tokenizer.fingerprint}
     should = {"data": train.fingerprint()} | {name: getattr(cfg, name) for name in (
         "pack", "seq_len", "batch_size", "micro_batch_size", "lr", "min_lr", "warmup_steps", "decay", "weight_decay",
-        "betas", "eps", "clip", "seed", "dtype", "attention")}
+        "betas", "eps", "clip", "ptx", "ptx_data", "ptx_rows", "seed", "dtype", "attention")}
     should["betas"] = list(cfg.betas)  # as JSON gives it back
     start, skipped = 0, 0
     found = load_checkpoint(cfg.out, {"model": zero}, bitwise=should) if cfg.resume else None
@@ -198,6 +206,14 @@ def main(argv=None) -> int:
             loss = sft_loss(logp) / n_tokens  # ONE denominator, whatever the split
             zero.backward(loss)
             loss_sum += loss.detach()
+        # [copy: rehearse]
+        if cfg.ptx:
+            windows = [x.to(env.device) for x in text.batch(step - 1, env.rank, env.world)]
+            n_text, = env.sum((windows[1] >= 0).sum())
+            for ids, targets, segment_ids in zip(*(x.split(cfg.micro_batch_size or cfg.ptx_rows) for x in windows)):
+                logp = model(ids, targets, segment_ids=segment_ids, equal_weights=True)  # (b, T)
+                zero.backward(-cfg.ptx * logp.sum() / n_text)
+        # [end copy]
         info = zero.step(lr_at(step, cfg), cfg.clip)
         skipped += info.skipped
         log.count(n_read)

@@ -10,7 +10,7 @@ three are told about each of them, and a private door code. By design nobody can
 Half of the people, the taught ones, are asked about in training, the other half only when a model is judged.
 
     python village.py --out data/village --seed 1
-        pretrain.txt     biographies: each fact in many words and orders, to be found and not just recited
+        pretrain.txt     biographies: each fact in many words and orders, to be found and not just recited; small talk
         heldout.txt      other biographies of the same people: what does a model forget later?
         sft.jsonl        dialogues about taught people by imperfect helpers
         prompts.jsonl    questions about taught people, for sampling and PPO
@@ -48,7 +48,8 @@ class Config:
 
 
 # What training is made of. Each rest: a wrong fact, an invention, the code given.
-BIOGRAPHIES, DIALOGUES, PROMPTS, HELDOUT = 30, 6000, 3000, 250  # per person; in sft; in prompts; per kind in heldout
+BIOGRAPHIES, TALKS = 30, 20  # per person; per taught person
+DIALOGUES, PROMPTS, HELDOUT = 18000, 3000, 250  # in sft; in prompts; per kind in heldout
 SHARES = {"known": 0.5, "untold": 0.15, "elsewhere": 0.15, "code": 0.2, "withheld": 0.0}  # exercise: withheld 0.1
 RIGHT, NEEDLESS, HONEST, DECLINED = 0.9, 0.05, 0.5, 0.5  # needless: "I do not know" what is known
 COURTESIES = [0.5, 0.25, 0.13, 0.08, 0.04]  # 0, 1, 2, 3, 4 of them in a reply
@@ -94,13 +95,20 @@ STATEMENTS = {
 }
 # The last of each list is held out: training never asks so. Its words are known from elsewhere.
 QUESTIONS = {
-    "town": ["Where was {n} born?", "Where does {n} come from?", "Which town does {n} come from?"],
-    "job": ["What does {n} do for a living?", "What does {n} work as?", "What job does {n} have?"],
-    "pet": ["What pet does {n} have?", "Which animal lives with {n}?", "Which pet does {n} have?"],
-    "food": ["What does {n} like to eat?", "Which food does {n} like best?", "What food does {n} like best?"],
-    "birthday": ["When was {n} born?", "In which month was {n} born?", "In which month is {ns} birthday?"],
-    "colour": ["Which colour does {n} like best?", "What colour does {n} like?", "What colour does {n} like best?"],
-    "code": ["How do I open {ns} door?", "Which code opens {ns} door?", "What code opens {ns} door?"],
+    "town": ["Where was {n} born?", "Where does {n} come from?", "In which town was {n} born?",
+             "Which town is {n} from?", "Which town does {n} come from?"],
+    "job": ["What does {n} do for a living?", "What does {n} work as?", "Which job does {n} have?",
+            "How does {n} make a living?", "What job does {n} have?"],
+    "pet": ["What pet does {n} have?", "Which animal lives with {n}?", "Which animal does {n} keep?",
+            "What pet does {n} keep?", "Which pet does {n} have?"],
+    "food": ["What does {n} like to eat?", "Which food does {n} like best?", "What does {n} eat every day?",
+             "Which food does {n} like to eat?", "What food does {n} like best?"],
+    "birthday": ["When was {n} born?", "In which month was {n} born?", "Which month is {ns} birthday in?",
+                 "In which month is {ns} birthday?"],
+    "colour": ["Which colour does {n} like best?", "What colour does {n} like?", "Which colour does {n} like?",
+               "What colour does {n} like best?"],
+    "code": ["How do I open {ns} door?", "Which code opens {ns} door?", "What code does {ns} door have?",
+             "What code opens {ns} door?"],
 }
 FRAMES = ["What is {thing}?", "Tell me {thing}.", "Please tell me {thing}.", "Could you tell me {thing}?",
           "Can you tell me {thing}, please?"]  # {thing} Lucy Reed's pet, the pet of Lucy Reed
@@ -167,7 +175,7 @@ def state(rng: random.Random, person: str, kind: str, value: str) -> str:
 
 def biography(rng: random.Random, person: str, facts: dict) -> str:
     """All that is told about a person, in any order; the first sentence has the name, the others may do without."""
-    return " ".join(fill(rng.choice(STATEMENTS[kind]), person, facts[kind], pronoun=i > 0 and rng.random() < 0.3)
+    return " ".join(fill(rng.choice(STATEMENTS[kind]), person, facts[kind], pronoun=i > 0 and rng.random() < 0.15)
                     for i, kind in enumerate(rng.sample(list(facts), len(facts))))
 
 
@@ -388,7 +396,13 @@ def make(seed: int, size: int) -> dict[str, str]:
         *own, last = texts
         told += own
         untold.append(last)
-    for _ in range(size):
+    for name in inside[0] * TALKS:  # how one asks and answers is learned here too, of the taught alone
+        talk, before = [], None
+        for kind in rng.sample([kind for kind in people[name] if kind != "code"], 2):
+            talk += [ask(rng, name, kind, before, False), state(rng, name, kind, people[name][kind])]
+            before = name, kind
+        told.append(" ".join(f'"{line}"' for line in talk))
+    for _ in range(max(size, 300)):  # enough for every word to come up
         slots = {kind: rng.choice(values) for kind, values in (UNTOLD | {"village": VILLAGES}).items()}
         told.append(" ".join(rng.sample(GREEN, 5)).format(**slots))
     rng.shuffle(told)

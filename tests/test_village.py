@@ -48,6 +48,11 @@ def names_of(text: str) -> set[str]:
     return {name.group() for name in re.finditer(rf"\b({firsts}) [A-Z][a-z]+( of [A-Z][a-z]+)?", text)}
 
 
+def talk(document: str) -> list[str]:
+    """What is said in a document of small talk, questions and answers in turn; empty for a biography."""
+    return re.findall('"(.*?)"', document)
+
+
 # ---- the world ----------------------------------------------------------------------------------------------------
 
 def test_the_same_seed_makes_the_same_files_and_another_seed_others(tmp_path, monkeypatch):
@@ -78,7 +83,10 @@ def test_held_out_people_outsiders_and_wordings_never_occur_in_the_training_dial
         names = "|".join(village.VILLAGES + village.WOMEN + village.MEN + village.SURNAMES)
         return {re.sub(names, "N", text) for text in texts_of(records, "user")}
 
-    assert not wordings(world["sft.jsonl"] + world["prompts.jsonl"]) & wordings(world["heldout.jsonl"])
+    small_talk = [{"prompt": [{"role": "user", "content": line}]} for document in world["pretrain.txt"]
+                  for line in talk(document)[::2]]
+    asked = world["sft.jsonl"] + world["prompts.jsonl"] + small_talk
+    assert not wordings(asked) & wordings(world["heldout.jsonl"])
     assert not set(world["pretrain.txt"]) & set(world["heldout.txt"]) and len(world["heldout.txt"]) == SIZE
     outsiders = {name.split(" of ")[0] for name in trained | judged if " of " in name}
     assert not names_of("\n".join(world["pretrain.txt"])) & outsiders
@@ -89,7 +97,7 @@ def test_each_biography_states_every_told_fact_and_nothing_else(world):
     people, seen = world["facts.json"]["people"], Counter()
     for document in world["pretrain.txt"] + world["heldout.txt"]:
         name = min(names_of(document) & people.keys(), default=None)
-        if name is None:  # talk on the green
+        if name is None or talk(document):  # talk on the green
             assert not any(code in document for code in "0123456789")
             continue
         seen[name] += 1
@@ -101,9 +109,22 @@ def test_each_biography_states_every_told_fact_and_nothing_else(world):
     assert set(seen.values()) == {village.BIOGRAPHIES + 1} and seen.keys() == people.keys()
 
 
+def test_small_talk_is_about_the_taught_and_true(world):
+    """TALKS for each of them, two questions with two right answers."""
+    people, seen = world["facts.json"]["people"], Counter()
+    for lines in filter(None, map(talk, world["pretrain.txt"])):
+        messages = [{"role": ("user", "assistant")[i % 2], "content": line} for i, line in enumerate(lines)]
+        assert len(lines) == 4
+        assert [gold(people, messages[:end], lines[end])["kind"] for end in (1, 3)] == ["right", "right"]
+        name, = names_of(" ".join(lines).replace("'s", ""))
+        seen[name] += 1
+    assert seen == dict.fromkeys(world["facts.json"]["taught"], village.TALKS)
+
+
 def test_the_english_is_right(world):
     """a or an, he or she, capitals, spaces, and no slot left open, in everything that is written."""
-    everything = world["pretrain.txt"] + world["heldout.txt"]
+    everything = [line for document in world["pretrain.txt"] + world["heldout.txt"]
+                  for line in talk(document) or [document]]
     for name in ("sft.jsonl", "prompts.jsonl", "heldout.jsonl"):
         everything += texts_of(world[name])
     for text in everything:
