@@ -4,8 +4,8 @@
 #   bash run.sh --quick           every stage at its smallest, under three minutes: shows that all works, learns little
 #   bash run.sh my_text.txt       on a text of yours (or stdlib, which comes with Python): pretraining and a sample
 #   bash run.sh --data-from DIR   on your own files, as far as they reach: text.txt (or .jsonl) -> pretraining;
-#                                 chats.json (or .jsonl, as below) -> SFT; preferences.json -> reward model, PPO, DPO;
-#                                 prompts.json -> PPO, which else takes the prompts of the preferences
+#                                 chats.json (or .jsonl) -> SFT; preferences.json (or .jsonl) -> reward model, PPO,
+#                                 DPO; prompts.json (or .jsonl) -> PPO, which else asks what the preferences ask
 #   NPROC=2 ZERO=3 bash run.sh    training by torchrun in two processes, sharded by ZeRO stage 3
 #   OUT=out/mine bash run.sh      another folder for all that is made
 #   bash run.sh --show            print the commands and run none
@@ -54,11 +54,11 @@ fi
 if [ "$quick" ]; then
     world=$world-quick out=$out-quick village+=" --people 40"
     pretrain="--tokenizer bpe --vocab_size 1024 --n_layer 2 --n_embd 64 --steps 60 --batch_size 8 --eval_rows 64"
-    sft="--steps 60 --lr 3e-3"
+    sft="--steps 60 --lr 3e-3 --val_fraction 0.02"
     sample="--k 2 --temperature 1 --max_new_tokens 16 --batch_size 256"
-    rm="--steps 20 --reference_prompts 100"
+    rm="--steps 20 --val_fraction 0.05 --reference_prompts 100"
     ppo="--steps 3 --batch_size 16 --minibatches 2 --max_new_tokens 16 --eval_prompts 16"
-    dpo="--steps 20"
+    dpo="--steps 20 --val_fraction 0.05"
     card="--max_new_tokens 16 --batch_size 64"
     best_of="--best_of 4 --best_of_prompts 10"
 fi
@@ -80,19 +80,21 @@ fi
 look() {  # look NAME "what it does" command ...: print the command, so that it can be copied, and run it
     printf '\n%s: %s\n$' "$1" "$2"
     shift 2
-    for word in "$@"; do if [[ $word =~ ^[A-Za-z0-9_./,=-]+$ ]]; then printf ' %s' "$word"; else printf ' %q' "$word"; fi; done
+    for word in "$@"; do
+        if [[ $word =~ ^[A-Za-z0-9_./,=-]+$ ]]; then printf ' %s' "$word"; else printf ' %q' "$word"; fi
+    done
     echo
     [ "$show" ] || "$@" || stopped "$@"
 }
 stopped() { printf '\nstopped: %s\nTo go on where it was: %s\n' "$*" "$again" >&2; exit 1; }
 
-stage() {  # stage NAME "what it does" FILE "FIGURE" command ...: look, unless it has made FILE before; FIGURE sums it up
+stage() {  # stage NAME "what it does" FILE "FIGURE" command ...: look, unless it has made FILE; FIGURE sums it up
     local name=$1 what=$2 file=$3 figure=$4 start=$SECONDS before=""
     shift 4
     [ "$show" ] || before=$(grep "^$name"$'\t' "$out/stages.tsv" | tail -1) || true
     if [ "$before" ] && [ -e "$file" ]; then
         printf '\n%s: done before in %s s, %s\n' "$name" "$(cut -f2 <<< "$before")" "$(cut -f3 <<< "$before")"
-        [ "$(cut -f4 <<< "$before")" = "$*" ] || echo "but by another command: remove $file, and what came of it, to redo it"
+        [ "$(cut -f4 <<< "$before")" = "$*" ] || echo "but by another command: to redo it, remove $file"
         return
     fi
     look "$name" "$what" "$@"
@@ -113,10 +115,11 @@ first() { numbers "$@" | sed -n 1p; }
 last() { numbers "$@" | tail -1; }
 lines() { echo "$(grep -c "" "$1") lines"; }
 
-[ "$own" ] || text=$world/pretrain.txt chats=$world/sft.jsonl prompts=$world/prompts.jsonl preferences=$out/preferences.jsonl
-
-[ "$own" ] || stage village "a world of people, questions about them, and a judge who knows the truth" $chats "lines $chats" \
-    $python village.py --out $world $village
+if [ ! "$own" ]; then
+    text=$world/pretrain.txt chats=$world/sft.jsonl prompts=$world/prompts.jsonl preferences=$out/preferences.jsonl
+    stage village "a world of people, questions about them, and a judge who knows" $chats "lines $chats" \
+        $python village.py --out $world $village
+fi
 train pretrain "learn to predict the next token of plain text" eval_bits_per_byte --data "$text" $pretrain
 look write "what it writes by itself" $python sample.py --model "$out/pretrain" --n 2 --max_new_tokens 100
 
@@ -141,8 +144,8 @@ models=${chats:+sft}${preferences:+ ppo dpo}
 if [ ! "$own" ]; then
     for name in $models; do
         [ $name = sft ] && against=$best_of || against="--against $out/sft"
-        stage judge-$name "what $name does where the truth is known" $out/$name/scorecard.json \
-            "first gold $out/$name/scorecard.json" \
+        answers=$out/$name/scorecard.json
+        stage judge-$name "what $name does where the truth is known" $answers "first gold $answers" \
             $python evaluate.py --model $out/$name --village $world --rm $out/rm $against $card
     done
     stage rollouts "PPO step by step: what the reward model thinks, and the truth" $out/ppo/rollouts.json \
@@ -150,14 +153,13 @@ if [ ! "$own" ]; then
     look scorecard "all of them side by side" $python evaluate.py --cards $out/sft,$out/ppo,$out/dpo
 elif [ "$chats" ]; then
     for name in $models; do
-        stage chats-$name "how $name answers the tenth of the conversations that SFT set aside" "$out/$name/chats.json" \
-            "last loss $out/$name/chats.json" \
-            $python evaluate.py --model "$out/$name" --chats "$chats" --val_fraction 0.1 $card --out "$out/$name/chats.json"
+        answers=$out/$name/chats.json
+        stage chats-$name "how $name answers the tenth of the chats that SFT set aside" $answers "last loss $answers" \
+            $python evaluate.py --model $out/$name --chats "$chats" --val_fraction 0.1 --out $answers $card
     done
 else
-    stage text "how well it predicts the tenth of the text that training set aside" "$out/text.json" \
-        "last bits_per_byte $out/text.json" \
-        $python evaluate.py --model "$out/pretrain" --data "$text" --val_fraction 0.1 --stride 64 --out "$out/text.json"
+    stage text "how well it predicts the tenth that was set aside" $out/text.json "last bits_per_byte $out/text.json" \
+        $python evaluate.py --model $out/pretrain --data "$text" --val_fraction 0.1 --stride 64 --out $out/text.json
 fi
 if [ "$show" ] || $python -c "import matplotlib" 2> /dev/null; then
     look pictures "curves and bars" $python plot.py --life "$out" --out "$out/pictures"
@@ -165,7 +167,8 @@ else
     printf '\nno pictures: they need matplotlib (%s -m pip install matplotlib, then the same command)\n' $python
 fi
 [ "$show" ] || awk -F'\t' 'BEGIN { printf "\n%-10s %7s  %s\n", "stage", "seconds", "figure" }
-    { printf "%-10s %7d  %s\n", $1, $2, $3; total += $2 } END { printf "%-10s %7d\n", "total", total }' "$out/stages.tsv"
+    { printf "%-10s %7d  %s\n", $1, $2, $3; total += $2 }
+    END { printf "%-10s %7d\n", "total", total }' "$out/stages.tsv"
 
 [ -t 0 ] || [ "$show" ] || exit 0
 [ "$preferences" ] || talks=sft

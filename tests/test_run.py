@@ -44,7 +44,7 @@ def shown_in(path: Path) -> list[str]:
     return [line for line in found if (ROOT / next(w for w in line.split() if w.endswith(".py"))).exists()]
 
 
-FILES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted(ROOT.glob("*.py"))]
+FILES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md")), *sorted(ROOT.glob("*.py"))]
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
@@ -54,7 +54,10 @@ def test_shown_commands_have_flags_that_exist(path):
         try:
             check(command)
         except Exception as error:
-            raise AssertionError(f"{path.name} shows `{command}`: {error}") from None
+            if "expected one argument" in str(error):  # a sentence may name a flag without a value
+                check(command + " 1")
+            else:
+                raise AssertionError(f"{path.name} shows `{command}`: {error}") from None
 
 
 def test_commands_are_found():
