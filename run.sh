@@ -62,6 +62,7 @@ if [ "$quick" ]; then
     card="--max_new_tokens 16 --batch_size 64"
     best_of="--best_of 4 --best_of_prompts 10"
 fi
+[[ ${OUT:-} != *[[:space:]]* ]] || refuse "OUT=$OUT: expected a name without spaces"
 out=${OUT:-$out} python=.venv/bin/python launch=.venv/bin/python
 [ "${NPROC:-1}" = 1 ] || launch=".venv/bin/torchrun --standalone --nproc_per_node $NPROC"
 
@@ -73,8 +74,8 @@ if [ ! "$show" ]; then
         .venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
         cp requirements.txt .venv/
     fi
-    mkdir -p "$out"
-    touch "$out/stages.tsv"  # name, seconds, figure and command of each finished stage
+    mkdir -p $out
+    touch $out/stages.tsv  # name, seconds, figure and command of each finished stage
 fi
 
 look() {  # look NAME "what it does" command ...: print the command, so that it can be copied, and run it
@@ -91,7 +92,7 @@ stopped() { printf '\nstopped: %s\nTo go on where it was: %s\n' "$*" "$again" >&
 stage() {  # stage NAME "what it does" FILE "FIGURE" command ...: look, unless it has made FILE; FIGURE sums it up
     local name=$1 what=$2 file=$3 figure=$4 start=$SECONDS before=""
     shift 4
-    [ "$show" ] || before=$(grep "^$name"$'\t' "$out/stages.tsv" | tail -1) || true
+    [ "$show" ] || before=$(grep "^$name"$'\t' $out/stages.tsv | tail -1) || true
     if [ "$before" ] && [ -e "$file" ]; then
         printf '\n%s: done before in %s s, %s\n' "$name" "$(cut -f2 <<< "$before")" "$(cut -f3 <<< "$before")"
         [ "$(cut -f4 <<< "$before")" = "$*" ] || echo "but by another command: to redo it, remove $file"
@@ -101,14 +102,14 @@ stage() {  # stage NAME "what it does" FILE "FIGURE" command ...: look, unless i
     [ ! "$show" ] || return 0
     [ -e "$file" ] || stopped "$@"  # it was asked to, and has saved where it was
     figure=$($figure)
-    printf '%s\t%s\t%s\t%s\n' "$name" $((SECONDS - start)) "$figure" "$*" >> "$out/stages.tsv"
+    printf '%s\t%s\t%s\t%s\n' "$name" $((SECONDS - start)) "$figure" "$*" >> $out/stages.tsv
     echo "=> $figure, $((SECONDS - start)) s"
 }
 train() {  # train NAME "what it does" FIGURE flags ...: train_NAME.py makes $out/NAME, FIGURE is in its metrics.jsonl
     local name=$1 what=$2 figure=$3
     shift 3
-    stage "$name" "$what" "$out/$name/final" "last $figure $out/$name/metrics.jsonl" \
-        $launch "train_$name.py" "$@" --out "$out/$name" --resume ${ZERO:+--zero $ZERO}
+    stage "$name" "$what" $out/$name/final "last $figure $out/$name/metrics.jsonl" \
+        $launch "train_$name.py" "$@" --out $out/$name --resume ${ZERO:+--zero $ZERO}
 }
 numbers() { grep -Eo "\"$1\": [-0-9.e]+" "$2" | tr -d '":' | awk '{printf "%s %.3f\n", $1, $2}'; }
 first() { numbers "$@" | sed -n 1p; }
@@ -121,10 +122,10 @@ if [ ! "$own" ]; then
         $python village.py --out $world $village
 fi
 train pretrain "learn to predict the next token of plain text" eval_bits_per_byte --data "$text" $pretrain
-look write "what it writes by itself" $python sample.py --model "$out/pretrain" --n 2 --max_new_tokens 100
+look write "what it writes by itself" $python sample.py --model $out/pretrain --n 2 --max_new_tokens 100
 
 if [ "$chats" ]; then
-    train sft "learn to answer, and to stop" eval_mean_token_accuracy --data "$chats" --init "$out/pretrain" $sft
+    train sft "learn to answer, and to stop" eval_mean_token_accuracy --data "$chats" --init $out/pretrain $sft
 fi
 if [ ! "$own" ]; then
     stage sample "several answers to each question" $out/samples.jsonl "lines $out/samples.jsonl" \
@@ -133,11 +134,11 @@ if [ ! "$own" ]; then
         $python village.py --judge $out/samples.jsonl --village $world --out $preferences $judge
 fi
 if [ "$chats" ] && [ "$preferences" ]; then
-    train rm "learn a number from the rankings" eval_accuracy --data "$preferences" --init "$out/sft" $rm
+    train rm "learn a number from the rankings" eval_accuracy --data "$preferences" --init $out/sft $rm
     train ppo "raise that number by trying answers, on a leash to the model as it was" eval_score \
-        --data "${prompts:-$preferences}" --init "$out/sft" --reward_model "$out/rm" $ppo
+        --data "${prompts:-$preferences}" --init $out/sft --reward_model $out/rm $ppo
     train dpo "learn from the rankings without that number" eval_rewards/accuracies \
-        --data "$preferences" --init "$out/sft" $dpo
+        --data "$preferences" --init $out/sft $dpo
 fi
 
 models=${chats:+sft}${preferences:+ ppo dpo}
@@ -162,14 +163,14 @@ else
         $python evaluate.py --model $out/pretrain --data "$text" --val_fraction 0.1 --stride 64 --out $out/text.json
 fi
 if [ "$show" ] || $python -c "import matplotlib" 2> /dev/null; then
-    look pictures "curves and bars" $python plot.py --life "$out" --out "$out/pictures"
+    look pictures "curves and bars" $python plot.py --life $out --out $out/pictures
 else
     printf '\nno pictures: they need matplotlib (%s -m pip install matplotlib, then the same command)\n' $python
 fi
 [ "$show" ] || awk -F'\t' 'BEGIN { printf "\n%-10s %7s  %s\n", "stage", "seconds", "figure" }
     { printf "%-10s %7d  %s\n", $1, $2, $3; total += $2 }
-    END { printf "%-10s %7d\n", "total", total }' "$out/stages.tsv"
+    END { printf "%-10s %7d\n", "total", total }' $out/stages.tsv
 
 [ -t 0 ] || [ "$show" ] || exit 0
 [ "$preferences" ] || talks=sft
-[ ! "$chats" ] || look chat "talk to it; /reset forgets, /quit leaves" $python sample.py --model "$out/$talks" --chat
+[ ! "$chats" ] || look chat "talk to it; /reset forgets, /quit leaves" $python sample.py --model $out/$talks --chat

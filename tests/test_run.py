@@ -17,15 +17,17 @@ COMMAND = re.compile(r"^(?:\$ |    )?((?:\S*python3? |\S*torchrun .*?)?(?<!\S)\w
 
 def check(command: str) -> None:
     """Read the flags of `... script.py flags` as the script would; nothing runs."""
-    words = shlex.split(re.sub(r" \[.*?\]| \.\.\.", "", command), comments=True)  # [--optional], and so on
+    words = [word for word in shlex.split(command, comments=True) if word != "--help"]
     at = next(i for i, word in enumerate(words) if word.endswith(".py"))
     script, flags = words[at][:-3], words[at + 1:]
     assert (ROOT / words[at]).exists(), f"{words[at]}: no such file"
     module = importlib.import_module(script)
     if hasattr(module, "Config"):
         parse(module.Config, flags)
-    else:
+    elif hasattr(module, "parser"):
         module.parser().parse_args(flags)
+    else:
+        assert not any(flag.startswith("-") for flag in flags), f"{words[at]} has no flags"
 
 
 def shown_in(path: Path) -> list[str]:
