@@ -10,13 +10,13 @@ is not drawn.
 """
 from __future__ import annotations
 
-import json
 import os
 import re
 from dataclasses import dataclass
 
 from common import UserError, parse, run
 from evaluate import side_by_side
+from records import load_json, read_records, read_text
 
 try:
     import matplotlib
@@ -43,13 +43,9 @@ STYLE = {"figure.dpi": 160, "font.size": 9, "axes.grid": True, "grid.color": "#e
          "legend.frameon": False, "figure.facecolor": "white", "savefig.facecolor": "white"}
 
 
-def load(path: str):
-    """A .json file, or the list of a .jsonl file's lines."""
-    try:
-        with open(path, encoding="utf-8") as file:
-            return [json.loads(line) for line in file] if path.endswith(".jsonl") else json.load(file)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
+def load(*parts: str) -> list[dict]:
+    """The rows of a .jsonl file, or of a .json array."""
+    return [row for _, row in read_records(os.path.join(*parts))]
 
 
 def column(rows: list[dict], name: str) -> tuple[list, list]:
@@ -66,60 +62,54 @@ def smooth(values: list[float], width: int) -> list[float]:
 
 def save(figure, out: str, name: str) -> None:
     os.makedirs(out, exist_ok=True)
-    path = os.path.join(out, name)
-    figure.savefig(path)
+    figure.savefig(os.path.join(out, name))
     plt.close(figure)
-    print(path)
+    print(os.path.join(out, name))
 
 
-# ---- a life ---------------------------------------------------------------------------------------------------------
-
-# (run, number in its metrics.jsonl, title, unit); with eval_ before it (and PPO's objective/ gone) the held-out one
-CURVES = [("pretrain", "loss", "pretraining", "loss (nats per token)"),
-          ("sft", "loss", "supervised fine-tuning", "loss (nats per reply token)"),
-          ("rm", "loss", "reward model", "loss (nats per prompt)"),
-          ("dpo", "loss", "DPO", "loss (nats per pair)"),
-          ("ppo", "objective/scores", "PPO: what it raises", "score of the reward model"),
-          ("ppo", "objective/kl", "PPO: what that costs", "KL (nats per reply)")]
+# run, number in its metrics.jsonl and that of the held-out part, title, unit
+CURVES = [("pretrain", "loss", "eval_loss", "pretraining", "loss (nats per token)"),
+          ("sft", "loss", "eval_loss", "supervised fine-tuning", "loss (nats per reply token)"),
+          ("rm", "loss", "eval_loss", "reward model", "loss (nats per prompt)"),
+          ("dpo", "loss", "eval_loss", "DPO", "loss (nats per pair)"),
+          ("ppo", "objective/scores", "eval_score", "PPO: what it raises", "score (training: less penalty)"),
+          ("ppo", "objective/kl", "eval_kl", "PPO: what that costs", "KL (nats per reply)")]
 
 
 def losses(life: str, out: str) -> None:
     """Every stage's curve: each logged update, and the held-out part."""
     there = [curve for curve in CURVES if os.path.exists(os.path.join(life, curve[0], "metrics.jsonl"))]
     if not there:
-        return
-    columns = min(3, len(there))
-    figure, axes = plt.subplots(-(-len(there) // columns), columns, figsize=(8, 2.5 * -(-len(there) // columns)),
-                                layout="constrained", squeeze=False)
+        raise UserError(f"--life {life}: found no run in it, expected pretrain, sft, rm, ppo or dpo")
+    columns, lines = min(3, len(there)), -(-len(there) // 3)
+    figure, axes = plt.subplots(lines, columns, figsize=(8, 2.5 * lines), layout="constrained", squeeze=False)
     for ax in axes.flat[len(there):]:
         ax.axis("off")
-    for ax, (stage, name, title, unit) in zip(axes.flat, there):
-        rows = load(os.path.join(life, stage, "metrics.jsonl"))
-        held_out = "eval_" + name.removeprefix("objective/").removesuffix("s" if "scores" in name else "")
+    for ax, (stage, name, held_out, title, unit) in zip(axes.flat, there):
+        rows = load(life, stage, "metrics.jsonl")
         ax.plot(*column(rows, name), color=BLUE, linewidth=1, label="training")
         ax.plot(*column(rows, held_out), "o-", color=ORANGE, markersize=4, linewidth=1, label="held out")
-        ax.set(title=title, xlabel="update" if stage != "ppo" else "rollout", ylabel=unit)
+        ax.set(title=title, xlabel="rollout" if stage == "ppo" else "update", ylabel=unit)
+        ax.xaxis.get_major_locator().set_params(integer=True)
     axes.flat[0].legend()
     save(figure, out, "losses.png")
 
 
 def rewards(life: str, out: str) -> None:
     """Over-optimisation: as PPO moves away from where it began, what it is paid rises; does the truth?"""
-    path = os.path.join(life, "ppo", "rollouts.json")
-    if not os.path.exists(path):
+    if not os.path.exists(os.path.join(life, "ppo", "rollouts.json")):
         return
-    rows = load(path)
-    kl = [row["kl"] for row in rows]
-    width = max(1, len(rows) // 12)
+    rows = load(life, "ppo", "rollouts.json")
+    kl, width = [row["kl"] for row in rows], max(1, len(rows) // 12)
     figure, axes = plt.subplots(1, 2, figsize=(8, 3.2), layout="constrained", sharex=True)
-    for ax, name, title, unit in ((axes[0], "reward", "what PPO is paid", "score of the reward model"),
-                                  (axes[1], "gold", "what it is worth", "gold, the truth of the Village")):
+    for ax, name, title, unit in ((axes[0], "reward", "what PPO is paid", "mean score of the reward model"),
+                                  (axes[1], "gold", "what it is worth in truth", "mean gold")):
         values = [row[name] for row in rows]
-        dots = ax.scatter(kl, values, c=[row["step"] for row in rows], s=12, cmap="viridis", alpha=0.7)
+        dots = ax.scatter(kl, values, c=[row["step"] for row in rows], s=12, cmap="viridis")
         ax.plot(smooth(kl, width), smooth(values, width), color=RED, linewidth=1.5, label="running mean")
-        ax.set(title=title, xlabel="KL to the model before (nats per reply)", ylabel=f"{unit}, mean of a rollout")
-    held_out = [row for row in load(os.path.join(life, "ppo", "metrics.jsonl")) if "eval_kl" in row]
-    axes[0].plot([row["eval_kl"] for row in held_out], [row["eval_score"] for row in held_out], "s", color="white",
+        ax.set(title=title, xlabel="KL to the model before (nats per reply)", ylabel=unit)
+    held_out = load(life, "ppo", "metrics.jsonl")
+    axes[0].plot(column(held_out, "eval_kl")[1], column(held_out, "eval_score")[1], "s", color="white",
                  markeredgecolor="black", markersize=5, label="held-out prompts")
     axes[0].legend()
     figure.colorbar(dots, ax=axes, label="rollout", pad=0.01)
@@ -151,52 +141,42 @@ def scorecard(folders: list[str], out: str) -> None:
     save(figure, out, "scorecard.png")
 
 
-# ---- measurements ---------------------------------------------------------------------------------------------------
-
-def table_of(path: str, title: str) -> dict[str, list[dict]]:
-    """{title: rows} of the tables whose title begins like that."""
-    found = {name: rows for name, rows in load(path).get("tables", {}).items() if name.startswith(title)}
+def tables(path: str, title: str) -> list[tuple[str, list[dict]]]:
+    """(title, rows) of the tables whose title begins like that."""
+    every = load_json(read_text(path), path, 1).get("tables", {})
+    found = [(name, rows) for name, rows in every.items() if name.startswith(title)]
     if not found:
         raise UserError(f"{path}: found no table {title!r}, expected what bench.py --out writes")
     return found
 
 
 def attention(path: str, out: str) -> None:
-    (title, rows), = table_of(path, "by length").items()
+    title, rows = tables(path, "by length")[0]
     figure, axes = plt.subplots(1, 2, figsize=(8, 3.2), layout="constrained")
     for ax, unit, label in ((axes[0], "ms", "time (ms)"), (axes[1], "MB", "extra memory at its peak (MB)")):
-        for name, colour, text in (("naive", GREY, "naive: all T x T scores"), ("sdpa", ORANGE, "PyTorch's SDPA"),
-                                   ("ours", BLUE, "ours, tiled")):
+        for name, colour, text in ("naive", GREY, "naive"), ("sdpa", ORANGE, "PyTorch"), ("ours", BLUE, "ours, tiled"):
             some = [row for row in rows if f"{name} {unit}" in row]
             ax.plot([row["T"] for row in some], [row[f"{name} {unit}"] for row in some], "o-", color=colour, label=text)
-        ax.set_xscale("log", base=2)
-        ax.set_yscale("log")
-        ax.set_xticks([row["T"] for row in rows], [str(row["T"]) for row in rows])
-        ax.set(xlabel="T (tokens in a row)", ylabel=label)
+        ax.set(xscale="log", yscale="log", xlabel="T (tokens in a row)", ylabel=label)
+        ax.set_xticks([row["T"] for row in rows], [row["T"] for row in rows], minor=False)
+        ax.minorticks_off()
     axes[0].legend()
-    figure.suptitle(re.sub(r".*?\), torch\.", "", title), fontsize=9)
+    figure.suptitle(title.partition("torch.")[2], fontsize=9)
     save(figure, out, "attention.png")
 
 
 def zero(path: str, out: str) -> None:
     """Bytes per parameter (float32, so four times the table's unit) that a rank holds, at each stage."""
     figure, ax = plt.subplots(figsize=(8, 3.6), layout="constrained")
-    peers = ["ddp", "stage 0", "stage 1", "stage 2", "stage 3", "fsdp2"]
-    for (title, rows), colour in zip(table_of(path, "memory per rank").items(), (BLUE, ORANGE, GREEN)):
-        ranks = re.search(r"(\d+) ranks", title)[1]
-        at = {row["what"]: row for row in rows}
-        stages = [peer for peer in peers if peer.startswith("stage") and peer in at]
-        ax.plot([peers.index(p) for p in stages], [4 * at[p]["formula"] for p in stages], "--", color=colour,
-                label=f"{ranks} ranks, formula")
-        ax.plot([peers.index(p) for p in stages], [4 * at[p]["value"] for p in stages], "o", color=colour,
-                label=f"{ranks} ranks, measured")
-        others = [peer for peer in ("ddp", "fsdp2") if peer in at]
-        ax.plot([peers.index(p) for p in others], [4 * at[p]["value"] for p in others], "s", color=colour,
-                markerfacecolor="white")
-    ax.set_xticks(range(len(peers)), ["PyTorch's\nDDP", *(f"ZeRO {i}" for i in range(4)), "PyTorch's\nFSDP2"])
-    ax.set_ylim(0)
-    ax.set(ylabel="bytes per parameter and rank", title="weights, gradients and optimizer in float32: what each rank "
-           "holds, from the peak memory of two depths")
+    stages, peers = [f"stage {i}" for i in range(4)], ["ddp", "fsdp2"]
+    for (title, rows), colour in zip(tables(path, "memory per rank"), (BLUE, ORANGE, GREEN)):
+        ranks, at = re.search(r"(\d+) ranks", title)[1], {row["what"]: row for row in rows}
+        for name, style in ("formula", "--"), ("value", "o"):
+            ax.plot(range(4), [4 * at[stage][name] for stage in stages], style, color=colour,
+                    label=f"{ranks} ranks, {name.replace('value', 'measured')}")
+        ax.plot([-1, 4], [4 * at[peer]["value"] for peer in peers], "s", color=colour, markerfacecolor="white")
+    ax.set_xticks(range(-1, 5), ["PyTorch's\nDDP", *(f"ZeRO {i}" for i in range(4)), "PyTorch's\nFSDP2"])
+    ax.set(ylim=0, ylabel="bytes per parameter and rank", title="growth of a rank's peak memory, float32")
     ax.legend()
     save(figure, out, "zero.png")
 
@@ -211,15 +191,10 @@ def main(argv=None) -> None:
     cards = cfg.cards.split(",") if cfg.cards else \
         [folder for folder in folders if os.path.exists(os.path.join(folder, "scorecard.json"))]
     with plt.rc_context(STYLE):
-        if cfg.life:
-            losses(cfg.life, cfg.out)
-            rewards(cfg.life, cfg.out)
-        if cards:
-            scorecard(cards, cfg.out)
-        if cfg.attention:
-            attention(cfg.attention, cfg.out)
-        if cfg.zero:
-            zero(cfg.zero, cfg.out)
+        for draw, what in ((losses, cfg.life), (rewards, cfg.life), (scorecard, cards), (attention, cfg.attention),
+                           (zero, cfg.zero)):
+            if what:
+                draw(what, cfg.out)
 
 
 if __name__ == "__main__":

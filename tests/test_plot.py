@@ -34,8 +34,9 @@ def test_every_picture(tmp_path):
     attention, zero = tmp_path / "attention.json", tmp_path / "zero.json"
     row = {"T": 256, **{f"{peer} {unit}": 1.0 for peer in ("ours", "sdpa", "naive") for unit in ("ms", "MB")}}
     attention.write_text(json.dumps({"tables": {"by length (ours / sdpa), torch.float32, causal": [row]}}))
+    peers = "ddp", "fsdp2", "stage 0", "stage 1", "stage 2", "stage 3"
     zero.write_text(json.dumps({"tables": {"memory per rank, 2 ranks": [
-        {"what": "stage 0", "value": 4.1, "formula": 4.0}, {"what": "ddp", "value": 5.0, "formula": 4.0}]}}))
+        {"what": peer, "value": 4.1, "formula": 4.0} for peer in peers]}}))
     plot.main(["--life", str(life), "--attention", str(attention), "--zero", str(zero), "--out", str(out)])
     assert {path.name for path in out.iterdir()} == {f"{name}.png" for name in (
         "losses", "rewards", "scorecard", "attention", "zero")}
