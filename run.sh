@@ -18,7 +18,8 @@ pretrain="--tokenizer bpe --vocab_size 1184 --n_kv_head 2 --steps 2000 --batch_s
 sft="--epochs 1 --lr 5e-4"
 sample="--k 4 --temperature 1"
 judge="--temperature 0.3"
-rm="" ppo="" dpo="" card=""
+rm="" ppo="" dpo=""
+card="--max_new_tokens 36"  # with the longest question it must fit into seq_len
 best_of="--best_of 16"
 talks=dpo  # at the end
 
@@ -49,7 +50,7 @@ world=data/village out=out/village
 if [ "$own" ]; then  # a folder for these files, told apart by name and content
     content=$(for file in "$text" "$chats" "$preferences" "$prompts"; do [ ! -e "$file" ] || cat "$file"; done | cksum)
     out=out/${own//[^A-Za-z0-9._-]/_}-${content%% *}
-    pretrain="" sft="" rm="" ppo="" dpo=""
+    pretrain="" sft="" rm="" ppo="" dpo="" card=""
 fi
 if [ "$quick" ]; then
     world=$world-quick out=$out-quick village+=" --people 40"
