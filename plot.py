@@ -176,7 +176,7 @@ def zero(path: str, out: str) -> None:
                     label=f"{ranks} ranks, {name.replace('value', 'measured')}")
         ax.plot([-1, 4], [4 * at[peer]["value"] for peer in peers], "s", color=colour, markerfacecolor="white")
     ax.set_xticks(range(-1, 5), ["PyTorch's\nDDP", *(f"ZeRO {i}" for i in range(4)), "PyTorch's\nFSDP2"])
-    ax.set(ylim=0, ylabel="bytes per parameter and rank", title="growth of a rank's peak memory, float32")
+    ax.set(ylim=0, yticks=range(0, 21, 4), ylabel="bytes per parameter", title="a rank's peak memory, float32")
     ax.legend()
     save(figure, out, "zero.png")
 

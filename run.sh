@@ -23,7 +23,8 @@ card="--max_new_tokens 36"  # with the longest question it must fit into seq_len
 best_of="--best_of 16"
 talks=dpo  # at the end
 
-again="${NPROC:+NPROC=$NPROC }${ZERO:+ZERO=$ZERO }${OUT:+OUT=$OUT }bash run.sh $*"
+again="${NPROC:+NPROC=$NPROC }${ZERO:+ZERO=$ZERO }${OUT:+OUT=$OUT }bash run.sh"
+[ $# = 0 ] || again+=$(printf ' %q' "$@")
 quick="" show="" own="" text="" chats="" preferences="" prompts=""
 refuse() { echo "error: $*" >&2; exit 2; }
 absolute() { if [ -e "$1" ]; then echo "$(cd "$(dirname "$1")" && pwd)/$(basename "$1")"; else echo "$1"; fi; }
