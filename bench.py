@@ -85,12 +85,12 @@ def attention_inputs(B, H, G, Tq, Tk, D, *, dtype=torch.float32, device="cpu", g
     return [x.requires_grad_(grad) for x in (q, k, v)], g
 
 
-def attention_memory(peer: str, shape: tuple[int, int, int, int]) -> int:
+def attention_memory(peer: str, shape: tuple[int, int, int, int], dtype=torch.float32) -> int:
     """Peak extra bytes of forward + backward."""
     B, H, T, D = shape
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    inputs, g = attention_inputs(B, H, H, T, T, D, device=device)
-    warm, g_warm = attention_inputs(1, 1, 1, 1024, 1024, D, device=device)
+    inputs, g = attention_inputs(B, H, H, T, T, D, dtype=dtype, device=device)
+    warm, g_warm = attention_inputs(1, 1, 1, 1024, 1024, D, dtype=dtype, device=device)
     torch.autograd.grad(PEERS[peer](*warm), warm, g_warm)  # loads the libraries and makes their workspaces
     return extra_memory(lambda: torch.autograd.grad(PEERS[peer](*inputs), inputs, g))
 
@@ -180,8 +180,28 @@ def report(title: str, tables: list[Table]) -> dict:
 
 def bench_attention(args) -> dict:
     """The table of the tiled kernels. On a CPU float32, on a GPU bfloat16."""
-    tables = attention_on_gpu(args.repeats) if torch.cuda.is_available() else attention_on_cpu(args.repeats, args.quick)
+    tables = []
+    if args.only != "length":
+        tables += attention_on_gpu(args.repeats) if torch.cuda.is_available() else \
+            attention_on_cpu(args.repeats, args.quick)
+    if args.only in ("", "length"):
+        tables.append(attention_by_length(args.repeats, args.quick))
     return report("attention", tables)
+
+
+def attention_by_length(repeats: int, quick: bool) -> Table:
+    """Time and memory of forward + backward as rows grow, for plot.py. naive ends where its scores fill the memory."""
+    device, dtype, lengths, naive_ends = ("cuda", torch.bfloat16, (1024, 2048, 4096, 8192, 16384, 32768), 8192) \
+        if torch.cuda.is_available() else ("cpu", torch.float32, (256, 512, 1024, 2048, 4096, 8192), 4096)
+    table = Table(f"by length (ours / sdpa), {dtype}, causal, (1, 4, T, 64), forward + backward")
+    for T in lengths[:3] if quick else lengths:
+        peers = {p: f for p, f in PEERS.items() if p != "naive" or T <= naive_ends}
+        inputs, g = attention_inputs(1, 4, 4, T, T, 64, dtype=dtype, device=device)
+        turns = repeats * max(1, min(16, lengths[3] // T))
+        seconds = interleave({p: step_of(f, inputs, g) for p, f in peers.items()}, turns, device)
+        peak = {f"{p} MB": in_fresh_process(attention_memory, p, (1, 4, T, 64), dtype) / 1e6 for p in peers}
+        table.add(f"T {T}", *ratio(seconds["ours"], seconds["sdpa"]), T=T, **milliseconds(seconds), **peak)
+    return table
 
 
 def attention_on_cpu(repeats: int, quick: bool) -> list[Table]:
@@ -363,15 +383,19 @@ def bench_zero(args) -> dict:
 BENCHES = {"attention": bench_attention, "train": bench_train, "decode": bench_decode, "zero": bench_zero}
 
 
-def main(argv=None) -> None:
+def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bench", choices=BENCHES)
     parser.add_argument("--repeats", type=int, default=9, help="turns per measurement (more for short ones)")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads")
-    parser.add_argument("--only", default="", help="of zero, one part: time, memory, step or fit")
+    parser.add_argument("--only", default="", help="one part: of attention, length; of zero, time, memory, step or fit")
     parser.add_argument("--quick", action="store_true", help="small shapes where the real ones take minutes")
     parser.add_argument("--out", default="", help="also write the figures to this JSON file")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv=None) -> None:
+    args = parser().parse_args(argv)
     torch.set_num_threads(args.threads)
     result = BENCHES[args.bench](args)
     if args.out:

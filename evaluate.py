@@ -6,6 +6,7 @@
     python evaluate.py --model out/dpo --village data/village --against out/sft            the scorecard of the Village
     python evaluate.py --model out/sft --village data/village --rm out/rm --best_of 16     and of the best of 16 replies
     python evaluate.py --village data/village --rollouts out/ppo/samples.jsonl             reward and truth per step
+    python evaluate.py --cards out/sft,out/ppo,out/dpo                                     scorecards side by side
 
 Of a text: the mean loss (nats per token), perplexity exp(loss), and bits per byte, which alone can be compared between
 tokenizers: total loss / ln 2 / UTF-8 bytes. Of conversations: loss and first guesses per token of the replies, and what
@@ -27,10 +28,10 @@ import torch
 import village
 from checkpoint import load_model
 from common import UserError, parse, require_positive, run, setup
-from corpus import read_corpus, replacing
+from corpus import read_corpus, replacing, split_documents
 from data import CHAT_TEMPLATE, Conversations, collate, encode_prompt
 from model import generate_sorted
-from records import prompt_of, read_chats, read_prompts, read_records
+from records import load_json, prompt_of, read_chats, read_prompts, read_records, read_text, split_records
 
 
 @dataclass
@@ -39,6 +40,7 @@ class Config:
     model: str = "out/pretrain"  # folder of a run, or of a finished model
     data: str = "shakespeare"  # stdlib, shakespeare, or a path (.txt, .json, .jsonl, each also .gz)
     chats: str = ""  # instead of data: conversations, in any form that train_sft.py reads
+    val_fraction: float = 0.0  # measure only this last part of data or chats, as training sets it aside; 0: all
     # the Village
     village: str = ""  # instead of data: folder of a world that village.py made
     against: str = ""  # another model, for the win rate and the KL to it; empty: none
@@ -46,8 +48,9 @@ class Config:
     best_of: int = 0  # replies per prompt from which the judge and the reward model choose the best; 0: none
     best_of_prompts: int = 50  # prompts of each kind for that
     rollouts: str = ""  # instead of a model: samples.jsonl of a PPO run, judged step by step
+    cards: str = ""  # instead of a model: comma list of folders with a scorecard.json, to be shown side by side
     max_new_tokens: int = 48  # longest reply
-    out: str = ""  # file for the figures, .json; empty: scorecard.json in the model's folder
+    out: str = ""  # file for the figures, .json; empty: in the Village scorecard.json in the model's folder
     seed: int = 1  # of the replies
     # how
     seq_len: int = 0  # tokens the model sees at once; 0: the longest it was made for
@@ -252,7 +255,7 @@ def best_of(model, tokenizer, people, records, judge, cfg: Config, device) -> li
     rewards = score(judge, tokenizer, *zip(*flat), cfg, device) if judge is not None else []
     rows, n = [], 1
     while n <= cfg.best_of:
-        row = {"n": n, "kl": math.log(n) - (n - 1) / n}
+        row = {"n": n, "kl": math.log(n) - (n - 1) / n, "prompts": len(some)}
         row["gold"] = tally(some, [max(replies[:n], key=lambda r: r.gold["score"]) for replies in drawn])
         if judge is not None:
             of = [rewards[i : i + n] for i in range(0, len(rewards), cfg.best_of)]
@@ -276,6 +279,30 @@ def show(card: dict) -> None:
         print(f"best of {row['n']:3}: gold {row['gold']['gold']:6.3f} if the truth chooses"
               + (f", {row['rm']['gold']:6.3f} if the reward model does" if "rm" in row else "")
               + f"; KL at most {row['kl']:.2f}")
+
+
+def side_by_side(folders: list[str]) -> dict[str, dict]:
+    """{who: what its replies at temperature 1 gave}; the best of n, as the reward model chooses, is one more who."""
+    columns = {}
+    for folder in folders:
+        path = os.path.join(folder, "scorecard.json")
+        card = load_json(read_text(path), path, 1)
+        name = os.path.basename(os.path.normpath(folder))
+        columns[name] = {"prompts": sum(card["prompts"].values()), "kl": card.get("kl", math.nan), **card["sampled"]}
+        for row in [row for row in card.get("best_of", []) if "rm" in row][-1:]:
+            columns[f"best {row['n']} of {name}"] = {"prompts": row["prompts"], "kl": row["kl"], **row["rm"]}
+    return columns
+
+
+def show_side_by_side(columns: dict[str, dict]) -> None:
+    print(f"{'replies at T = 1':20} " + " ".join(f"{name:>15}" for name in columns))
+    for row in dict.fromkeys(row for column in columns.values() for row in column):
+        values = [column.get(row, math.nan) for column in columns.values()]
+        digits = 0 if row == "prompts" else 2
+        shown = ["-" if math.isnan(value) else f"{value:.{digits}f}" for value in values]
+        print(f"{row:20} " + " ".join(f"{value:>15}" for value in shown))
+    print("right to repeated_4grams, ended, win_rate: percent; kl: nats per reply, to --against; of the best of n its "
+          "upper bound")
 
 
 def judge_rollouts(people: dict, path: str) -> list[dict]:
@@ -304,6 +331,9 @@ def main(argv=None) -> int:
     cfg = parse(Config, argv, __doc__)
     require_positive(cfg, "batch_size")
     env = setup(cfg.device, catch_signals=False)
+    if cfg.cards:
+        show_side_by_side(side_by_side(cfg.cards.split(",")))
+        return 0
     people = village.load(cfg.village) if cfg.village else {}
     if cfg.rollouts:
         if not people:
@@ -326,13 +356,22 @@ def main(argv=None) -> int:
         write(cfg.out or os.path.join(cfg.model, "scorecard.json"), card)
         return 0
     if cfg.chats:
-        result = answers(model, tokenizer, read_chats(cfg.chats), cfg.batch_size, cfg.max_new_tokens, env.device)
-        print(json.dumps({"model": cfg.model, "chats": cfg.chats, **result}))
-        return 0
-    seq_len = min(cfg.seq_len or model.config.max_seq_len, model.config.max_seq_len)
-    stride = min(cfg.stride or seq_len, seq_len)
-    result = perplexity(model, tokenizer, read_corpus(cfg.data), seq_len, stride, cfg.batch_size, env.device)
-    print(json.dumps({"model": cfg.model, "data": cfg.data, "seq_len": seq_len, "stride": stride, **result}))
+        records = read_chats(cfg.chats)
+        if cfg.val_fraction:
+            _, records = split_records(records, cfg.val_fraction)
+        result = {"model": cfg.model, "chats": cfg.chats,
+                  **answers(model, tokenizer, records, cfg.batch_size, cfg.max_new_tokens, env.device)}
+    else:
+        documents = read_corpus(cfg.data)
+        if cfg.val_fraction:
+            _, documents = split_documents(documents, cfg.val_fraction)
+        seq_len = min(cfg.seq_len or model.config.max_seq_len, model.config.max_seq_len)
+        stride = min(cfg.stride or seq_len, seq_len)
+        result = {"model": cfg.model, "data": cfg.data, "seq_len": seq_len, "stride": stride,
+                  **perplexity(model, tokenizer, documents, seq_len, stride, cfg.batch_size, env.device)}
+    print(json.dumps(result))
+    if cfg.out:
+        write(cfg.out, result)
     return 0
 
 

@@ -178,13 +178,16 @@ def chat_of(record: dict, where: str) -> Record:
 
 
 def prompt_of(record: dict, where: str) -> Record:
-    """{"prompt"}, a text or messages, or a conversation of which the last reply is left away."""
+    """{"prompt"}, a text or messages, or a conversation (with HH preferences two) of which the last reply is left
+    away."""
     if "prompt" in record:
         prompt = record["prompt"]
         messages = ([{"role": "user", "content": text_of(prompt, f'{where}, "prompt"')}] if isinstance(prompt, str) else
                     turn_texts(prompt, f'{where}, "prompt"'))
     elif "instruction" in record:
         messages = alpaca_prompt(record, where)
+    elif {"chosen", "rejected"} <= record.keys():
+        messages = preference_of(record, where).messages
     else:
         messages = chat_of(record, where).messages[:-1]
     if messages[-1]["role"] != "user":

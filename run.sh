@@ -1,25 +1,178 @@
 #!/usr/bin/env bash
-# The first command of the README: make .venv, train a GPT for about three minutes on two CPU cores, show what it learned.
-#   bash run.sh              on the English that ships with every Python (no download)
-#   bash run.sh my_text.txt  on your own text
-# Interrupted? The same command goes on where it stopped. To start afresh, remove the folder under out/.
+# The first command of the README: the whole life of a language model, one printed command per stage.
+#   bash run.sh                   in the Village, a small world that is made here
+#   bash run.sh --quick           every stage at its smallest, under three minutes: shows that all works, learns little
+#   bash run.sh my_text.txt       on a text of yours (or stdlib, which comes with Python): pretraining and a sample
+#   bash run.sh --data-from DIR   on your own files, as far as they reach: text.txt (or .jsonl) -> pretraining;
+#                                 chats.json (or .jsonl) -> SFT; preferences.json (or .jsonl) -> reward model, PPO,
+#                                 DPO; prompts.json (or .jsonl) -> PPO, which else asks what the preferences ask
+#   NPROC=2 ZERO=3 bash run.sh    training by torchrun in two processes, sharded by ZeRO stage 3
+#   OUT=out/mine bash run.sh      another folder for all that is made
+#   bash run.sh --show            print the commands and run none
+# Interrupted, or failed? The same command goes on where it stopped. To start afresh, remove the folder under out/.
 set -euo pipefail
-data=${1:-stdlib}
-[ -e "$data" ] && data=$(cd "$(dirname "$data")" && pwd)/$(basename "$data")  # as seen from where you are
+
+# The flags of each stage in the Village; what is not named here has the default of its script.
+village="--seed 1"
+pretrain="--tokenizer bpe --vocab_size 1184 --n_kv_head 2 --steps 2000 --batch_size 16 --seq_len 128"
+sft="--epochs 1 --lr 5e-4"
+sample="--k 4 --temperature 1"
+judge="--temperature 0.3"
+rm="" ppo="" dpo=""
+card="--max_new_tokens 36"  # with the longest question it must fit into seq_len
+best_of="--best_of 16"
+talks=dpo  # at the end
+
+again="${NPROC:+NPROC=$NPROC }${ZERO:+ZERO=$ZERO }${OUT:+OUT=$OUT }bash run.sh"
+[ $# = 0 ] || again+=$(printf ' %q' "$@")
+quick="" show="" own="" text="" chats="" preferences="" prompts=""
+refuse() { echo "error: $*" >&2; exit 2; }
+absolute() { if [ -e "$1" ]; then echo "$(cd "$(dirname "$1")" && pwd)/$(basename "$1")"; else echo "$1"; fi; }
+while [ $# -gt 0 ]; do
+    case $1 in
+        --quick) quick=yes ;;
+        --show) show=yes ;;
+        --data-from)
+            own=$(basename "${2:-}")
+            for file in "${2:-}"/{text,chats,preferences,prompts}.{txt,json,jsonl}; do
+                name=$(basename "$file")
+                [ ! -e "$file" ] || printf -v "${name%%.*}" %s "$(absolute "$file")"
+            done
+            [ "$text" ] || refuse "--data-from ${2:-}: found no text.txt in it, expected one to begin with"
+            shift ;;
+        -*) refuse "unknown argument $1; see the first lines of run.sh" ;;
+        *) own=$(basename "$1" .txt) text=$(absolute "$1") ;;
+    esac
+    shift
+done
 cd "$(dirname "$0")"
 
-# the environment: made once, again when requirements.txt changes
-if ! cmp -s requirements.txt .venv/requirements.txt; then
-    echo "making .venv and installing requirements.txt ..."
-    "${PYTHON:-python3}" -m venv .venv
-    .venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
-    cp requirements.txt .venv/
+world=data/village out=out/village
+if [ "$own" ]; then  # a folder for these files, told apart by name and content
+    content=$(for file in "$text" "$chats" "$preferences" "$prompts"; do [ ! -e "$file" ] || cat "$file"; done | cksum)
+    out=out/${own//[^A-Za-z0-9._-]/_}-${content%% *}
+    pretrain="" sft="" rm="" ppo="" dpo="" card=""
+fi
+if [ "$quick" ]; then
+    world=$world-quick out=$out-quick village+=" --people 40"
+    pretrain="--tokenizer bpe --vocab_size 1024 --n_layer 2 --n_embd 64 --steps 60 --batch_size 8 --eval_rows 64"
+    sft="--steps 60 --lr 3e-3 --val_fraction 0.02"
+    sample="--k 2 --temperature 1 --max_new_tokens 16 --batch_size 256"
+    rm="--steps 20 --val_fraction 0.05 --reference_prompts 100"
+    ppo="--steps 3 --batch_size 16 --minibatches 2 --max_new_tokens 16 --eval_prompts 16"
+    dpo="--steps 20 --val_fraction 0.05"
+    card="--max_new_tokens 16 --batch_size 64"
+    best_of="--best_of 4 --best_of_prompts 10"
+fi
+[[ ${OUT:-} != *[[:space:]]* ]] || refuse "OUT=$OUT: expected a name without spaces"
+out=${OUT:-$out} python=.venv/bin/python launch=.venv/bin/python
+[ "${NPROC:-1}" = 1 ] || launch=".venv/bin/torchrun --standalone --nproc_per_node $NPROC"
+
+if [ ! "$show" ]; then
+    # the environment: made once, again when requirements.txt changes
+    if ! cmp -s requirements.txt .venv/requirements.txt; then
+        echo "making .venv and installing requirements.txt ..."
+        "${PYTHON:-python3}" -m venv .venv
+        .venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+        cp requirements.txt .venv/
+    fi
+    mkdir -p $out
+    touch $out/stages.tsv  # name, seconds, figure and command of each finished stage
 fi
 
-# one folder per text, told apart by name and content
-out=out/pretrain-$(basename "$data" .txt)
-[ -e "$data" ] && out=$out-$(cksum < "$data" | cut -d" " -f1)
+look() {  # look NAME "what it does" command ...: print the command, so that it can be copied, and run it
+    printf '\n%s: %s\n$' "$1" "$2"
+    shift 2
+    for word in "$@"; do
+        if [[ $word =~ ^[A-Za-z0-9_./,=-]+$ ]]; then printf ' %s' "$word"; else printf ' %q' "$word"; fi
+    done
+    echo
+    [ "$show" ] || "$@" || stopped "$@"
+}
+stopped() { printf '\nstopped: %s\nTo go on where it was: %s\n' "$*" "$again" >&2; exit 1; }
 
-set -x
-.venv/bin/python train_pretrain.py --data "$data" --out "$out" --resume
-.venv/bin/python sample.py --model "$out" --n 2 --max_new_tokens 150
+stage() {  # stage NAME "what it does" FILE "FIGURE" command ...: look, unless it has made FILE; FIGURE sums it up
+    local name=$1 what=$2 file=$3 figure=$4 start=$SECONDS before=""
+    shift 4
+    [ "$show" ] || before=$(grep "^$name"$'\t' $out/stages.tsv | tail -1) || true
+    if [ "$before" ] && [ -e "$file" ]; then
+        printf '\n%s: done before in %s s, %s\n' "$name" "$(cut -f2 <<< "$before")" "$(cut -f3 <<< "$before")"
+        [ "$(cut -f4 <<< "$before")" = "$*" ] || echo "but by another command: to redo it, remove $file"
+        return
+    fi
+    look "$name" "$what" "$@"
+    [ ! "$show" ] || return 0
+    [ -e "$file" ] || stopped "$@"  # it was asked to, and has saved where it was
+    figure=$($figure)
+    printf '%s\t%s\t%s\t%s\n' "$name" $((SECONDS - start)) "$figure" "$*" >> $out/stages.tsv
+    echo "=> $figure, $((SECONDS - start)) s"
+}
+train() {  # train NAME "what it does" FIGURE flags ...: train_NAME.py makes $out/NAME, FIGURE is in its metrics.jsonl
+    local name=$1 what=$2 figure=$3
+    shift 3
+    stage "$name" "$what" $out/$name/final "last $figure $out/$name/metrics.jsonl" \
+        $launch "train_$name.py" "$@" --out $out/$name --resume ${ZERO:+--zero $ZERO}
+}
+numbers() { grep -Eo "\"$1\": [-0-9.e]+" "$2" | tr -d '":' | awk '{printf "%s %.3f\n", $1, $2}'; }
+first() { numbers "$@" | sed -n 1p; }
+last() { numbers "$@" | tail -1; }
+lines() { echo "$(grep -c "" "$1") lines"; }
+
+if [ ! "$own" ]; then
+    text=$world/pretrain.txt chats=$world/sft.jsonl prompts=$world/prompts.jsonl preferences=$out/preferences.jsonl
+    stage village "a world of people, questions about them, and a judge who knows" $chats "lines $chats" \
+        $python village.py --out $world $village
+fi
+train pretrain "learn to predict the next token of plain text" eval_bits_per_byte --data "$text" $pretrain
+look write "what it writes by itself" $python sample.py --model $out/pretrain --n 2 --max_new_tokens 100
+
+if [ "$chats" ]; then
+    train sft "learn to answer, and to stop" eval_mean_token_accuracy --data "$chats" --init $out/pretrain $sft
+fi
+if [ ! "$own" ]; then
+    stage sample "several answers to each question" $out/samples.jsonl "lines $out/samples.jsonl" \
+        $python sample.py --model $out/sft --prompts $prompts $sample --out $out/samples.jsonl
+    stage judge "rank them, with the noise of a human judge" $preferences "lines $preferences" \
+        $python village.py --judge $out/samples.jsonl --village $world --out $preferences $judge
+fi
+if [ "$chats" ] && [ "$preferences" ]; then
+    train rm "learn a number from the rankings" eval_accuracy --data "$preferences" --init $out/sft $rm
+    train ppo "raise that number by trying answers, on a leash to the model as it was" eval_score \
+        --data "${prompts:-$preferences}" --init $out/sft --reward_model $out/rm $ppo
+    train dpo "learn from the rankings without that number" eval_rewards/accuracies \
+        --data "$preferences" --init $out/sft $dpo
+fi
+
+models=${chats:+sft}${preferences:+ ppo dpo}
+if [ ! "$own" ]; then
+    for name in $models; do
+        [ $name = sft ] && against=$best_of || against="--against $out/sft"
+        answers=$out/$name/scorecard.json
+        stage judge-$name "what $name does where the truth is known" $answers "first gold $answers" \
+            $python evaluate.py --model $out/$name --village $world --rm $out/rm $against $card
+    done
+    stage rollouts "PPO step by step: what the reward model thinks, and the truth" $out/ppo/rollouts.json \
+        "last gold $out/ppo/rollouts.json" $python evaluate.py --village $world --rollouts $out/ppo/samples.jsonl
+    look scorecard "all of them side by side" $python evaluate.py --cards $out/sft,$out/ppo,$out/dpo
+elif [ "$chats" ]; then
+    for name in $models; do
+        answers=$out/$name/chats.json
+        stage chats-$name "how $name answers the tenth of the chats that SFT set aside" $answers "last loss $answers" \
+            $python evaluate.py --model $out/$name --chats "$chats" --val_fraction 0.1 --out $answers $card
+    done
+else
+    stage text "how well it predicts the tenth that was set aside" $out/text.json "last bits_per_byte $out/text.json" \
+        $python evaluate.py --model $out/pretrain --data "$text" --val_fraction 0.1 --stride 64 --out $out/text.json
+fi
+if [ "$show" ] || $python -c "import matplotlib" 2> /dev/null; then
+    look pictures "curves and bars" $python plot.py --life $out --out $out/pictures
+else
+    printf '\nno pictures: they need matplotlib (%s -m pip install matplotlib, then the same command)\n' $python
+fi
+[ "$show" ] || awk -F'\t' 'BEGIN { printf "\n%-10s %7s  %s\n", "stage", "seconds", "figure" }
+    { printf "%-10s %7d  %s\n", $1, $2, $3; total += $2 }
+    END { printf "%-10s %7d\n", "total", total }' $out/stages.tsv
+
+[ -t 0 ] || [ "$show" ] || exit 0
+[ "$preferences" ] || talks=sft
+[ ! "$chats" ] || look chat "talk to it; /reset forgets, /quit leaves" $python sample.py --model $out/$talks --chat

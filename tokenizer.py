@@ -405,14 +405,18 @@ def show(tokenizer: Tokenizer, text: str) -> None:
     print(f"{len(ids)} tokens, {len(text)} characters, {tokenizer.kind} vocabulary of {tokenizer.vocab_size}")
 
 
-def main(argv: list[str] | None = None) -> None:
+def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--train", metavar="FILE", help="learn a bpe vocabulary from this UTF-8 text")
     parser.add_argument("--vocab_size", type=int, default=4096, help="ids in all, bytes and specials included [4096]")
     parser.add_argument("--out", default="tokenizer.json", help="where --train writes [tokenizer.json]")
     parser.add_argument("--show", metavar="TEXT_OR_FILE", help="print the tokens of a text")
     parser.add_argument("--tokenizer", help="what --show uses: byte, gpt2, ... or a tokenizer.json [--out]")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parser().parse_args(argv)
     if args.train is None and args.show is None:
         raise UserError("nothing to do; expected --train FILE or --show TEXT_OR_FILE (see --help)")
     if args.train is not None:

@@ -1,0 +1,171 @@
+"""Every command that is shown can be run: its flags exist. And run.sh skips what is done and says how to go on."""
+import importlib
+import os
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from common import parse
+
+ROOT = Path(__file__).parent.parent
+# a command in a code block, or between backticks in a sentence; scripts at its beginning, or after python or torchrun
+COMMAND = re.compile(r"^(?:\$ |    )?((?:\S*python3? |\S*torchrun .*?)?(?<!\S)\w+\.py(?: .*)?)$")
+
+
+def check(command: str) -> None:
+    """Read the flags of `... script.py flags` as the script would; nothing runs."""
+    words = [word for word in shlex.split(command, comments=True) if word != "--help"]
+    at = next(i for i, word in enumerate(words) if word.endswith(".py"))
+    script, flags = words[at][:-3], words[at + 1:]
+    assert (ROOT / words[at]).exists(), f"{words[at]}: no such file"
+    module = importlib.import_module(script)
+    if hasattr(module, "Config"):
+        parse(module.Config, flags)
+    elif hasattr(module, "parser"):
+        module.parser().parse_args(flags)
+    else:
+        assert not any(flag.startswith("-") for flag in flags), f"{words[at]} has no flags"
+
+
+def shown_in(path: Path) -> list[str]:
+    """Commands of a markdown file (code blocks and backticks) or of a script's docstring."""
+    text = path.read_text()
+    if path.suffix == ".py":
+        lines = re.split(r'"""', text)[1].splitlines()
+        lines = [line.strip() for line in lines if re.match(r"    (python|torchrun) ", line)]
+        lines = [re.split(r"  +", line)[0] for line in lines]  # what it is for stands behind two spaces or more
+    else:
+        blocks = re.findall(r"^```bash\n(.*?)^```", text, re.M | re.S)
+        lines = [line for block in blocks for line in block.splitlines()]
+        prose = re.sub(r"^```.*?^```", "", text, flags=re.M | re.S)
+        lines += [found.replace("\n", " ") for found in re.findall(r"(?<!`)`([^`]+)`(?!`)", prose)]
+    found = [match[1] for line in lines if (match := COMMAND.match(line))]
+    return [line for line in found if (ROOT / next(w for w in line.split() if w.endswith(".py"))).exists()]
+
+
+FILES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md")), *sorted(ROOT.glob("*.py"))]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
+def test_shown_commands_have_flags_that_exist(path):
+    """README, docs, and the docstring at the top of each script."""
+    for command in shown_in(path):
+        try:
+            check(command)
+        except Exception as error:
+            if "expected one argument" in str(error):  # a sentence may name a flag without a value
+                check(command + " 1")
+            else:
+                raise AssertionError(f"{path.name} shows `{command}`: {error}") from None
+
+
+def test_commands_are_found():
+    """The test above sees them: code blocks, sentences, docstrings."""
+    assert len(shown_in(ROOT / "README.md")) >= 15 and len(shown_in(ROOT / "train_ppo.py")) == 3
+    assert any("bench.py attention" in command for command in shown_in(ROOT / "docs" / "benchmarks.md"))
+    with pytest.raises(Exception, match="did you mean --steps"):
+        check("torchrun --nproc_per_node 2 train_sft.py --step 3")
+
+
+# ---- run.sh ---------------------------------------------------------------------------------------------------------
+
+def run_sh(*arguments, root=ROOT, **environment):
+    return subprocess.run(["bash", str(root / "run.sh"), *arguments], capture_output=True, text=True, timeout=60,
+                          env={"PATH": os.environ["PATH"], **environment}, stdin=subprocess.DEVNULL)
+
+
+def pipeline(*arguments, **environment) -> list[str]:
+    """The commands of run.sh, one per stage."""
+    result = run_sh(*arguments, "--show", **environment)
+    assert result.returncode == 0, result.stderr
+    return [line[2:] for line in result.stdout.splitlines() if line.startswith("$ ")]
+
+
+def scripts(commands: list[str]) -> list[str]:
+    return [re.search(r"(\w+)\.py", command)[1] for command in commands]
+
+
+LIFE = ["village", "train_pretrain", "sample", "train_sft", "sample", "village", "train_rm", "train_ppo", "train_dpo",
+        "evaluate", "evaluate", "evaluate", "evaluate", "evaluate", "plot", "sample"]
+
+
+@pytest.mark.parametrize("quick", [[], ["--quick"]])
+@pytest.mark.parametrize("ranks", [{}, {"NPROC": "2", "ZERO": "3"}])
+def test_the_life_in_the_village(quick, ranks):
+    """All stages in order, with flags that exist; with ranks, training and only training goes through torchrun."""
+    commands = pipeline(*quick, **ranks)
+    assert scripts(commands) == LIFE
+    for command in commands:
+        check(command)
+        training = "train_" in command
+        assert ("torchrun --standalone --nproc_per_node 2" in command) == ("--zero 3" in command) == \
+            (training and bool(ranks)), command
+        assert ("--resume" in command) == training
+
+
+def test_the_life_on_files_of_ones_own(tmp_path):
+    """As far as they reach; a folder with a space in its name; files as seen from where the reader stands."""
+    own = tmp_path / "my files"
+    own.mkdir()
+    assert run_sh("--data-from", str(own), "--show").returncode == 2
+    lives = {"text.txt": ["train_pretrain", "sample", "evaluate", "plot"],
+             "chats.json": ["train_pretrain", "sample", "train_sft", "evaluate", "plot", "sample"],
+             "preferences.jsonl": ["train_pretrain", "sample", "train_sft", "train_rm", "train_ppo", "train_dpo",
+                                   "evaluate", "evaluate", "evaluate", "plot", "sample"]}
+    seen = set()
+    for name, expected in lives.items():
+        (own / name).write_text("something")
+        commands = pipeline("--data-from", str(own))
+        assert scripts(commands) == expected
+        for command in commands:
+            check(command)
+        seen.add(re.search(r"--out (\S+)", commands[0])[1])
+    assert len(seen) == 3  # other files, another folder
+    ppo = next(command for command in commands if "train_ppo" in command)
+    assert shlex.split(ppo)[shlex.split(ppo).index("--data") + 1] == str(own / "preferences.jsonl")
+    (own / "prompts.jsonl").write_text("something")
+    assert any("train_ppo" in command and "prompts.jsonl" in command for command in pipeline("--data-from", str(own)))
+    assert scripts(pipeline(str(own / "text.txt"))) == lives["text.txt"]
+    assert run_sh("--quik").returncode == 2
+
+
+FAKE = """#!/usr/bin/env bash
+# stands for python: makes what a stage would make; the stage named in fail.txt fails
+echo "$1" >> ran.txt
+[ "$(cat fail.txt 2> /dev/null)" != "$1" ] || exit 3
+while [ $# -gt 0 ]; do case $1 in
+    --out) case $2 in *.json*) echo '{"bits_per_byte": 2.5}' > "$2" ;;
+        *) mkdir -p "$2/final"; echo '{"eval_bits_per_byte": 1.5}' > "$2/metrics.jsonl" ;; esac ;;
+    -c) exit 1 ;;  # no matplotlib
+esac; shift; done
+"""
+
+
+def test_what_is_done_is_skipped_and_a_failure_says_how_to_go_on(tmp_path):
+    """run.sh with a python that does nothing: times and figures are kept, the second start runs what is left."""
+    (tmp_path / "run.sh").write_text((ROOT / "run.sh").read_text())
+    (tmp_path / "requirements.txt").write_text("")
+    (tmp_path / ".venv" / "bin").mkdir(parents=True)
+    (tmp_path / ".venv" / "requirements.txt").write_text("")
+    (tmp_path / ".venv" / "bin" / "python").write_text(FAKE)
+    (tmp_path / ".venv" / "bin" / "python").chmod(0o755)
+    (tmp_path / "mine.txt").write_text("a text")
+
+    def ran():
+        lines = (tmp_path / "ran.txt").read_text().split()
+        (tmp_path / "ran.txt").unlink()
+        return [line for line in lines if line != "-c"]
+
+    (tmp_path / "fail.txt").write_text("evaluate.py")
+    first = run_sh(str(tmp_path / "mine.txt"), root=tmp_path, OUT="out/x")
+    assert first.returncode == 1
+    assert f"To go on where it was: OUT=out/x bash run.sh {shlex.quote(str(tmp_path / 'mine.txt'))}\n" in first.stderr
+    assert ran() == ["train_pretrain.py", "sample.py", "evaluate.py"]
+    (tmp_path / "fail.txt").unlink()
+    second = run_sh(str(tmp_path / "mine.txt"), root=tmp_path, OUT="out/x")
+    assert second.returncode == 0, second.stderr
+    assert ran() == ["sample.py", "evaluate.py"] and "pretrain: done before" in second.stdout
+    assert re.search(r"^text +\d+  bits_per_byte 2.500$", second.stdout, re.M) and "no pictures" in second.stdout
