@@ -387,7 +387,8 @@ def _examine(folder: str, part: slice) -> dict:
     for key, kind in kinds.items():
         _expect(isinstance(meta.get(key), kind), f"{path}: expected {key!r} to be of type {kind.__name__}")
     for name in meta["files"]:  # names are looked for in this folder and nowhere else
-        _expect(re.fullmatch(r"rank\d{3,}\.pt|config\.json|tokenizer\.json", name), f"{path}: unexpected file {ascii(name)[:80]}")
+        _expect(re.fullmatch(r"rank\d{3,}\.pt|config\.json|tokenizer\.json", name),
+                f"{path}: unexpected file {ascii(name)[:80]}")
     _expect(sum(name.startswith("rank") for name in meta["files"]) == meta["world"],
             f"{path}: a world of {meta['world']} should have as many rank files")
     for name, entry in sorted(meta["files"].items())[part]:

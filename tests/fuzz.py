@@ -40,11 +40,11 @@ from records import read_chats, read_preferences, read_prompts  # noqa: E402
 from tokenizer import Tokenizer, fingerprint, make_tokenizer  # noqa: E402
 from zero import Zero  # noqa: E402
 
-SECONDS = 5
-PIECES = (b"9" * 30, b"[" * 3000, b'{"a":' * 2000, b"null", b'"', b"{}", b"[]", b"1e999", b"-1", b"0", b"NaN", b"\xff",
-          b"\xc3", b"\0", b"\r\n", b"\n", b"\xe2\x80\xa8", b"\\ud83d", b"\\u0000", b"../../x", b"/etc/passwd", b"<|end|>",
-          b"\n<|endoftext|>\n", b"true", b'"messages"', b'"prompt"', b'"responses"', b'"role"', b"assistant", b"[1]",
-          b"18446744073709551616", b"-9223372036854775809", b" ", b",", b":")
+SECONDS, HANG = 5, 120  # of computing, so that a busy machine is no failure; and of waiting for something
+PIECES = (b"9" * 30, b"[" * 3000, b'{"a":' * 2000, b"null", b'"', b"{}", b"[]", b"1e999", b"-1", b"0", b"NaN", b"[1]",
+          b"\xff", b"\xc3", b"\0", b"\r\n", b"\n", b"\xe2\x80\xa8", b"\\ud83d", b"\\u0000", b"../../x", b"/etc/passwd",
+          b"<|end|>", b"\n<|endoftext|>\n", b"true", b'"messages"', b'"prompt"', b'"responses"', b'"role"',
+          b"assistant", b"18446744073709551616", b"-9223372036854775809", b" ", b",", b":")
 
 
 def mutate_bytes(data: bytes, r: random.Random) -> bytes:
@@ -104,8 +104,9 @@ USER, REPLY = {"role": "user", "content": "Hi 你好"}, {"role": "assistant", "c
 CHATS = [{"messages": [{"role": "system", "content": "S"}, USER, REPLY, USER, REPLY], "tag": "t"},
          {"instruction": "Add", "input": "1 and 2", "output": "3"},
          {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]}]
-PREFERENCES = [{"prompt": "a", "chosen": "b", "rejected": "c"}, {"prompt": [USER], "chosen": [REPLY], "rejected": "no"},
-               {"prompt": "a", "responses": ["b", "c", "d"], "tags": ["x", "y", "z"], "scores": [1, 0.5, 0], "tag": "t"},
+PREFERENCES = [{"prompt": "a", "chosen": "b", "rejected": "c"},
+               {"prompt": [USER], "chosen": [REPLY], "rejected": "no"},
+               {"prompt": "a", "responses": ["b", "c", "d"], "tags": ["x", "y", "z"], "scores": [1, 0.5, 0]},
                {"chosen": "\n\nHuman: Hi\n\nAssistant: a", "rejected": "\n\nHuman: Hi\n\nAssistant: b"},
                {"instruction": "a", "input": "", "output": "x", "chosen": "b", "rejected": "c"}]
 TEXTS = [{"text": "One day a cat sat.\nIt sat long."}, {"text": "你好 🙂", "tag": "t"}]
@@ -172,7 +173,8 @@ def use_tokens(folder: Path, r: random.Random) -> None:
     corpus.write_token_file(path, iter([torch.arange(40).numpy() % 256]), BYTES, 40, "note")
     data = path.read_bytes()
     if r.random() < 0.5:  # the header alone, with its checksum made right again
-        head = bytearray(mutate_bytes(data[:corpus.HEADER.size], r)[:corpus.HEADER.size].ljust(corpus.HEADER.size, b"\0"))
+        size = corpus.HEADER.size
+        head = bytearray(mutate_bytes(data[:size], r)[:size].ljust(size, b"\0"))
         for _ in range(r.choice((0, 0, 1, 3))):
             at = r.choice((8, 12, 16, 40, 48, 56))  # version, width, vocabulary, ids, targets, bytes
             head[at:at + 4] = struct.pack("<I", r.choice((0, 1, 2, 4, 255, 2**31, 2**32 - 1)))
@@ -209,7 +211,8 @@ def use_meta(folder: Path, r: random.Random) -> None:
         path = folder / "run" / "final" / "config.json"
         content = json.loads(path.read_bytes())
         path.unlink()
-        path.write_bytes(mutate_content(content, r) if r.random() < 0.7 else mutate_bytes(json.dumps(content).encode(), r))
+        data = mutate_content(content, r) if r.random() < 0.7 else mutate_bytes(json.dumps(content).encode(), r)
+        path.write_bytes(data)
         checkpoint.load_model(str(folder / "run"))
         return
     step = folder / "run" / "step-00000001"
@@ -228,7 +231,8 @@ def use_meta(folder: Path, r: random.Random) -> None:
     if r.random() < 0.5:
         checkpoint.consolidate(str(step))
     else:
-        checkpoint.load_checkpoint(str(folder / "run"), {"model": small_zero()}, bitwise={"lr": 1.0, "betas": [0.9, 0.95]})
+        settings = {"lr": 1.0, "betas": [0.9, 0.95]}
+        checkpoint.load_checkpoint(str(folder / "run"), {"model": small_zero()}, bitwise=settings)
 
 
 FORMS = {"chat": use_chat, "preference": use_preference, "text": use_text, "tokens": use_tokens,
@@ -260,15 +264,17 @@ def make_models(folder: Path) -> Path:
 
 # ---- the loop -------------------------------------------------------------------------------------------------------
 
-def too_slow(*_):
-    raise TimeoutError(f"more than {SECONDS} s")
+def too_slow(number, _):
+    raise TimeoutError("it waits" if number == signal.SIGALRM else f"more than {SECONDS} s")
 
 
 def attempt(form: str, seed: int, folder: Path) -> tuple[str, str]:
     """("read" | "refused" | "failed", what was said) of one try."""
     folder.mkdir()
-    signal.signal(signal.SIGALRM, too_slow)
-    signal.setitimer(signal.ITIMER_REAL, SECONDS)
+    timers = {signal.ITIMER_REAL: (signal.SIGALRM, HANG), signal.ITIMER_PROF: (signal.SIGPROF, SECONDS)}
+    for timer, (number, seconds) in timers.items():
+        signal.signal(number, too_slow)
+        signal.setitimer(timer, seconds)
     try:
         FORMS[form](folder, random.Random(f"{form} {seed}"))
         answer = "read", ""
@@ -279,7 +285,8 @@ def attempt(form: str, seed: int, folder: Path) -> tuple[str, str]:
     except Exception:
         answer = "failed", traceback.format_exc()
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        for timer in timers:
+            signal.setitimer(timer, 0)
     left = [name for name in os.listdir(folder) if not name.startswith("file.") and name != "run"]
     if left:
         answer = "failed", f"left behind: {left}"
@@ -297,10 +304,10 @@ def fuzz(form: str, n: int, seed: int = 0, say=print) -> dict:
             MODELS.mkdir()
             make_models(MODELS)
         for one in range(seed, seed + n):
-            start = time.monotonic()
+            start = time.process_time()
             kind, message = attempt(form, one, Path(place) / "try")
             counts[kind] += 1
-            counts["slowest"] = max(counts["slowest"], time.monotonic() - start)
+            counts["slowest"] = max(counts["slowest"], time.process_time() - start)
             if kind == "failed":
                 say(f"{form}, seed {one}: {message}")
     return counts

@@ -33,7 +33,7 @@ from pathlib import Path
 ROOT = str(Path(__file__).resolve().parent.parent)
 SCRIPTS = ("pretrain", "sft", "rm", "dpo", "ppo")
 KEEP = 2
-PATIENCE = 60  # seconds that a small run may take
+PATIENCE = 300  # seconds that a small run may take, on a machine that has other things to do
 
 
 # ---- small runs -----------------------------------------------------------------------------------------------------
@@ -135,7 +135,7 @@ class Job:
     """A run in the background: its process group is `pid`, what it prints is in `log`."""
     context = None
 
-    def __init__(self, script: str, argv: list[str], world: int = 1, before=None):
+    def __init__(self, script: str, argv: list[str], world: int = 1, before=None, log: Path | None = None):
         if Job.context is None:
             os.environ["PYTHONPATH"] = os.pathsep.join([ROOT, os.path.join(ROOT, "tests")])
             os.environ["OMP_NUM_THREADS"] = "1"
@@ -143,7 +143,7 @@ class Job:
             Job.context.set_forkserver_preload([f"train_{script}" for script in SCRIPTS])
         port = free_port()
         out = Path(argv[argv.index("--out") + 1])
-        self.log = out.parent / f"{out.name}.log"
+        self.log = log or out.parent / f"{out.name}.log"
         self.process = Job.context.Process(target=job, args=(script, argv, world, port, str(self.log), before))
         self.process.start()
         self.pid = self.process.pid
