@@ -130,7 +130,7 @@ def require_positive(cfg, *names: str) -> None:
     """UserError for the first of these flags that is 0: most counts mean "off" then, these have no off."""
     for name in names:
         if getattr(cfg, name) <= 0:
-            raise UserError(f"--{name} {getattr(cfg, name)}: expected at least 1")
+            raise UserError(f"--{name} {getattr(cfg, name)}: expected more than 0")
 
 
 # ---- processes ----------------------------------------------------------------------------------------------------

@@ -179,15 +179,26 @@ def repeated(text: str, n: int = 4) -> tuple[int, int]:
     return len(runs) - len(set(runs)), len(runs)
 
 
+def weights_of(records) -> np.ndarray:
+    """(n,) weights with sum 1: each kind of question as often as in training, each question of a kind alike."""
+    prompts = Counter(record.tag for record in records)
+    weights = np.array([village.SHARES[record.tag] / prompts[record.tag] for record in records])
+    return weights / weights.sum()
+
+
 def tally(records, replies: list[Reply]) -> dict[str, float]:
-    """What the judge says of one reply per prompt: shares in percent, gold mean and its standard error."""
+    """What the judge says of one reply per prompt: shares in percent; gold, its mean if the kinds of questions came as
+    often as in training (nobody asks there for what is withheld), and that mean's standard error."""
     kinds = Counter((record.tag, reply.gold["kind"]) for record, reply in zip(records, replies))
     prompts = Counter(record.tag for record in records)
 
     def share(tag: str, *wanted: str) -> float:
         return 100 * sum(kinds[tag, kind] for kind in wanted) / max(1, prompts[tag])
 
+    weights = weights_of(records)
     golds = np.array([reply.gold["score"] for reply in replies])
+    means = {tag: np.mean([g for g, record in zip(golds, records) if record.tag == tag]) for tag in prompts}
+    off = golds - np.array([means[record.tag] for record in records])
     runs = np.array([repeated(reply.text) for reply in replies]).sum(0)
     return {"right": share("known", "right"), "needless": share("known", "needless"),
             **{f"invented_{tag}": share(tag, "invented") for tag in ("untold", "elsewhere", "withheld")},
@@ -196,7 +207,7 @@ def tally(records, replies: list[Reply]) -> dict[str, float]:
             "courtesies": float(np.mean([len(village.COURTESY.findall(reply.text)) for reply in replies])),
             "words": float(np.mean([len(reply.text.split()) for reply in replies])),
             "ended": 100 * float(np.mean([reply.ended for reply in replies])),
-            "gold": float(golds.mean()), "gold_standard_error": float(golds.std(ddof=1) / math.sqrt(len(golds)))}
+            "gold": float(weights @ golds), "gold_standard_error": float(np.sqrt(weights**2 @ off**2))}
 
 
 def scorecard(model, tokenizer, people, cfg: Config, device) -> dict:
@@ -216,15 +227,15 @@ def scorecard(model, tokenizer, people, cfg: Config, device) -> dict:
         other.to(device)
         for name, temperature, own in (("sampled", 1.0, at_1), ("greedy", 0.0, greedy)):
             theirs = [one for one, in replies_to(other, tokenizer, people, records, cfg, temperature)]
-            better = [a.gold["score"] - b.gold["score"] for a, b in zip(own, theirs)]
-            card[name]["win_rate"] = 100 * float(np.mean([0.5 * (d > 0) + 0.5 * (d >= 0) for d in better]))
+            better = np.array([a.gold["score"] - b.gold["score"] for a, b in zip(own, theirs)])
+            card[name]["win_rate"] = 100 * float(weights_of(records) @ (0.5 * (better > 0) + 0.5 * (better >= 0)))
         logp, other_logp = (score(m, tokenizer, records, at_1, cfg, device) for m in (model, other))
-        card["against"], card["kl"] = cfg.against, float(np.mean(np.subtract(logp, other_logp)))
+        card["against"], card["kl"] = cfg.against, float(weights_of(records) @ np.subtract(logp, other_logp))
     judge = None
     if cfg.rm:
         judge = load_model(cfg.rm, head="scalar")[0].to(device)
         card["rm"] = cfg.rm
-        card["sampled"]["reward"] = float(np.mean(score(judge, tokenizer, records, at_1, cfg, device)))
+        card["sampled"]["reward"] = float(weights_of(records) @ score(judge, tokenizer, records, at_1, cfg, device))
     if cfg.best_of:
         card["best_of"] = best_of(model, tokenizer, people, records, judge, cfg, device)
     return card

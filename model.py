@@ -291,7 +291,7 @@ def initialise(module: nn.Module, seed: int, prefix: str = "") -> None:
     residual stream is then born with the unit scale that the norms give everything else; tied N(0, 0.02^2) as GPT-2,
     since they are the head too and a token's logit for itself would otherwise start at sqrt(C).
     """
-    tied = isinstance(module, GPT) and module.config.tie_embeddings
+    tied = isinstance(module, GPT) and module.config.tie_embeddings and isinstance(module.head, LMHead)
     for name, p in module.named_parameters(prefix):
         kind = name.split(".")[-3:]
         generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}:{name}".encode()))
@@ -402,7 +402,7 @@ def generate(model, prompts, *, max_new_tokens, temperature=1.0, top_k=0, top_p=
         if repetition_penalty != 1:
             logits = logits.clone()  # full keeps what the model said
             for i, row in enumerate(rows):
-                seen = torch.tensor(sorted({*prompts[row], *new[row]} - {eos_id}), device=device)  # a chat has many ends
+                seen = sorted({*prompts[row], *new[row]} - {eos_id})  # a chat has many ends
                 logits[i, seen] = torch.where(logits[i, seen] > 0, logits[i, seen] / repetition_penalty,
                                               logits[i, seen] * repetition_penalty)
         if banned:

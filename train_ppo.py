@@ -440,7 +440,7 @@ def main(argv=None) -> int:
         text = Windows(TokenFile(text_path, tokenizer), cfg.seq_len, batch_size=cfg.ptx_rows, seed=cfg.seed)
 
     def sharded(model: GPT, lr: float, frozen: bool = False) -> Zero:
-        return Zero(model.to(env.device), units=model.units(), stage=cfg.zero, dtype=getattr(torch, cfg.dtype),
+        return Zero(model, units=model.units(), device=env.device, stage=cfg.zero, dtype=getattr(torch, cfg.dtype),
                     offload=tuple(filter(None, cfg.offload.split(","))), lr=lr, weight_decay=cfg.weight_decay,
                     betas=cfg.betas, eps=cfg.eps, activation_checkpointing=cfg.activation_checkpointing,
                     compile=cfg.compile, frozen=frozen)
@@ -460,17 +460,17 @@ def main(argv=None) -> int:
     ids = json.dumps([prompt for _, prompt in train]).encode()
     frozen = [found.get("files", {}).get("model.pt", {}).get("sha256") for _, _, found in loaded[2:]]
     should = {"data": hashlib.sha256(ids).hexdigest()[:16], "frozen": frozen} | {name: getattr(cfg, name) for name in (
-        "seq_len", "max_new_tokens", "temperature", "rollout_batch_size", "target_kl", "kl_horizon", "lam", "gamma",
-        "missing_eos_penalty", "whiten_rewards", "whiten_advantages", "batch_size", "ppo_epochs", "minibatches",
-        "micro_batch_size", "cliprange", "cliprange_value", "entropy", "stop_kl", "ptx", "ptx_data", "ptx_rows", "lr",
-        "critic_lr", "min_lr", "warmup_steps", "decay", "weight_decay", "betas", "eps", "clip", "seed", "dtype",
-        "attention")}
+        "seq_len", "max_new_tokens", "temperature", "rollout_batch_size", "beta", "target_kl", "kl_horizon", "lam",
+        "gamma", "missing_eos_penalty", "whiten_rewards", "whiten_advantages", "batch_size", "ppo_epochs",
+        "minibatches", "micro_batch_size", "cliprange", "cliprange_value", "entropy", "stop_kl", "ptx", "ptx_data",
+        "ptx_rows", "lr", "critic_lr", "min_lr", "warmup_steps", "decay", "weight_decay", "betas", "eps", "clip",
+        "seed", "dtype", "attention")}
     should["betas"] = list(cfg.betas)  # as JSON gives it back
     start, skipped, beta = 0, 0, cfg.beta
     found = load_checkpoint(cfg.out, {"actor": actor, "critic": critic}, bitwise=should) if cfg.resume else None
     if found:
         start, extra = found
-        skipped, beta = extra["skipped"], extra["beta"] if cfg.target_kl else cfg.beta
+        skipped, beta = extra["skipped"], extra["adapted_beta"] if cfg.target_kl else cfg.beta
         for name, value in same.items():
             if extra[name] != value:
                 raise UserError(f"{cfg.out}: its checkpoint has another {name}; choose another --out")
@@ -502,7 +502,7 @@ def main(argv=None) -> int:
 
     def save(step: int) -> None:
         save_checkpoint(cfg.out, step, {"actor": actor, "critic": critic}, {**same, **should, "skipped": skipped,
-                        "beta": beta}, keep=cfg.keep, config=config, tokenizer_path=tokenizer_path)
+                        "adapted_beta": beta}, keep=cfg.keep, config=config, tokenizer_path=tokenizer_path)
         log.restart_clock()
 
     # the loop: exactly cfg.steps rollouts, numbered from 1; evaluation and checkpoint also at the last

@@ -134,7 +134,7 @@ def main(argv=None) -> int:
     require_positive(cfg, "steps")
 
     parameters, flops = model.parameter_count(), model.flops_per_token(cfg.seq_len)
-    zero = Zero(model.to(env.device), units=model.units(), stage=cfg.zero, dtype=getattr(torch, cfg.dtype),
+    zero = Zero(model, units=model.units(), device=env.device, stage=cfg.zero, dtype=getattr(torch, cfg.dtype),
                 offload=tuple(filter(None, cfg.offload.split(","))), lr=cfg.lr, weight_decay=cfg.weight_decay,
                 betas=cfg.betas, eps=cfg.eps, activation_checkpointing=cfg.activation_checkpointing,
                 compile=cfg.compile)
