@@ -61,7 +61,9 @@ def save_checkpoint(out: str, step: int, models: dict[str, Zero], extra: dict, *
                 "files": files, "extra": extra}
         _write_all(tmp, {"meta.json": {**meta, "sha256": _digest(meta)}})
         _replace_folder(tmp, folder)
-        for name in steps(out)[keep:]:
+        saved = steps(out)
+        here = saved.index(os.path.basename(folder))
+        for name in saved[:here] + saved[here + keep:]:  # later ones: damaged, or this run had begun with them
             shutil.rmtree(_hide_folder(os.path.join(out, name)))
 
     try:
@@ -112,11 +114,12 @@ def consolidate(folder: str, key: str = "model") -> dict[str, torch.Tensor]:
     meta = _examine(folder, slice(None))
     _expect(key in meta["layout"], f"{folder}: holds {', '.join(meta['layout'])}, not {key}")
     shards, state = _read_shards(folder, meta, key), {}
-    for unit, tensors in meta["layout"][key].items():
-        flat = torch.cat([shard["units"][unit]["master"] for shard in shards])
-        for names, shape, start in tensors:
-            state |= dict.fromkeys(names, flat[start:start + math.prod(shape)].view(shape).clone())
-    return state | shards[0]["buffers"]
+    with _reading(os.path.join(folder, "meta.json")):
+        for unit, tensors in meta["layout"][key].items():
+            flat = torch.cat([shard["units"][unit]["master"] for shard in shards])
+            for names, shape, start in tensors:
+                state |= dict.fromkeys(names, flat[start:start + math.prod(shape)].view(shape).clone())
+        return state | shards[0]["buffers"]
 
 
 # ---- what of a Zero is in a checkpoint ------------------------------------------------------------------------------
@@ -216,6 +219,14 @@ def load_model(folder: str, head: str = "", **changes) -> tuple[GPT, Tokenizer, 
     shape = GPTConfig.from_dict({**config["model"], **changes}, folder)
     _expect(shape.vocab_size == tokenizer.vocab_size,
             f"{folder}: the model has {shape.vocab_size} tokens, its tokenizer {tokenizer.vocab_size}")
+    # config.json may claim any size. What follows from it is compared with the weights before memory is taken.
+    layers = len({name.split(".")[1] for name in weights if name.startswith("blocks.")})
+    found = shape.n_layer, (shape.vocab_size, shape.n_embd), shape.max_seq_len * shape.n_embd // shape.n_head <= 2**27
+    with _reading(os.path.join(folder, "config.json")):
+        _expect(found == (layers, tuple(weights["embed.weight"].shape), True),
+                f"{folder}/config.json: its sizes are not those of the weights in model.pt, or too large to be true")
+        with torch.device("meta"):
+            GPT(shape, head=head or config["head"]).load_weights(weights, folder)
     model = GPT(shape, head=head or config["head"])
     model.load_weights(weights, folder)
     return model, tokenizer, config
@@ -230,7 +241,8 @@ def load_final(folder: str) -> tuple[dict, dict[str, torch.Tensor]]:
     if isinstance(config.get("files"), dict) and "model.pt" in config["files"]:  # a folder made by hand may lack it
         _verify(folder, "model.pt", config["files"]["model.pt"])
     state = _load(path)
-    _expect(isinstance(state, dict) and all(isinstance(t, torch.Tensor) for t in state.values()),
+    _expect(isinstance(state, dict) and all(isinstance(t, torch.Tensor) for t in state.values()) and
+            all(isinstance(name, str) for name in state),
             f"{path}: expected a plain {{name: tensor}} dictionary")
     return config, state
 
@@ -370,12 +382,13 @@ def _examine(folder: str, part: slice) -> dict:
     _expect(isinstance(meta, dict) and meta.pop("sha256", None) == _digest(meta),
             f"{path}: its checksum is not its own; the file is damaged")
     _expect(meta.get("version") == VERSION,
-            f"{path}: checkpoint version {meta.get('version')}, this program reads {VERSION}")
+            f"{path}: checkpoint version {ascii(meta.get('version'))[:40]}, this program reads {VERSION}")
     kinds = {"step": int, "world": int, "threads": int, "torch": str, "layout": dict, "files": dict, "extra": dict}
     for key, kind in kinds.items():
         _expect(isinstance(meta.get(key), kind), f"{path}: expected {key!r} to be of type {kind.__name__}")
     for name in meta["files"]:  # names are looked for in this folder and nowhere else
-        _expect(re.fullmatch(r"rank\d{3,}\.pt|config\.json|tokenizer\.json", name), f"{path}: unexpected file {name!r}")
+        _expect(re.fullmatch(r"rank\d{3,}\.pt|config\.json|tokenizer\.json", name),
+                f"{path}: unexpected file {ascii(name)[:80]}")
     _expect(sum(name.startswith("rank") for name in meta["files"]) == meta["world"],
             f"{path}: a world of {meta['world']} should have as many rank files")
     for name, entry in sorted(meta["files"].items())[part]:
@@ -410,7 +423,8 @@ def _read_shards(folder: str, meta: dict, key: str) -> list[dict]:
         with _reading(path):
             shard = _load(path)[key]
             _expect(all(isinstance(shard["scalars"][name], (int, float)) for name in SCALARS) and
-                    all(vector.dim() == 1 for unit in meta["layout"][key] for vector in shard["units"][unit].values()),
+                    all(vector.dim() == 1 and vector.is_contiguous()  # one number, shown a million times, is not
+                        for unit in meta["layout"][key] for vector in shard["units"][unit].values()),
                     f"{path}: does not hold what meta.json says")
         shards.append(shard)
     return shards

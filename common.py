@@ -144,6 +144,7 @@ class Env:
     local_world: int
     device: torch.device
     stop_signal: int = 0           # the signal that asked us to stop (0: none); agree on it with `sum` before acting
+    stop_time: float = 0.0         # when it came
     old_handlers: dict = dataclasses.field(default_factory=dict, repr=False)  # they hold the Env before: 2^n to print
 
     @property
@@ -178,8 +179,10 @@ class Env:
 
     def _on_signal(self, number, frame) -> None:
         if self.stop_signal:
+            if time.monotonic() - self.stop_time < 1:  # one request: schedulers signal every process of a job, and
+                return                                 # torchrun passes on to its ranks what it gets itself
             raise KeyboardInterrupt  # the second one means it
-        self.stop_signal = number
+        self.stop_signal, self.stop_time = number, time.monotonic()
         if self.is_main:
             print("\nstopping after this step; once more to stop at once", file=sys.stderr, flush=True)
 
@@ -339,28 +342,30 @@ class Log:
         self.live = env.is_main and sys.stdout.isatty()
         self.path = os.path.join(out, "metrics.jsonl")
         if env.is_main:
-            with self._writing():
+            with self.writing(self.path):
                 os.makedirs(out, exist_ok=True)
                 kept = []
                 if start and os.path.exists(self.path):
                     with open(self.path, encoding="utf-8", errors="replace") as file:
-                        kept = [line for line in file if self._step_of(line) <= start]
+                        kept = [line for line in file if self.step_of(line) <= start]
                 with open(self.path + ".tmp", "w", encoding="utf-8") as file:
                     file.writelines(kept)
                 os.replace(self.path + ".tmp", self.path)
         self.restart_clock()
 
+    @staticmethod
     @contextlib.contextmanager
-    def _writing(self):
+    def writing(path: str):
+        """What the disk refuses becomes a line that says what to do."""
         try:
             yield
         except OSError as error:
-            raise UserError(f"{self.path}: cannot be written: {error.strerror}; free space, or choose another "
+            raise UserError(f"{path}: cannot be written: {error.strerror}; free space, or choose another "
                             "--out") from None
 
     @staticmethod
-    def _step_of(line: str) -> float:
-        """The step of a line of metrics.jsonl; infinite for what a crash has left of one."""
+    def step_of(line: str) -> float:
+        """The step of a line of metrics.jsonl or samples.jsonl; infinite for what a crash has left of one."""
         try:
             return json.loads(line)["step"] if line.endswith("\n") else math.inf
         except (ValueError, KeyError, TypeError):
@@ -391,7 +396,7 @@ class Log:
         if not self.env.is_main:
             return
         finite = {k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in numbers.items()}
-        with self._writing(), open(self.path, "a", encoding="utf-8") as file:
+        with self.writing(self.path), open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **finite}) + "\n")  # JSON has no nan: null
         shown = dict(numbers)
         words = [f"step {step}/{self.steps}"]

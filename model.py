@@ -15,7 +15,7 @@ from __future__ import annotations
 import dataclasses
 import zlib
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args, get_type_hints
 
 import numpy as np
 import torch
@@ -64,11 +64,14 @@ class GPTConfig:
     @classmethod
     def from_dict(cls, values: dict, where: str) -> GPTConfig:
         """A configuration read from a file (`where`, for the error message): same names, same types, or UserError."""
-        defaults = dataclasses.asdict(cls())
+        defaults, hints = dataclasses.asdict(cls()), get_type_hints(cls)
         for name, value in values.items():
-            if name not in defaults or type(value) is not type(defaults[name]):
-                raise UserError(f"{where}: found {name} = {value!r}, expected "
-                                f"{f'a {type(defaults[name]).__name__}' if name in defaults else 'no such field'}")
+            choices = get_args(hints.get(name))  # of a Literal
+            expected = "no such field" if name not in defaults else f"one of {', '.join(choices)}" if choices else \
+                f"a {type(defaults[name]).__name__}, not below 0"
+            if name not in defaults or type(value) is not type(defaults[name]) or (
+                    value not in choices if choices else not isinstance(value, str) and not value >= 0):
+                raise UserError(f"{where}: found {ascii(name)[1:41]} = {ascii(value)[:40]}, expected {expected}")
         return cls(**values)
 
 

@@ -13,6 +13,7 @@ import dataclasses
 import gzip
 import itertools
 import json
+import os
 import re
 import zlib
 from collections.abc import Iterator
@@ -23,11 +24,19 @@ from tokenizer import unique_keys
 
 # ---- reading files ------------------------------------------------------------------------------------------------
 
+GZIP_FREE, GZIP_RATIO = 64 * 2**20, 100  # text shrinks to a third or a tenth; a bomb, to a thousandth
+
+
 def read_text(path) -> str:
     """A whole UTF-8 file, plain or .gz. CRLF stays CRLF; a byte order mark is dropped."""
     try:
-        with (gzip.open if str(path).endswith(".gz") else open)(path, "rb") as file:
-            content = file.read()
+        packed = str(path).endswith(".gz")
+        with (gzip.open if packed else open)(path, "rb") as file:
+            limit = GZIP_FREE + GZIP_RATIO * os.path.getsize(path) if packed else -1
+            content = file.read(limit + 1 if packed else -1)
+        if packed and len(content) > limit:
+            raise UserError(f"{path}: found {os.path.getsize(path)} bytes that unpack to more than {limit}, expected a "
+                            "text; unpack it by hand if it is one")
         return content.decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1

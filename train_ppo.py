@@ -352,7 +352,6 @@ def write_samples(file, step: int, records: list[Record], rollout: Rollout, toke
         line = {"step": step, "prompt": record.messages, "responses": [text], "ended": [rollout.ended[i]],
                 "reward": [round(rollout.scores[i].item(), 6)], "kl": [round(kl[i], 6)]}
         file.write(json.dumps(line | ({"tag": record.tag} if record.tag else {}), ensure_ascii=False) + "\n")
-    file.flush()
 
 
 def keep_samples(path: str, start: int) -> None:
@@ -360,7 +359,7 @@ def keep_samples(path: str, start: int) -> None:
     kept = []
     if start and os.path.exists(path):
         with open(path, encoding="utf-8", errors="replace") as file:
-            kept = [line for line in file if line.endswith("\n") and json.loads(line)["step"] <= start]
+            kept = [line for line in file if Log.step_of(line) <= start]
     with open(path + ".tmp", "w", encoding="utf-8") as file:
         file.writelines(kept)
     os.replace(path + ".tmp", path)
@@ -488,8 +487,8 @@ def main(argv=None) -> int:
         log.say(f"going on after step {start}" if found else f"--resume: nothing in {cfg.out} yet, starting fresh")
     if env.is_main:
         samples_path = os.path.join(cfg.out, "samples.jsonl")
-        keep_samples(samples_path, start)
-        samples = open(samples_path, "a", encoding="utf-8")
+        with log.writing(samples_path):
+            keep_samples(samples_path, start)
 
     def evaluate_and_show(step: int) -> None:
         if not val:
@@ -518,7 +517,8 @@ def main(argv=None) -> int:
         clock.append(time.perf_counter())
         score(rollout, minibatches(cfg.batch_size, cfg, step, 0), models, cfg, env)
         if env.is_main:
-            write_samples(samples, step, [train[i][0] for i in chosen], rollout, tokenizer)
+            with log.writing(samples_path), open(samples_path, "a", encoding="utf-8") as samples:
+                write_samples(samples, step, [train[i][0] for i in chosen], rollout, tokenizer)
         stop, = env.sum(env.stop_signal != 0)
         if stop:  # nothing has been trained on this rollout: the run goes on by drawing it again
             save(step - 1)
@@ -617,8 +617,6 @@ def main(argv=None) -> int:
         if env.is_main:
             save_final(cfg.out, weights, config, tokenizer_path)
         log.say(f"finished: {cfg.out}/final")
-    if env.is_main:
-        samples.close()
     env.close()
     return env.exit_code
 

@@ -203,7 +203,7 @@ def main(argv=None) -> int:
     for step in range(start + 1, cfg.steps + 1):
         batch = train.batch(step - 1, env.rank, env.world)
         ids, targets, segment_ids = (part.to(env.device) for part in batch)  # (b, T) each
-        n_tokens, stop = env.sum((targets >= 0).sum(), env.stop_signal != 0)  # ONE denominator, whatever the split
+        n_tokens, = env.sum((targets >= 0).sum())  # ONE denominator, whatever the split
         loss_sum = torch.zeros((), device=env.device)
         for row in range(0, share, micro):
             rows = slice(row, row + micro)
@@ -213,10 +213,11 @@ def main(argv=None) -> int:
             loss_sum += loss.detach()
         info = zero.step(lr_at(step, cfg), cfg.clip)
         skipped += info.skipped
+        loss_sum, stop = env.sum(loss_sum, env.stop_signal != 0)  # asked at the end: before it would be one step late
         log.count(n_tokens)
         last = step == cfg.steps
         if step % cfg.log_every == 0 or step == start + 1 or last:
-            log.train(step, loss=env.sum(loss_sum)[0], grad_norm=info.norm, learning_rate=lr_at(step, cfg),
+            log.train(step, loss=loss_sum, grad_norm=info.norm, learning_rate=lr_at(step, cfg),
                       **({"skipped": skipped} if skipped else {}))
         # [copy: evaluate_and_save]
         if last or (cfg.eval_every and step % cfg.eval_every == 0):

@@ -198,7 +198,7 @@ def main(argv=None) -> int:
     for step in range(start + 1, cfg.steps + 1):
         batch = train.rows(train.of_step(step - 1), env.rank, env.world)
         ids, targets, segment_ids = (part.to(env.device) for part in batch)  # (b, T) each
-        n_tokens, n_read, stop = env.sum((targets >= 0).sum(), (segment_ids >= 0).sum(), env.stop_signal != 0)
+        n_tokens, n_read = env.sum((targets >= 0).sum(), (segment_ids >= 0).sum())
         loss_sum = torch.zeros((), device=env.device)
         for row in range(0, len(ids), micro):
             rows = slice(row, row + micro)
@@ -216,10 +216,11 @@ def main(argv=None) -> int:
         # [end copy]
         info = zero.step(lr_at(step, cfg), cfg.clip)
         skipped += info.skipped
+        loss_sum, stop = env.sum(loss_sum, env.stop_signal != 0)  # asked at the end: before it would be one step late
         log.count(n_read)
         last = step == cfg.steps
         if step % cfg.log_every == 0 or step == start + 1 or last:
-            log.train(step, loss=env.sum(loss_sum)[0], grad_norm=info.norm, learning_rate=lr_at(step, cfg),
+            log.train(step, loss=loss_sum, grad_norm=info.norm, learning_rate=lr_at(step, cfg),
                       epoch=step * cfg.batch_size / len(train), **({"skipped": skipped} if skipped else {}))
         # [copy: evaluate_and_save]
         if last or (cfg.eval_every and step % cfg.eval_every == 0):
