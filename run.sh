@@ -14,12 +14,15 @@ set -euo pipefail
 
 # The flags of each stage in the Village; what is not named here has the default of its script.
 village="--seed 1"
-pretrain="--tokenizer bpe --vocab_size 1184 --n_kv_head 2 --steps 2000 --batch_size 16 --seq_len 128"
-sft="--epochs 1 --lr 5e-4"
-sample="--k 4 --temperature 1"
+rehearse="--seq_len 128 --ptx_data data/village/pretrain.txt --ptx"
+pretrain="--tokenizer bpe --vocab_size 1184 --n_kv_head 2 --steps 2000 --batch_size 16 --seq_len 128 --max_seq_len 192"
+sft="--epochs 1 --lr 2e-3 $rehearse 1"
+sample="--k 8 --temperature 1 --batch_size 128"
 judge="--temperature 0.3"
-rm="" ppo="" dpo=""
-card="--max_new_tokens 36"  # with the longest question it must fit into seq_len
+rm="--epochs 0.6 --lr 1e-3 --score_gap 0.3"
+ppo="--steps 100 --ppo_epochs 1 --lr 5e-4 --ptx 0.5 --ptx_data data/village/pretrain.txt"
+dpo="--lr 1e-3 --beta 0.3 $rehearse 1"
+card=""
 best_of="--best_of 16"
 talks=dpo  # at the end
 
