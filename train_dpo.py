@@ -200,6 +200,8 @@ def main(argv=None) -> int:
     cfg.steps = cfg.steps or math.ceil(cfg.epochs * len(train) / cfg.batch_size)
     require_positive(cfg, "steps")
     if cfg.ptx:
+        if not cfg.ptx_data:
+            raise UserError("--ptx_data: found nothing, expected the text that --ptx mixes in")
         text_path, *_ = prepare(cfg.ptx_data, tokenizer=tokenizer_path)
         text = Windows(TokenFile(text_path, tokenizer), cfg.seq_len, batch_size=cfg.ptx_rows, seed=cfg.seed)
 

@@ -422,7 +422,19 @@ def test_every_flag_does_something(files, reference, tmp_path, more):
     assert any(abs(a - b) > 1e-5 for (_, a), (_, b) in zip(reference[1], found))
 
 
+def test_text_is_rehearsed(files, reference, tmp_path, monkeypatch):
+    """--ptx adds its own gradient: another curve than without it, the same however the step is split."""
+    monkeypatch.chdir(tmp_path)  # where its token files go
+    (tmp_path / "text.txt").write_text("abc def gab " * 200)
+    flags = ["--steps", "6", "--ptx", "1", "--ptx_data", "text.txt", "--ptx_rows", "3"]
+    whole, parts = (train(files, tmp_path / name, *flags, *more) for name, more in
+                    (("a", []), ("b", ["--micro_batch_size", "1"])))
+    assert any(abs(a - b) > 1e-5 for (_, a), (_, b) in zip(reference[1], whole))
+    assert [b for _, b in parts] == pytest.approx([a for _, a in whole], rel=1e-4)
+
+
 BAD = {
+    "text without a file": (["--ptx", "1"], "--ptx_data"),
     "no data": (["--data", ""], "--data"),
     "missing file": (["--data", "nowhere.jsonl"], "nowhere.jsonl"),
     "no model": (["--init", "nowhere"], "nowhere"),

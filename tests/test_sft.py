@@ -345,6 +345,28 @@ def test_resuming_is_bitwise_equal_to_not_stopping(reference, base, chats, tmp_p
     assert again[-4:] == losses[-4:] and all(torch.equal(resumed[name], weights[name]) for name in weights)
 
 
+def test_text_is_rehearsed(base, chats, tmp_path, monkeypatch):
+    """--ptx: the text becomes likelier than in a run without it, by one curve however the step is split."""
+    monkeypatch.chdir(tmp_path)  # where its token files go
+    (tmp_path / "text.txt").write_text("abc def gab " * 200)
+    flags = ["--ptx", "1", "--ptx_data", "text.txt", "--ptx_rows", "3", "--eval_prompts", "0", "--lr", "2e-2"]
+
+    def text_loss(weights) -> float:
+        model = GPT(GPTConfig(vocab_size=TOKENIZER.vocab_size, n_layer=2, n_head=2, n_embd=32, max_seq_len=64))
+        model.load_state_dict(weights)
+        ids = torch.tensor([TOKENIZER.encode("abc def gab " * 5)])
+        return -model(ids[:, :-1], ids[:, 1:]).mean().item()
+
+    whole, with_text, _ = train(base, chats, tmp_path / "a", *flags)
+    parts, *_ = train(base, chats, tmp_path / "b", *flags, "--micro_batch_size", "1")
+    sharded, _ = ranks().run(2, run_rank, base, chats, tmp_path / "c", [*flags, "--zero", "2"])
+    _, without, _ = train(base, chats, tmp_path / "d", *flags, "--ptx", "0")
+    assert parts == pytest.approx(whole, rel=1e-4) and sharded == pytest.approx(whole, rel=1e-4)
+    assert text_loss(with_text) < text_loss(without) - 0.3
+    with pytest.raises(UserError, match="--ptx_data"):
+        train(base, chats, tmp_path / "e", "--ptx", "1")
+
+
 def test_turns_change_what_is_trained(reference, base, chats, tmp_path):
     losses, _, events = train(base, chats, tmp_path, "--turns", "last")
     assert losses != pytest.approx(reference[1], rel=1e-3)
