@@ -3,6 +3,7 @@
     python evaluate.py --model out/pretrain --data my.txt                 rows of seq_len that do not overlap
     python evaluate.py --model out/pretrain --data my.txt --stride 64     each token sees seq_len - 64 or more before it
     python evaluate.py --model out/sft --chats held_out.jsonl             the replies of conversations
+    python evaluate.py --model out/pretrain --village data/village        how many of the facts it read it completes
     python evaluate.py --model out/dpo --village data/village --against out/sft            the scorecard of the Village
     python evaluate.py --model out/sft --village data/village --rm out/rm --best_of 16     and of the best of 16 replies
     python evaluate.py --village data/village --rollouts out/ppo/samples.jsonl             reward and truth per step
@@ -244,6 +245,27 @@ def scorecard(model, tokenizer, people, cfg: Config, device) -> dict:
     return card
 
 
+def completions(model, tokenizer, people, cfg: Config) -> dict:
+    """Of a model that has read the Village and cannot answer yet: how many of the facts told about each person it
+    completes rightly (greedy), where the sentence ends with the fact: "Lucy Reed works as" -> " a baker."."""
+    asked, right = [], Counter()
+    for person, facts in people.items():
+        for kind, value in facts.items():
+            for form in village.STATEMENTS[kind]:
+                if form.endswith(("{v}.", "{a}.")):
+                    before, after = village.fill(form, person, "|" + value).split("|")
+                    asked.append((kind, before.rstrip().removesuffix(" a"), after))
+    prompts = [[tokenizer.bos_id, *tokenizer.encode(before)] for _, before, _ in asked]
+    said = generate_sorted(model, prompts, batch_size=8 * cfg.batch_size, seeds=range(len(asked)), temperature=0,
+                           max_new_tokens=16, eos_id=tokenizer.end_id, banned=tokenizer.specials_but_end)
+    for (kind, _, after), ids in zip(asked, said):
+        text = tokenizer.decode(ids).removeprefix(" ").removeprefix("an ").removeprefix("a ")
+        right[kind] += text.startswith(after)
+    kinds = Counter(kind for kind, *_ in asked)
+    return {"facts": len(asked), "completed": 100 * right.total() / len(asked),
+            **{f"completed_{kind}": 100 * right[kind] / n for kind, n in kinds.items()}}
+
+
 def best_of(model, tokenizer, people, records, judge, cfg: Config, device) -> list[dict]:
     """What choosing the best of n replies gives, by the truth (no policy near this one does better) and by a reward
     model (what alignment gets for free, at n times the cost), for n = 1, 2, 4, ... Its KL to the model that draws is at
@@ -346,10 +368,15 @@ def main(argv=None) -> int:
     model, tokenizer, config = load_model(cfg.model)
     if config["head"] != "lm":
         raise UserError(f"--model {cfg.model}: found a reward model, expected a language model")
+    model.to(env.device)
+    if cfg.village and "chat_template" not in config:
+        card = {"model": cfg.model, "village": cfg.village, **completions(model, tokenizer, people, cfg)}
+        print(json.dumps(card))
+        write(cfg.out or os.path.join(cfg.model, "scorecard.json"), card)
+        return 0
     if (cfg.chats or cfg.village) and config.get("chat_template") != CHAT_TEMPLATE:
         raise UserError(f"--model {cfg.model}: found the chat template {config.get('chat_template')!r}, expected "
                         f"{CHAT_TEMPLATE!r}; train it to chat with train_sft.py")
-    model.to(env.device)
     if cfg.village:
         card = scorecard(model, tokenizer, people, cfg, env.device)
         show(card)

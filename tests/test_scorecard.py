@@ -96,3 +96,20 @@ def test_rollouts_step_by_step(world, tmp_path):
     (tmp_path / "s.jsonl").write_text(json.dumps({"prompt": record.messages, "responses": ["a"]}) + "\n")
     with pytest.raises(UserError, match="s.jsonl:1"):
         evaluate.main(flags)
+
+
+def test_a_model_that_cannot_answer_completes_sentences(world, monkeypatch):
+    """One that always goes on with a town, and ends: all towns that are this one are right, nothing else."""
+    model = GPT(GPTConfig(vocab_size=TOKENIZER.vocab_size, n_layer=1, n_head=2, n_embd=16, max_seq_len=512))
+    save_final(str(world / "base"), model.state_dict(), {"model": dataclasses.asdict(model.config), "head": "lm"},
+               world / "tokenizer.json")
+    people = village.load(world / "village")
+    town = next(facts["town"] for facts in people.values() if "town" in facts)
+    asked = []
+    monkeypatch.setattr(evaluate, "generate_sorted", lambda model, prompts, **_: [
+        asked.append(TOKENIZER.decode(prompt[1:])) or TOKENIZER.encode(f" {town}.") for prompt in prompts])
+    card = run(world, "--model", str(world / "base"))
+    towns = [facts["town"] for facts in people.values() if "town" in facts]
+    assert card["completed_town"] == pytest.approx(100 * towns.count(town) / len(towns)) and card["completed_job"] == 0
+    assert card["completed"] < card["completed_town"] and card["facts"] == len(asked)
+    assert any(text.endswith(" works as") for text in asked) and not any(text.endswith(" ") for text in asked)
