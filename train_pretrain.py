@@ -65,7 +65,7 @@ class Config(GPTConfig):  # every field of GPTConfig is a flag too
     device: str = "auto"  # auto, cpu, cuda, cuda:N
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of weights and activations in forward and backward
     zero: Literal[0, 1, 2, 3] = 0  # ZeRO stage: what is sharded over the ranks
-    offload: str = ""  # to host memory: comma list of optim, params, acts
+    offload: str = ""  # to host memory: comma list of optim, params, acts; and disk: the optimizer's part in files
     overlap: bool = False  # gather a unit ahead and reduce one behind the computation; the same numbers, more memory
     activation_checkpointing: bool = False  # recompute each block in backward instead of keeping its activations
     compile: bool = False  # torch.compile each block
@@ -134,7 +134,7 @@ def main(argv=None) -> int:
         model, *_ = load_model(cfg.init, attention=cfg.attention)
         model_config = model.config
         for name, value in dataclasses.asdict(model_config).items():
-            if name not in ("vocab_size", "max_seq_len") and getattr(cfg, name) not in (value, getattr(Config(), name)):
+            if name != "vocab_size" and getattr(cfg, name) not in (value, getattr(Config(), name)):
                 raise UserError(f"--{name} {getattr(cfg, name)}: the model of --init has {value}; leave the flag out")
     else:
         shape = {f.name: getattr(cfg, f.name) for f in dataclasses.fields(GPTConfig)}

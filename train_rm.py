@@ -75,7 +75,7 @@ class Config:
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of weights and activations in forward and backward
     attention: Literal["flash", "sdpa", "naive"] = "flash"  # ours, PyTorch's C++ kernel, the ten lines
     zero: Literal[0, 1, 2, 3] = 0  # ZeRO stage: what is sharded over the ranks
-    offload: str = ""  # to host memory: comma list of optim, params, acts
+    offload: str = ""  # to host memory: comma list of optim, params, acts; and disk: the optimizer's part in files
     activation_checkpointing: bool = False  # recompute each block in backward instead of keeping its activations
     compile: bool = False  # torch.compile each block
 
