@@ -95,17 +95,21 @@ def test_cached_generation_equals_recomputation(switches, temperature):
 
 
 def test_generation_ends_at_eos_and_does_not_depend_on_neighbours():
-    """A row ends with its eos; its tokens are the same alone and in a batch; banned ids are never drawn."""
+    """A row ends with its eos, and then leaves the batch; its tokens and their log-probabilities are the same alone and
+    among others, of which it outlives some; banned ids are never drawn."""
     model = lively(dtype=torch.float32)
-    prompts = [[1, 2], [3, 4, 5], [6]]
-    together = generate(model, prompts, max_new_tokens=30, seeds=[1, 2, 3], eos_id=7, temperature=1.5, banned=(0, 11))
+    prompts = [[1, 2], [3, 4, 5], [6], [8, 9, 10, 1], [2]]
+    how = {"max_new_tokens": 30, "eos_id": 7, "temperature": 1.5, "banned": (0, 11), "repetition_penalty": 1.3,
+           "return_logp": True}
+    together, logps = generate(model, prompts, seeds=[1, 2, 3, 4, 5], **how)
+    assert len({*map(len, together)}) > 3 and together[0] != max(together, key=len)
     for i, prompt in enumerate(prompts):
-        alone = generate(model, [prompt], max_new_tokens=30, seeds=[i + 1], eos_id=7, temperature=1.5, banned=(0, 11))
-        assert alone == [together[i]]
+        (alone,), (its,) = generate(model, [prompt], seeds=[i + 1], **how)
+        assert alone == together[i] and its == pytest.approx(logps[i], abs=1e-5)
     for row in together:
         assert 7 not in row[:-1] and (row[-1] == 7 or len(row) == 30)
         assert not {0, 11} & set(row)
-    seen = []
+    prompts, seen = prompts[:3], []
     generate(model, prompts, max_new_tokens=5, seeds=[1, 2, 3], on_token=lambda row, token: seen.append((row, token)))
     assert sorted(seen) == sorted((i, token) for i in range(3) for token in
                                   generate(model, prompts, max_new_tokens=5, seeds=[1, 2, 3])[i])
