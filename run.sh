@@ -59,7 +59,7 @@ fi
 if [ "$quick" ]; then
     world=$world-quick out=$out-quick village+=" --people 40"
     pretrain="--tokenizer bpe --vocab_size 1024 --n_layer 2 --n_embd 64 --steps 60 --batch_size 8 --eval_rows 64"
-    sft="--steps 60 --lr 3e-3 --val_fraction 0.02"
+    sft="--steps 60 --lr 3e-3"
     sample="--k 2 --temperature 1 --max_new_tokens 16 --batch_size 256"
     rm="--steps 20 --val_fraction 0.05 --reference_prompts 100"
     ppo="--steps 3 --batch_size 16 --minibatches 2 --max_new_tokens 16 --eval_prompts 16"
