@@ -66,7 +66,8 @@ def naive_attention(q, k, v, *, causal=True, segment_ids=None, kv_segment_ids=No
 
 def sdpa_attention(q, k, v, *, causal=True, segment_ids=None, kv_segment_ids=None, scale=None):
     """PyTorch's own fused kernel, for comparison and as an alternative. Packed rows cost it a (Tq, Tk) mask."""
-    plain = segment_ids is None and (q.shape[2] == k.shape[2] or not causal)
+    causal = causal and q.shape[2] > 1  # a single query is the last one and sees all
+    plain = segment_ids is None and kv_segment_ids is None and (q.shape[2] == k.shape[2] or not causal)
     mask = None if plain else visible(q, k, causal, segment_ids, kv_segment_ids)
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal and plain, scale=scale,
                                          enable_gqa=q.shape[1] != k.shape[1])

@@ -428,18 +428,19 @@ def generate(model, prompts, *, max_new_tokens, temperature=1.0, top_k=0, top_p=
         if len(going) <= 0.75 * len(rows):  # finished rows cost as much as others; to drop them costs a copy
             rows = [rows[i] for i in going]
             cache.keep(going)
-            ids, uniforms, positions = ids[going], uniforms[going], positions.expand(len(drawn), -1)[going]
+            ids, uniforms, positions = ids[going], uniforms[going], positions[going]
             segment_ids = segment_ids[going] if segment_ids is not None else None
     return (new, logps) if return_logp else new
 
 
-def generate_sorted(model, prompts, *, batch_size, seeds, **options):
+def generate_sorted(model, prompts, *, batch_size, seeds, on_token=None, **options):
     """generate, for any number of prompts: batch_size at a time, those of like length together, so that little is
     padding. Returns the replies in the order of the prompts; with return_logp each is a pair (ids, logp)."""
     order, replies = sorted(range(len(prompts)), key=lambda i: len(prompts[i])), [None] * len(prompts)
     for start in range(0, len(order), batch_size):
         some = order[start:start + batch_size]
-        new = generate(model, [prompts[i] for i in some], seeds=[seeds[i] for i in some], **options)
+        tell = on_token and (lambda row, token, some=some: on_token(some[row], token))
+        new = generate(model, [prompts[i] for i in some], seeds=[seeds[i] for i in some], on_token=tell, **options)
         for i, reply in zip(some, zip(*new) if options.get("return_logp") else new):
             replies[i] = reply
     return replies

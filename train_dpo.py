@@ -200,6 +200,7 @@ def main(argv=None) -> int:
     cfg.steps = cfg.steps or math.ceil(cfg.epochs * len(train) / cfg.batch_size)
     require_positive(cfg, "steps")
     if cfg.ptx:
+        require_positive(cfg, "ptx_rows")
         if not cfg.ptx_data:
             raise UserError("--ptx_data: found nothing, expected the text that --ptx mixes in")
         text_path, *_ = prepare(cfg.ptx_data, tokenizer=tokenizer_path)
@@ -293,23 +294,26 @@ def main(argv=None) -> int:
             loss_sum += loss.detach()
             n_read += int((rows.segment_ids >= 0).sum())
         # [copy: rehearse]
+        ptx_sum, n_text = torch.zeros((), device=env.device), 0
         if cfg.ptx:
             windows = [x.to(env.device) for x in text.batch(step - 1, env.rank, env.world)]
             n_text, = env.sum((windows[1] >= 0).sum())
             for ids, targets, segment_ids in zip(*(x.split(cfg.micro_batch_size or cfg.ptx_rows) for x in windows)):
                 logp = model(ids, targets, segment_ids=segment_ids, equal_weights=True)  # (b, T)
-                zero.backward(-cfg.ptx * logp.sum() / n_text)
+                text_loss = -logp.sum() / n_text
+                zero.backward(cfg.ptx * text_loss)
+                ptx_sum += text_loss.detach()
         # [end copy]
         info = zero.step(lr_at(step, cfg), cfg.clip)
         skipped += info.skipped
-        loss_sum, n_read, stop = env.sum(loss_sum, n_read, env.stop_signal != 0)
-        log.count(n_read)
+        loss_sum, ptx_sum, n_read, stop = env.sum(loss_sum, ptx_sum, n_read, env.stop_signal != 0)
+        log.count(n_read + n_text)
         last = step == cfg.steps
         if step % cfg.log_every == 0 or step == start + 1 or last:
             logps, ref_logps = torch.tensor(env.sum(*logps, *ref_logps)).view(2, -1, 2)  # each rank knew its own
             log.train(step, loss=loss_sum, **pair_metrics(logps, ref_logps, cfg.beta), grad_norm=info.norm,
                       learning_rate=lr_at(step, cfg), epoch=step * cfg.batch_size / len(train),
-                      **({"skipped": skipped} if skipped else {}))
+                      **({"loss/ptx_avg": ptx_sum} if cfg.ptx else {}), **({"skipped": skipped} if skipped else {}))
         # [copy: evaluate_and_save]
         if last or (cfg.eval_every and step % cfg.eval_every == 0):
             evaluate_and_show(step)

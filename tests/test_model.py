@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from common import UserError
-from model import GPT, GPTConfig, KVCache, choose, generate, restarting_positions, rotate
+from model import GPT, GPTConfig, KVCache, choose, generate, generate_sorted, restarting_positions, rotate
 
 SMALL = dict(vocab_size=37, n_layer=2, n_head=4, n_embd=32, max_seq_len=48)
 SWITCHES = [dict(zip(("norm", "position", "mlp", "qk_norm", "bias", "tie_embeddings", "n_kv_head", "attention"),
@@ -101,7 +101,9 @@ def test_generation_ends_at_eos_and_does_not_depend_on_neighbours():
     prompts = [[1, 2], [3, 4, 5], [6], [8, 9, 10, 1], [2]]
     how = {"max_new_tokens": 30, "eos_id": 7, "temperature": 1.5, "banned": (0, 11), "repetition_penalty": 1.3,
            "return_logp": True}
-    together, logps = generate(model, prompts, seeds=[1, 2, 3, 4, 5], **how)
+    seen = []
+    together, logps = generate(model, prompts, seeds=range(1, 6), on_token=lambda *said: seen.append(said), **how)
+    assert [[token for row, token in seen if row == i] for i in range(5)] == together
     assert len({*map(len, together)}) > 3 and together[0] != max(together, key=len)
     for i, prompt in enumerate(prompts):
         (alone,), (its,) = generate(model, [prompt], seeds=[i + 1], **how)
@@ -113,6 +115,17 @@ def test_generation_ends_at_eos_and_does_not_depend_on_neighbours():
     generate(model, prompts, max_new_tokens=5, seeds=[1, 2, 3], on_token=lambda row, token: seen.append((row, token)))
     assert sorted(seen) == sorted((i, token) for i in range(3) for token in
                                   generate(model, prompts, max_new_tokens=5, seeds=[1, 2, 3])[i])
+
+
+def test_any_number_of_prompts_in_the_order_they_were_given():
+    """generate_sorted: the replies of generate, prompt by prompt; on_token counts the prompts as the caller does."""
+    model, seen = lively(dtype=torch.float32), []
+    prompts = [[1, 2, 3, 4], [5], [6, 7, 8], [9, 10], [11]]
+    replies = generate_sorted(model, prompts, batch_size=2, seeds=range(5), max_new_tokens=6,
+                              on_token=lambda *said: seen.append(said))
+    alone = [generate(model, [prompt], seeds=[i], max_new_tokens=6)[0] for i, prompt in enumerate(prompts)]
+    assert replies == alone
+    assert [[token for row, token in seen if row == i] for i in range(5)] == replies
 
 
 def test_sampled_frequencies_follow_the_softmax():

@@ -1,6 +1,7 @@
 """SFT: what is trained of a conversation, rows that do not know of each other, and train_sft.py from end to end."""
 import dataclasses
 import json
+import math
 import random
 
 import pytest
@@ -307,6 +308,7 @@ def run_rank(base, chats, out, more):
             patch.setenv(name, str(value))
         patch.setattr(dist, "init_process_group", lambda *_, **__: None)
         patch.setattr(dist, "destroy_process_group", lambda: None)
+        patch.chdir(out.parent)  # these processes began elsewhere
         return train(base, chats, out, *more)[0]
 
 
@@ -357,12 +359,19 @@ def test_text_is_rehearsed(base, chats, tmp_path, monkeypatch):
         ids = torch.tensor([TOKENIZER.encode("abc def gab " * 5)])
         return -model(ids[:, :-1], ids[:, 1:]).mean().item()
 
-    whole, with_text, _ = train(base, chats, tmp_path / "a", *flags)
+    whole, with_text, events = train(base, chats, tmp_path / "a", *flags)
     parts, *_ = train(base, chats, tmp_path / "b", *flags, "--micro_batch_size", "1")
     sharded, _ = ranks().run(2, run_rank, base, chats, tmp_path / "c", [*flags, "--zero", "2"])
     _, without, _ = train(base, chats, tmp_path / "d", *flags, "--ptx", "0")
     assert parts == pytest.approx(whole, rel=1e-4) and sharded == pytest.approx(whole, rel=1e-4)
     assert text_loss(with_text) < text_loss(without) - 0.3
+    said = [event["loss/ptx_avg"] for event in events if "loss/ptx_avg" in event]
+    assert said[0] == pytest.approx(math.log(TOKENIZER.vocab_size), abs=0.01) and said[-1] < said[0] - 0.3
+    (tmp_path / "f" / "x").mkdir(parents=True)
+    half, *_ = train(base, chats, tmp_path / "f" / "half", *flags, "--save_every", "4", "--steps", "8")
+    (tmp_path / "f" / "x" / "step-00000004").symlink_to(tmp_path / "f" / "half" / "step-00000004")
+    resumed, *_ = train(base, chats, tmp_path / "f" / "x", *flags, "--resume")
+    assert half == whole and resumed[-4:] == whole[-4:]
     with pytest.raises(UserError, match="--ptx_data"):
         train(base, chats, tmp_path / "e", "--ptx", "1")
 
