@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The second command of the README: make .venv and run the tests, under 5 minutes on two CPU cores; `bash test.sh --all` adds
+# The second command of the README: make .venv and run the tests, 5 to 9 minutes on two CPU cores; `bash test.sh --all` adds
 # the slow ones (up to 30 minutes). Other arguments go to pytest: bash test.sh -k attention
 set -euo pipefail
 cd "$(dirname "$0")"
