@@ -8,25 +8,27 @@
 #                                 DPO; prompts.json (or .jsonl) -> PPO, which else asks what the preferences ask
 #   NPROC=2 ZERO=3 bash run.sh    training by torchrun in two processes, sharded by ZeRO stage 3
 #   OUT=out/mine bash run.sh      another folder for all that is made
+#   SEED=2 bash run.sh            another world, and other random numbers in all stages
 #   bash run.sh --show            print the commands and run none
 # Interrupted, or failed? The same command goes on where it stopped. To start afresh, remove the folder under out/.
 set -euo pipefail
 
 # The flags of each stage in the Village; what is not named here has the default of its script.
-village="--seed 1"
-rehearse="--seq_len 128 --ptx_data data/village/pretrain.txt --ptx"
-pretrain="--tokenizer bpe --vocab_size 1184 --n_kv_head 2 --steps 2000 --batch_size 16 --seq_len 128 --max_seq_len 192"
-sft="--epochs 1 --lr 2e-3 $rehearse 1"
+world=data/village${SEED:+-$SEED} out=out/village${SEED:+-$SEED}
+village="--seed ${SEED:-1}"
+rehearse="--seq_len 128 --ptx_data $world/pretrain.txt --ptx"
+pretrain="--tokenizer bpe --vocab_size 1184 --n_kv_head 2 --steps 1800 --lr 6e-3 --seq_len 128 --max_seq_len 192"
+sft="--epochs 2 --lr 2e-3 $rehearse 1"
 sample="--k 8 --temperature 1 --batch_size 128"
 judge="--temperature 0.3"
-rm="--epochs 0.6 --lr 1e-3 --score_gap 0.3"
-ppo="--steps 70 --ppo_epochs 1 --lr 5e-4 --beta 0.2 --ptx 0.5 --ptx_data data/village/pretrain.txt"
+rm="--epochs 0.6 --lr 1e-3 --score_gap 0.3 --eval_every 0"
+ppo="--steps 70 --ppo_epochs 1 --lr 5e-4 --beta 0.2 --ptx 0.5 --ptx_data $world/pretrain.txt"
 dpo="--lr 1e-3 --beta 0.4 $rehearse 1"
 card=""
 best_of="--best_of 16"
 talks=dpo  # at the end
 
-again="${NPROC:+NPROC=$NPROC }${ZERO:+ZERO=$ZERO }${OUT:+OUT=$OUT }bash run.sh"
+again="${SEED:+SEED=$SEED }${NPROC:+NPROC=$NPROC }${ZERO:+ZERO=$ZERO }${OUT:+OUT=$OUT }bash run.sh"
 [ $# = 0 ] || again+=$(printf ' %q' "$@")
 quick="" show="" own="" text="" chats="" preferences="" prompts=""
 refuse() { echo "error: $*" >&2; exit 2; }
@@ -50,7 +52,6 @@ while [ $# -gt 0 ]; do
 done
 cd "$(dirname "$0")"
 
-world=data/village out=out/village
 if [ "$own" ]; then  # a folder for these files, told apart by name and content
     content=$(for file in "$text" "$chats" "$preferences" "$prompts"; do [ ! -e "$file" ] || cat "$file"; done | cksum)
     out=out/${own//[^A-Za-z0-9._-]/_}-${content%% *}
@@ -66,6 +67,9 @@ if [ "$quick" ]; then
     dpo="--steps 20 --val_fraction 0.05"
     card="--max_new_tokens 16 --batch_size 64"
     best_of="--best_of 4 --best_of_prompts 10"
+fi
+if [ "${SEED:-}" ]; then
+    for stage in pretrain sft sample judge rm ppo dpo card; do declare $stage+=" --seed $SEED"; done
 fi
 [[ ${OUT:-} != *[[:space:]]* ]] || refuse "OUT=$OUT: expected a name without spaces"
 out=${OUT:-$out} python=.venv/bin/python launch=.venv/bin/python
@@ -137,6 +141,13 @@ if [ ! "$own" ]; then
         $python sample.py --model $out/sft --prompts $prompts $sample --out $out/samples.jsonl
     stage judge "rank them, with the noise of a human judge" $preferences "lines $preferences" \
         $python village.py --judge $out/samples.jsonl --village $world --out $preferences $judge
+    stage sample-heldout "answers to questions about people of whom no training file tells" $out/heldout.jsonl \
+        "lines $out/heldout.jsonl" $python sample.py --model $out/sft --prompts $world/heldout.jsonl $sample \
+        --out $out/heldout.jsonl
+    stage judge-heldout "rank these too, to test the reward model on" $out/heldout-preferences.jsonl \
+        "lines $out/heldout-preferences.jsonl" $python village.py --judge $out/heldout.jsonl --village $world \
+        --out $out/heldout-preferences.jsonl $judge
+    rm+=" --val_data $out/heldout-preferences.jsonl"
 fi
 if [ "$chats" ] && [ "$preferences" ]; then
     train rm "learn a number from the rankings" eval_accuracy --data "$preferences" --init $out/sft $rm

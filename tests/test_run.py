@@ -88,7 +88,7 @@ def scripts(commands: list[str]) -> list[str]:
     return [re.search(r"(\w+)\.py", command)[1] for command in commands]
 
 
-LIFE = ["village", "train_pretrain", "sample", "train_sft", "sample", "village", "train_rm", "train_ppo", "train_dpo",
+LIFE = ["village", "train_pretrain", "sample", "train_sft", "sample", "village", "sample", "village", "train_rm", "train_ppo", "train_dpo",
         "evaluate", "evaluate", "evaluate", "evaluate", "evaluate", "plot", "sample"]
 
 
