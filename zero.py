@@ -113,18 +113,20 @@ class Unit:
             view.copy_(value.detach())
         zero.comm.broadcast(flat)  # ranks that were seeded differently would train a mixture
         self.low, self.high = (0, self.S * world) if stage == 0 else (rank * self.S, (rank + 1) * self.S)
-        # full: the weights that compute, at stages 0-2. master: this rank's part of the truth; without a cast it is a
-        # slice of full and costs nothing. copy: this rank's part of the weights, where only its master is in the host.
+        # resident: the weights that compute, as far as they stay on the device: all at stages 0-2; at stage 3 this
+        # rank's part if its master alone is in the host. master: its part of the truth; without a cast it is a slice
+        # of resident and costs nothing.
         self.offloaded = "params" in zero.offload or (trainable > 0 and "optim" in zero.offload)
-        self.full = flat.to(zero.dtype) if stage < 3 else None
+        self.resident = flat.to(zero.dtype) if stage < 3 else None
         self.master = flat[self.low:self.high]
         if self.offloaded:
             self.master = memory.empty(self.master.numel(), flat.dtype, host=True).copy_(self.master)
-        elif self.full is not flat:
+        elif self.resident is not flat:
             self.master = self.master.clone()
-        if self.full is not None:
-            memory.resident.add(self.full.data_ptr())
-        self.copy = self.compute_shard() if stage == 3 and self.offloaded and "params" not in zero.offload else None
+        if stage == 3 and self.offloaded and "params" not in zero.offload:
+            self.resident = self.compute_shard()
+        if self.resident is not None:
+            memory.resident.add(self.resident.data_ptr())
 
         self.filled = False  # grad holds gradients of this step, not of the last one
         self.pending = self.held = None  # stage 3: a gather under way; weights, from first use in backward to reduce
@@ -159,8 +161,8 @@ class Unit:
 
     def fetch(self) -> torch.Tensor:
         """The whole flat vector: resident at stages 0-2, gathered from the shards at stage 3."""
-        if self.full is not None:
-            return self.full
+        if self.zero.stage < 3:
+            return self.resident
         whole, handle = self.pending or self.start_gather()
         self.pending = None
         self.zero.comm.wait(handle)
@@ -191,15 +193,14 @@ class Unit:
             self.zero.comm.wait(self.pending[1])
             self.pending = None
         if self.zero.stage in (1, 2):
-            self.zero.comm.all_gather(self.full, self.compute_shard())
-        elif self.zero.stage == 0 and self.full.data_ptr() != self.master.data_ptr():
-            self.full.copy_(self.compute_shard())
-        elif self.copy is not None:
-            self.copy.copy_(self.compute_shard())
+            self.zero.comm.all_gather(self.resident, self.compute_shard())
+        elif self.resident is not None and self.resident.data_ptr() != self.master.data_ptr():
+            self.resident.copy_(self.compute_shard())
 
     def start_gather(self, later: bool = False):
         whole = self.zero.memory.temporary("gathered", self.S * self.zero.comm.world, self.zero.dtype)
-        return whole, self.zero.comm.all_gather(whole, self.compute_shard() if self.copy is None else self.copy, later)
+        shard = self.compute_shard() if self.resident is None else self.resident
+        return whole, self.zero.comm.all_gather(whole, shard, later)
 
     def refetch(self) -> torch.Tensor:
         """The weights again, in backward; held until reduce, or if the unit is frozen until another one's turn."""

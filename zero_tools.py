@@ -309,7 +309,7 @@ class Parked:
 
 def held(z) -> dict[str, int]:
     """Bytes of model states that this rank of a Zero holds, by kind, each storage counted once."""
-    kinds = {"weights": [t for unit in z.units for t in (unit.full, unit.copy)],
+    kinds = {"weights": [unit.resident for unit in z.units],
              "gradients": [t for unit in z.trained for t in (unit.grad, unit.shard_grad)],
              "masters": [unit.master for unit in z.units],
              "moments": [t for unit in z.trained for t in (unit.exp_avg, unit.exp_avg_sq)]}
@@ -328,7 +328,7 @@ def held_by_formula(z) -> dict[str, int]:
     for unit in z.units:
         whole, part = unit.S * N, unit.S if z.stage else unit.S * N
         truth = w if unit.trainable else p
-        total["weights"] += whole * p if z.stage < 3 else part * p if unit.copy is not None else 0
+        total["weights"] += p * (whole if z.stage < 3 else part) if unit.resident is not None else 0
         total["masters"] += part * truth if z.stage == 3 or unit.offloaded or truth != p else 0
         if unit.trainable:
             total["gradients"] += w * (whole if z.stage < 2 else part)
