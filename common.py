@@ -18,11 +18,15 @@ import math
 import os
 import re
 import resource
+import secrets
+import shutil
 import signal
 import sys
 import threading
 import time
 import typing
+from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -51,6 +55,25 @@ def run(main) -> None:
     else:
         sys.exit(code or 0)
     os._exit(code)  # not sys.exit: other ranks may wait in a collective, and a clean shutdown would wait for them
+
+
+# ---- writing files ------------------------------------------------------------------------------------------------
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary path for a file or folder, which gets its name after the block; after an error nothing is left."""
+    temporary = Path(f"{path}.tmp-{secrets.token_hex(4)}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        os.replace(temporary, path)
+    except OSError as error:
+        if not (temporary.is_dir() and path.is_dir()):  # else another process made the same folder meanwhile
+            raise UserError(f"{path}: cannot be written: {error.strerror or error}") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)  # if it is a folder
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
 # ---- flags --------------------------------------------------------------------------------------------------------

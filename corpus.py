@@ -8,7 +8,6 @@
 from __future__ import annotations
 
 import ast
-import contextlib
 import hashlib
 import http.client
 import json
@@ -16,8 +15,6 @@ import mmap
 import os
 import random
 import re
-import secrets
-import shutil
 import struct
 import sys
 import sysconfig
@@ -29,7 +26,7 @@ from pathlib import Path
 
 import numpy as np
 
-from common import UserError
+from common import UserError, replacing
 from records import check_text, read_records, read_text
 from tokenizer import SPECIALS, Tokenizer, make_tokenizer
 
@@ -120,25 +117,6 @@ def read_corpus(data: str, cache="data") -> list[str]:
     if not documents:
         raise UserError(f"{data}: found no text, expected at least one document")
     return documents
-
-
-# ---- writing ------------------------------------------------------------------------------------------------------
-
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path for a file or folder, which gets its name after the block; after an error nothing is left."""
-    temporary = Path(f"{path}.tmp-{secrets.token_hex(4)}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        os.replace(temporary, path)
-    except OSError as error:
-        if not (temporary.is_dir() and path.is_dir()):  # else another process made the same folder meanwhile
-            raise UserError(f"{path}: cannot be written: {error.strerror or error}") from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)  # if it is a folder
-        with contextlib.suppress(OSError):
-            temporary.unlink()
 
 
 # ---- token files --------------------------------------------------------------------------------------------------

@@ -20,7 +20,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from common import UserError
-from tokenizer import unique_keys
 
 # ---- reading files ------------------------------------------------------------------------------------------------
 
@@ -29,6 +28,8 @@ GZIP_FREE, GZIP_RATIO = 64 * 2**20, 100  # text shrinks to a third or a tenth; a
 
 def read_text(path) -> str:
     """A whole UTF-8 file, plain or .gz. CRLF stays CRLF; a byte order mark is dropped."""
+    if not os.path.isfile(path):  # to open a pipe could wait for ever
+        raise UserError(f"{path}: found no such file")
     try:
         packed = str(path).endswith(".gz")
         with (gzip.open if packed else open)(path, "rb") as file:
@@ -44,6 +45,12 @@ def read_text(path) -> str:
                         "expected UTF-8; convert it, for example with iconv -t UTF-8") from None
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
+
+
+def unique_keys(pairs: list[tuple]) -> dict:
+    if len(dict(pairs)) < len(pairs):
+        raise ValueError("the same key twice in one object")
+    return dict(pairs)
 
 
 def _no_constant(name: str):
