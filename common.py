@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import datetime
 import difflib
+import functools
 import inspect
 import json
 import math
@@ -69,7 +70,8 @@ def replacing(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
     except OSError as error:
         if not (temporary.is_dir() and path.is_dir()):  # else another process made the same folder meanwhile
-            raise UserError(f"{path}: cannot be written: {error.strerror or error}") from None
+            raise UserError(f"{path}: cannot be written: {error.strerror or error}; free space, or choose another "
+                            "place") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)  # if it is a folder
         with contextlib.suppress(OSError):
@@ -89,12 +91,7 @@ def _number(kind, text: str):
     return value
 
 
-def _int(text: str) -> int:
-    return _number(int, text)
-
-
-def _float(text: str) -> float:
-    return _number(float, text)
+_int, _float = functools.partial(_number, int), functools.partial(_number, float)
 
 
 def _pair(text: str) -> tuple[float, ...]:
@@ -129,17 +126,17 @@ def parse(config_class, argv=None, doc: str | None = None):
         if not match or match[1] not in fields or match[1] in known:
             continue
         known.add(match[1])
-        name, kind, default = match[1], hints[match[1]], fields[match[1]].default
+        name, default = match[1], fields[match[1]].default
+        kind = typing.get_origin(hints[name]) or hints[name]
         shown = ",".join(map(str, default)) if isinstance(default, tuple) else default
         options = {"default": default, "help": f"{match[2] or ''} [{shown}]".replace("%", "%%")}
         if kind is bool:
             options["action"] = argparse.BooleanOptionalAction
-        elif typing.get_origin(kind) is typing.Literal:
-            options["choices"] = typing.get_args(kind)
-            options["type"] = type(default)
+        elif kind is typing.Literal:
+            options |= {"choices": typing.get_args(hints[name]), "type": type(default)}
         else:
-            options["type"] = {int: _int, float: _float, tuple: _pair, str: str}[typing.get_origin(kind) or kind]
-            options["metavar"] = {int: "N", float: "X", tuple: "X,X", str: "TEXT"}[typing.get_origin(kind) or kind]
+            options["type"], options["metavar"] = {int: (_int, "N"), float: (_float, "X"), tuple: (_pair, "X,X"),
+                                                   str: (str, "TEXT")}[kind]
         group.add_argument(f"--{name}", **options)
     values, unknown = parser.parse_known_args(argv)
     if unknown:
@@ -349,8 +346,9 @@ def peak_memory(device: torch.device) -> int:
 
 
 def _show(value) -> str:
-    return f"{value:.4g}" if isinstance(value, float) and not 0.1 <= abs(value) < 100 else \
-        f"{value:.4f}" if isinstance(value, float) else str(value)
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:.4f}" if 0.1 <= abs(value) < 100 else f"{value:.4g}"
 
 
 class Log:
@@ -365,15 +363,12 @@ class Log:
         self.live = env.is_main and sys.stdout.isatty()
         self.path = os.path.join(out, "metrics.jsonl")
         if env.is_main:
-            with self.writing(self.path):
-                os.makedirs(out, exist_ok=True)
-                kept = []
-                if start and os.path.exists(self.path):
-                    with open(self.path, encoding="utf-8", errors="replace") as file:
-                        kept = [line for line in file if self.step_of(line) <= start]
-                with open(self.path + ".tmp", "w", encoding="utf-8") as file:
-                    file.writelines(kept)
-                os.replace(self.path + ".tmp", self.path)
+            kept = []
+            if start and os.path.exists(self.path):
+                with open(self.path, encoding="utf-8", errors="replace") as file:
+                    kept = [line for line in file if self.step_of(line) <= start]
+            with replacing(Path(self.path)) as temporary:
+                temporary.write_text("".join(kept), encoding="utf-8")
         self.restart_clock()
 
     @staticmethod
@@ -421,10 +416,9 @@ class Log:
         finite = {k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in numbers.items()}
         with self.writing(self.path), open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **finite}) + "\n")  # JSON has no nan: null
-        shown = dict(numbers)
+        speed, mfu, memory = (numbers.pop(k, None) for k in ("tokens_per_second", "mfu", "memory"))
         words = [f"step {step}/{self.steps}"]
-        speed, mfu, memory = (shown.pop(k, None) for k in ("tokens_per_second", "mfu", "memory"))
-        words += [f"{name} {_show(value)}" for name, value in shown.items()]
+        words += [f"{name} {_show(value)}" for name, value in numbers.items()]
         words += [f"{speed:,.0f} tok/s"] if speed else []
         words += [f"mfu {mfu:.0%}"] if mfu else []
         words += [f"{memory / 2**20:.0f} MiB"] if memory else []
