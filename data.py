@@ -209,8 +209,8 @@ def shuffled(n: int, start: int, count: int, seed: int) -> list[int]:
 
 
 class Shuffled:
-    """Items in batches without any state: to resume takes the step alone. batch_size: items of a step over ALL ranks.
-    packed: several sequences to a row of seq_len, or one."""
+    """Items in batches, without any state: to resume takes the step alone. batch_size: items of a step over ALL ranks;
+    packed: several sequences to a row."""
 
     def __init__(self, tokenizer: Tokenizer, seq_len: int, packed: bool, batch_size: int, seed: int):
         self.pad_id, self.seq_len, self.packed = tokenizer.pad_id, seq_len, packed

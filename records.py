@@ -243,8 +243,8 @@ def read(path, record_of) -> list[Record]:
         record.tag = check_text(content.get("tag", ""), f'{where}, "tag"')
         for name, kinds in (("tags", str), ("scores", (int, float))):
             values = content.get(name, []) if record.responses else []
-            if not isinstance(values, list) or not all(isinstance(value, kinds) for value in values) or (
-                    values and len(values) != len(record.responses)):
+            if not isinstance(values, list) or len(values) not in (0, len(record.responses)) or \
+                    not all(isinstance(value, kinds) for value in values):
                 raise UserError(f'{where}: found {found_in(values)} as "{name}", expected one per response')
             setattr(record, name, values)
         records.append(record)

@@ -253,11 +253,8 @@ class Tokenizer:
         self.specials_but_end = tuple(ids[:-1])  # what a completion of plain text must not draw
 
     def encode(self, text: str) -> list[int]:
-        """Ordinary text only: the names of special tokens are spelled out.
-
-        UserError for a lone surrogate (tiktoken would put U+FFFD in its place) and where tiktoken would panic: for a
-        character outside the alphabet, and for endless white space where the pattern is one of its own.
-        """
+        """Ordinary text only: the names of special tokens are spelled out. UserError where tiktoken would panic: for a
+        character outside the alphabet, and for endless white space where the pattern is one of its own."""
         check_text(text)
         if self.alphabet is not None and not self.alphabet.issuperset(text):
             index = next(i for i, char in enumerate(text) if char not in self.alphabet)
@@ -282,7 +279,7 @@ class Tokenizer:
         return self.encoding.decode_bytes(ids)
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        """decode_bytes as text; bytes that are no UTF-8 become U+FFFD."""
+        """Bytes that are no UTF-8 become U+FFFD."""
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
     def save(self, path: str) -> None:
@@ -309,11 +306,8 @@ class Tokenizer:
 
 
 def make_tokenizer(spec: str, text_or_documents: str | Iterable[str] = "", vocab_size: int = 4096) -> Tokenizer:
-    """spec: "byte", "char", "bpe", a tiktoken name ("gpt2"), or the path of a tokenizer.json.
-
-    text_or_documents is what char and bpe learn from. vocab_size concerns bpe alone; where the text is too small for
-    it, the vocabulary is smaller, with a warning. UserError for an unknown spec, an empty text, vocab_size < 262.
-    """
+    """spec: "byte", "char", "bpe", a tiktoken name ("gpt2"), or the path of a tokenizer.json. char and bpe learn from
+    the text; vocab_size concerns bpe alone. UserError for an unknown spec, an empty text, vocab_size < 262."""
     names = tiktoken.list_encoding_names()
     if spec == "byte" or spec in names:
         return Tokenizer(spec)
@@ -346,11 +340,8 @@ def show(tokenizer: Tokenizer, text: str) -> None:
     """One line per token: id and text; bytes where the token is not whole characters."""
     ids = tokenizer.encode(text)
     for i in ids:
-        token = tokenizer.decode_bytes([i])
-        try:
-            print(f"{i:8d}  {token.decode('utf-8')!r}")
-        except UnicodeDecodeError:
-            print(f"{i:8d}  {token!r}")
+        token = tokenizer.decode([i])
+        print(f"{i:8d}  {tokenizer.decode_bytes([i]) if chr(0xFFFD) in token else token!r}")
     print(f"{len(ids)} tokens, {len(text)} characters, {tokenizer.kind} vocabulary of {tokenizer.vocab_size}")
 
 
