@@ -363,12 +363,10 @@ class Log:
         self.live = env.is_main and sys.stdout.isatty()
         self.path = os.path.join(out, "metrics.jsonl")
         if env.is_main:
-            kept = []
-            if start and os.path.exists(self.path):
-                with open(self.path, encoding="utf-8", errors="replace") as file:
-                    kept = [line for line in file if self.step_of(line) <= start]
-            with replacing(Path(self.path)) as temporary:
-                temporary.write_text("".join(kept), encoding="utf-8")
+            with replacing(Path(self.path)) as temporary, open(temporary, "w", encoding="utf-8") as file:
+                if start and os.path.exists(self.path):
+                    with open(self.path, encoding="utf-8", errors="replace") as old:
+                        file.writelines(line for line in old if self.step_of(line) <= start)
         self.restart_clock()
 
     @staticmethod

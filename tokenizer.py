@@ -149,7 +149,7 @@ def merge_pairs(pieces: dict[str, int], n_merges: int) -> list[bytes]:
                 continue
             words[i] = word = words[i].replace(pair, new)
             for left, right in zip(word, word[1:]):
-                if new in (left, right):  # where this pair stands now stood that of b or a
+                if left == new or right == new:  # where this pair stands now stood that of b or a
                     counts[(b if left == new else left) + (a if right == new else right)] -= times[i]
                     counts[left + right] += times[i]
                     places[left + right].append(i)
