@@ -78,6 +78,20 @@ def replacing(path: Path) -> Iterator[Path]:
             temporary.unlink()
 
 
+def keep_lines(path: str, last: int) -> None:
+    """A file of JSON lines made new: only those up to step `last` stay, and nothing that a crash has left of a line."""
+    def stays(line: str) -> bool:
+        try:
+            return line.endswith("\n") and json.loads(line)["step"] <= last
+        except (ValueError, KeyError, TypeError):
+            return False
+
+    with replacing(Path(path)) as temporary, open(temporary, "w", encoding="utf-8") as file:
+        if last and os.path.exists(path):
+            with open(path, encoding="utf-8", errors="replace") as old:
+                file.writelines(filter(stays, old))
+
+
 # ---- flags --------------------------------------------------------------------------------------------------------
 
 def _number(kind, text: str):
@@ -363,10 +377,7 @@ class Log:
         self.live = env.is_main and sys.stdout.isatty()
         self.path = os.path.join(out, "metrics.jsonl")
         if env.is_main:
-            with replacing(Path(self.path)) as temporary, open(temporary, "w", encoding="utf-8") as file:
-                if start and os.path.exists(self.path):
-                    with open(self.path, encoding="utf-8", errors="replace") as old:
-                        file.writelines(line for line in old if self.step_of(line) <= start)
+            keep_lines(self.path, start)
         self.restart_clock()
 
     @staticmethod
@@ -378,14 +389,6 @@ class Log:
         except OSError as error:
             raise UserError(f"{path}: cannot be written: {error.strerror}; free space, or choose another "
                             "--out") from None
-
-    @staticmethod
-    def step_of(line: str) -> float:
-        """The step of a line of metrics.jsonl or samples.jsonl; infinite for what a crash has left of one."""
-        try:
-            return json.loads(line)["step"] if line.endswith("\n") else math.inf
-        except (ValueError, KeyError, TypeError):
-            return math.inf
 
     def restart_clock(self) -> None:
         """Call after evaluation and saving, so that tokens/s speaks of training alone."""
