@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
-import io
 import json
 import math
 import os
@@ -306,21 +305,17 @@ def _sync_folder(folder: str) -> None:
 
 # ---- files ----------------------------------------------------------------------------------------------------------
 
-class _Hashing(io.BufferedWriter):
-    """A new file that hashes what passes through, so that it need not be read again."""
-
-    def __init__(self, path: str):
-        super().__init__(io.FileIO(path, "w"))
-        self.hash = hashlib.sha256()
-
-    def write(self, data) -> int:
-        self.hash.update(data)
-        return super().write(data)
+def _size_and_hash(path: str) -> dict:
+    hashed = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            hashed.update(block)
+        return {"bytes": file.tell(), "sha256": hashed.hexdigest()}
 
 
 def _write(path: str, content: dict | str) -> dict:
     """A new file, forced to the disk: a dict as JSON or (*.pt) tensors, a path as a copy. Returns its size and hash."""
-    with _Hashing(path) as file:
+    with open(path, "wb") as file:
         if not isinstance(content, dict):
             with open(content, "rb") as source:
                 shutil.copyfileobj(source, file)
@@ -333,7 +328,7 @@ def _write(path: str, content: dict | str) -> dict:
             file.write(json.dumps(content, indent=1).encode())
         file.flush()
         os.fsync(file.fileno())
-        return {"bytes": file.tell(), "sha256": file.hash.hexdigest()}
+    return _size_and_hash(path)
 
 
 def _write_all(folder: str, contents: dict) -> dict[str, dict]:
@@ -401,12 +396,11 @@ def _digest(meta: dict) -> str:
 
 
 def _verify(folder: str, name: str, expected: dict) -> None:
-    path, hashed = os.path.join(folder, name), hashlib.sha256()
-    with _reading(path), open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            hashed.update(block)
-        _expect({"bytes": file.tell(), "sha256": hashed.hexdigest()} == expected,
-                f"{path}: its {file.tell()} bytes are not what was written: size or checksum differ; it is damaged")
+    path = os.path.join(folder, name)
+    with _reading(path):
+        found = _size_and_hash(path)
+    _expect(found == expected,
+            f"{path}: its {found['bytes']} bytes are not what was written: size or checksum differ; it is damaged")
 
 
 def _load(path: str):

@@ -12,17 +12,22 @@ import contextlib
 import dataclasses
 import datetime
 import difflib
+import functools
 import inspect
 import json
 import math
 import os
 import re
 import resource
+import secrets
+import shutil
 import signal
 import sys
 import threading
 import time
 import typing
+from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -53,6 +58,40 @@ def run(main) -> None:
     os._exit(code)  # not sys.exit: other ranks may wait in a collective, and a clean shutdown would wait for them
 
 
+# ---- writing files ------------------------------------------------------------------------------------------------
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary path for a file or folder, which gets its name after the block; after an error nothing is left."""
+    temporary = Path(f"{path}.tmp-{secrets.token_hex(4)}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        os.replace(temporary, path)
+    except OSError as error:
+        if not (temporary.is_dir() and path.is_dir()):  # else another process made the same folder meanwhile
+            raise UserError(f"{path}: cannot be written: {error.strerror or error}; free space, or choose another "
+                            "place") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)  # if it is a folder
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+
+
+def keep_lines(path: str, last: int) -> None:
+    """A file of JSON lines made new: only those up to step `last` stay, and nothing that a crash has left of a line."""
+    def stays(line: str) -> bool:
+        try:
+            return line.endswith("\n") and json.loads(line)["step"] <= last
+        except (ValueError, KeyError, TypeError):
+            return False
+
+    with replacing(Path(path)) as temporary, open(temporary, "w", encoding="utf-8") as file:
+        if last and os.path.exists(path):
+            with open(path, encoding="utf-8", errors="replace") as old:
+                file.writelines(filter(stays, old))
+
+
 # ---- flags --------------------------------------------------------------------------------------------------------
 
 def _number(kind, text: str):
@@ -66,12 +105,7 @@ def _number(kind, text: str):
     return value
 
 
-def _int(text: str) -> int:
-    return _number(int, text)
-
-
-def _float(text: str) -> float:
-    return _number(float, text)
+_int, _float = functools.partial(_number, int), functools.partial(_number, float)
 
 
 def _pair(text: str) -> tuple[float, ...]:
@@ -106,17 +140,17 @@ def parse(config_class, argv=None, doc: str | None = None):
         if not match or match[1] not in fields or match[1] in known:
             continue
         known.add(match[1])
-        name, kind, default = match[1], hints[match[1]], fields[match[1]].default
+        name, default = match[1], fields[match[1]].default
+        kind = typing.get_origin(hints[name]) or hints[name]
         shown = ",".join(map(str, default)) if isinstance(default, tuple) else default
         options = {"default": default, "help": f"{match[2] or ''} [{shown}]".replace("%", "%%")}
         if kind is bool:
             options["action"] = argparse.BooleanOptionalAction
-        elif typing.get_origin(kind) is typing.Literal:
-            options["choices"] = typing.get_args(kind)
-            options["type"] = type(default)
+        elif kind is typing.Literal:
+            options |= {"choices": typing.get_args(hints[name]), "type": type(default)}
         else:
-            options["type"] = {int: _int, float: _float, tuple: _pair, str: str}[typing.get_origin(kind) or kind]
-            options["metavar"] = {int: "N", float: "X", tuple: "X,X", str: "TEXT"}[typing.get_origin(kind) or kind]
+            options["type"], options["metavar"] = {int: (_int, "N"), float: (_float, "X"), tuple: (_pair, "X,X"),
+                                                   str: (str, "TEXT")}[kind]
         group.add_argument(f"--{name}", **options)
     values, unknown = parser.parse_known_args(argv)
     if unknown:
@@ -326,8 +360,9 @@ def peak_memory(device: torch.device) -> int:
 
 
 def _show(value) -> str:
-    return f"{value:.4g}" if isinstance(value, float) and not 0.1 <= abs(value) < 100 else \
-        f"{value:.4f}" if isinstance(value, float) else str(value)
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:.4f}" if 0.1 <= abs(value) < 100 else f"{value:.4g}"
 
 
 class Log:
@@ -342,15 +377,7 @@ class Log:
         self.live = env.is_main and sys.stdout.isatty()
         self.path = os.path.join(out, "metrics.jsonl")
         if env.is_main:
-            with self.writing(self.path):
-                os.makedirs(out, exist_ok=True)
-                kept = []
-                if start and os.path.exists(self.path):
-                    with open(self.path, encoding="utf-8", errors="replace") as file:
-                        kept = [line for line in file if self.step_of(line) <= start]
-                with open(self.path + ".tmp", "w", encoding="utf-8") as file:
-                    file.writelines(kept)
-                os.replace(self.path + ".tmp", self.path)
+            keep_lines(self.path, start)
         self.restart_clock()
 
     @staticmethod
@@ -362,14 +389,6 @@ class Log:
         except OSError as error:
             raise UserError(f"{path}: cannot be written: {error.strerror}; free space, or choose another "
                             "--out") from None
-
-    @staticmethod
-    def step_of(line: str) -> float:
-        """The step of a line of metrics.jsonl or samples.jsonl; infinite for what a crash has left of one."""
-        try:
-            return json.loads(line)["step"] if line.endswith("\n") else math.inf
-        except (ValueError, KeyError, TypeError):
-            return math.inf
 
     def restart_clock(self) -> None:
         """Call after evaluation and saving, so that tokens/s speaks of training alone."""
@@ -398,10 +417,9 @@ class Log:
         finite = {k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in numbers.items()}
         with self.writing(self.path), open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **finite}) + "\n")  # JSON has no nan: null
-        shown = dict(numbers)
+        speed, mfu, memory = (numbers.pop(k, None) for k in ("tokens_per_second", "mfu", "memory"))
         words = [f"step {step}/{self.steps}"]
-        speed, mfu, memory = (shown.pop(k, None) for k in ("tokens_per_second", "mfu", "memory"))
-        words += [f"{name} {_show(value)}" for name, value in shown.items()]
+        words += [f"{name} {_show(value)}" for name, value in numbers.items()]
         words += [f"{speed:,.0f} tok/s"] if speed else []
         words += [f"mfu {mfu:.0%}"] if mfu else []
         words += [f"{memory / 2**20:.0f} MiB"] if memory else []

@@ -8,7 +8,6 @@
 from __future__ import annotations
 
 import ast
-import contextlib
 import hashlib
 import http.client
 import json
@@ -16,8 +15,6 @@ import mmap
 import os
 import random
 import re
-import secrets
-import shutil
 import struct
 import sys
 import sysconfig
@@ -29,7 +26,7 @@ from pathlib import Path
 
 import numpy as np
 
-from common import UserError
+from common import UserError, replacing
 from records import check_text, read_records, read_text
 from tokenizer import SPECIALS, Tokenizer, make_tokenizer
 
@@ -122,25 +119,6 @@ def read_corpus(data: str, cache="data") -> list[str]:
     return documents
 
 
-# ---- writing ------------------------------------------------------------------------------------------------------
-
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path for a file or folder, which gets its name after the block; after an error nothing is left."""
-    temporary = Path(f"{path}.tmp-{secrets.token_hex(4)}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        os.replace(temporary, path)
-    except OSError as error:
-        if not (temporary.is_dir() and path.is_dir()):  # else another process made the same folder meanwhile
-            raise UserError(f"{path}: cannot be written: {error.strerror or error}") from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)  # if it is a folder
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-
-
 # ---- token files --------------------------------------------------------------------------------------------------
 
 # magic, version, bytes per id, vocabulary, tokenizer's fingerprint, ids, targets, bytes of the text, note, CRC of these
@@ -150,10 +128,7 @@ DTYPES = {2: np.dtype("<u2"), 4: np.dtype("<u4")}
 
 
 def write_token_file(path, arrays: Iterable[np.ndarray], tokenizer: Tokenizer, n_bytes: int, note: str = "") -> None:
-    """Write the ids of the arrays, one after the other, as a token file, whole or not at all.
-
-    n_bytes: UTF-8 bytes of the text, for bits per byte; note: its origin, for the log. Memory: one array.
-    """
+    """Write the ids of the arrays, one after the other, as a token file; n_bytes and note as in TokenFile."""
     width = 2 if tokenizer.vocab_size <= 1 << 16 else 4
     count = n_targets = 0
     with replacing(Path(path)) as temporary, open(temporary, "wb") as file:
@@ -268,8 +243,7 @@ def identity(data: str) -> list:
     if not os.path.isfile(data):
         found = "a folder" if os.path.isdir(data) else "no such file"
         raise UserError(f"{data}: found {found}, expected stdlib, shakespeare or the path of a file")
-    stat = os.stat(data)
-    return [os.path.abspath(data), stat.st_size, stat.st_mtime_ns]
+    return [os.path.abspath(data), os.path.getsize(data), os.stat(data).st_mtime_ns]
 
 
 def prepare(data: str, *, tokenizer="bpe", vocab_size=4096, val_data="", val_fraction=0.1, cache="data"):
@@ -302,12 +276,11 @@ def prepare(data: str, *, tokenizer="bpe", vocab_size=4096, val_data="", val_fra
         encoder.save(temporary / "tokenizer.json")
         for path, part, source in zip(paths, (train, val), (data, val_data or data)):
             n_bytes, digest = 0, hashlib.sha256()
-            for document in part:
-                encoded = document.encode()
-                n_bytes += len(encoded)
-                digest.update(encoded)
+            for document in map(str.encode, part):
+                n_bytes += len(document)
+                digest.update(document)
             origin = f"stdlib of Python {sys.version.split()[0]}" if source == "stdlib" else source
-            characters = sum(map(len, part))
-            note = f"{len(part)} documents, {characters} characters, sha256 {digest.hexdigest()[:16]}, {origin}"
+            note = f"{len(part)} documents, {sum(map(len, part))} characters, " \
+                   f"sha256 {digest.hexdigest()[:16]}, {origin}"
             write_token_file(temporary / path.name, encode_documents(part, encoder), encoder, n_bytes, note)
     return paths

@@ -164,12 +164,11 @@ def pack(lengths: list[int], length: int) -> list[list[int]]:
     rows, room = [], []
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         fits = [r for r in range(len(rows)) if room[r] >= lengths[i]]
-        if fits:
-            best = min(fits, key=lambda r: room[r])
-        else:
-            best = len(rows)
+        if not fits:
+            fits = [len(rows)]
             rows.append([])
             room.append(length)
+        best = min(fits, key=lambda r: room[r])
         rows[best].append(i)
         room[best] -= lengths[i]
     return rows
@@ -209,17 +208,34 @@ def shuffled(n: int, start: int, count: int, seed: int) -> list[int]:
     return items[start % n : start % n + count]
 
 
-class Conversations:
-    """Batches of chat samples, packed into rows (or one per row); without any state: to resume takes the step alone.
+class Shuffled:
+    """Items in batches, without any state: to resume takes the step alone. batch_size: items of a step over ALL ranks;
+    packed: several sequences to a row."""
 
-    batch_size: samples of a step over ALL ranks. used, truncated, dropped: what became of the samples of the file;
-    dropped are those whose reply alone is longer than seq_len. UserError if none is left.
-    """
+    def __init__(self, tokenizer: Tokenizer, seq_len: int, packed: bool, batch_size: int, seed: int):
+        self.pad_id, self.seq_len, self.packed = tokenizer.pad_id, seq_len, packed
+        self.batch_size, self.seed, self.items = batch_size, seed, []
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def fingerprint(self) -> str:
+        """16 hexadecimal digits that tell these items from others."""
+        return hashlib.sha256(json.dumps(self.items).encode()).hexdigest()[:16]
+
+    def of_step(self, step: int) -> list[int]:
+        """Which items step `step`, counted from 0, trains."""
+        return shuffled(len(self), step * self.batch_size, self.batch_size, self.seed)
+
+
+class Conversations(Shuffled):
+    """Batches of chat samples. truncated, dropped: how many of the file's were; dropped are those whose reply alone is
+    longer than seq_len. UserError if none is left."""
 
     def __init__(self, records: list[Record], tokenizer: Tokenizer, seq_len: int, *, turns="all", packed=True,
                  batch_size: int = 16, seed: int = 0):
-        self.seq_len, self.packed, self.batch_size, self.seed = seq_len, packed, batch_size, seed
-        self.pad_id, self.samples, self.truncated, self.dropped = tokenizer.pad_id, [], 0, 0
+        super().__init__(tokenizer, seq_len, packed, batch_size, seed)
+        self.samples, self.truncated, self.dropped = self.items, 0, 0
         for record in records:
             try:
                 samples = chat_samples(tokenizer, record.messages, turns)
@@ -233,13 +249,6 @@ class Conversations:
         if not self.samples:
             raise UserError(f"{records[0].where.rpartition(':')[0]}: found no reply shorter than --seq_len {seq_len}")
 
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def fingerprint(self) -> str:
-        """16 hexadecimal digits that tell these samples from others."""
-        return hashlib.sha256(json.dumps(self.samples).encode()).hexdigest()[:16]
-
     def report(self) -> str:
         """What became of the conversations, and what an epoch costs."""
         n_tokens = sum(len(ids) for ids, _ in self.samples)
@@ -250,13 +259,9 @@ class Conversations:
         return (f"{len(self)} samples used, {self.truncated} of them truncated, {self.dropped} dropped (longer than "
                 f"{self.seq_len} tokens); {n_trained:,} of {n_tokens:,} tokens trained; rows filled to {fill:.1%}")
 
-    def of_step(self, step: int) -> list[int]:
-        """Which samples step `step`, counted from 0, trains."""
-        return shuffled(len(self), step * self.batch_size, self.batch_size, self.seed)
-
     def layout(self, chosen: list[int]) -> tuple[list[list[int]], int]:
-        """(rows of indices into `chosen`, T): how these samples are laid into rows. Rows need not be seq_len long: of
-        16 lengths the one that leaves least empty, which is also less attention than the longest."""
+        """(rows of indices into `chosen`, T). Rows need not be seq_len long: of 16 lengths the one that leaves least
+        empty, which is also less attention than the longest."""
         lengths = [len(self.samples[i][0]) for i in chosen]
         ways = [[[i] for i in range(len(chosen))]]
         if self.packed:
@@ -294,20 +299,20 @@ class ReplyRows(NamedTuple):
         return ReplyRows(*(part.to(device) if isinstance(part, torch.Tensor) else part for part in self))
 
 
-class Replies:
-    """Groups of replies to one prompt, the best first, in batches without any state: to resume takes the step alone.
+class Replies(Shuffled):
+    """Batches of groups of replies to one prompt, the best first.
 
     Each reply is prompt + reply + end, of which reply and end are trained: files of preferences hold texts, so a reply
     that once was cut off looks finished here; it should not be ranked high. pairs "none": a group is a prompt with all
     its replies; "best-worst": its first and last; "all": one group of two for each of the C(K,2) pairs.
-    batch_size: groups of a step over ALL ranks. Of replies that read alike the best one is kept. A prompt too long for
-    seq_len loses its beginning, the same tokens for all its replies; one of which nothing would be left is dropped.
+    Of replies that read alike the best one is kept. A prompt too long for seq_len loses its beginning, the same tokens
+    for all its replies; one of which nothing would be left is dropped.
     """
 
     def __init__(self, records: list[Record], tokenizer: Tokenizer, seq_len: int, *,
                  pairs: Literal["none", "best-worst", "all"] = "none", packed=True, batch_size=16, seed=0):
-        self.seq_len, self.packed, self.batch_size, self.seed = seq_len, packed, batch_size, seed
-        self.pad_id, self.groups, self.records = tokenizer.pad_id, [], []  # records[g]: what groups[g] was made of
+        super().__init__(tokenizer, seq_len, packed, batch_size, seed)
+        self.groups, self.records = self.items, []  # records[g]: what groups[g] was made of
         self.truncated, self.repeated, self.alike, self.too_long = 0, 0, 0, 0
         for record in records:
             kept = [i for i, text in enumerate(record.responses) if text not in record.responses[:i]]
@@ -330,20 +335,12 @@ class Replies:
                       "all": itertools.combinations(range(len(kept)), 2)}[pairs]
             for members in chosen:
                 self.groups.append([group[i] for i in members])
-                of = [kept[i] for i in members]
-                parts = {name: [values[i] for i in of] for name in ("responses", "tags", "scores")
+                parts = {name: [values[kept[i]] for i in members] for name in ("responses", "tags", "scores")
                          if (values := getattr(record, name))}
                 self.records.append(dataclasses.replace(record, **parts))
         if not self.groups:
             raise UserError(f"{records[0].where.rpartition(':')[0]}: found no prompt with two different replies that "
                             f"are shorter than --seq_len {seq_len}")
-
-    def __len__(self) -> int:
-        return len(self.groups)
-
-    def fingerprint(self) -> str:
-        """16 hexadecimal digits that tell these groups from others."""
-        return hashlib.sha256(json.dumps(self.groups).encode()).hexdigest()[:16]
 
     def report(self) -> str:
         """What became of the records."""
@@ -352,10 +349,6 @@ class Replies:
         return (f"{len(self)} groups of {len(sequences) / len(self):.1f} replies, {n_replied:,} of {n_tokens:,} tokens "
                 f"in replies; {self.truncated} prompts truncated, {self.too_long} dropped (longer than {self.seq_len} "
                 f"tokens), {self.repeated} repeated replies left out, {self.alike} prompts dropped for it")
-
-    def of_step(self, step: int) -> list[int]:
-        """Which groups step `step`, counted from 0, trains."""
-        return shuffled(len(self), step * self.batch_size, self.batch_size, self.seed)
 
     def sizes(self, chosen: list[int]) -> list[int]:
         return [len(self.groups[g]) for g in chosen]
@@ -397,6 +390,12 @@ class Config:
     seed: int = 0              # of the window
 
 
+def show_rows(tokenizer: Tokenizer, ids, targets, notes) -> None:
+    for i, target, note in zip(ids, targets, notes):
+        shown = "-" if target == IGNORE else repr(tokenizer.decode([target]))
+        print(f"{tokenizer.decode([i])!r:24} {shown:24} {note}".rstrip())
+
+
 def show_chat(cfg: Config) -> None:
     """The first conversation of the file: token | target | trained?"""
     record = read_chats(cfg.data)[0]
@@ -405,9 +404,7 @@ def show_chat(cfg: Config) -> None:
     print(f"chat template: {CHAT_TEMPLATE}")
     for ids, mask in chat_samples(tokenizer, record.messages, cfg.turns):
         (ids,), (targets,), _ = (part.tolist() for part in collate([ids], [mask]))
-        for i, target in zip(ids, targets):
-            shown = "-" if target == IGNORE else repr(tokenizer.decode([target]))
-            print(f"{tokenizer.decode([i])!r:24} {shown:24} {'trained' if target != IGNORE else ''}".rstrip())
+        show_rows(tokenizer, ids, targets, ["" if target == IGNORE else "trained" for target in targets])
 
 
 def main(argv=None) -> None:
@@ -424,9 +421,7 @@ def main(argv=None) -> None:
         print(f"    {tokens.note}\n    {[tokenizer.decode([i]) for i in tokens.ids[:16]]}")
     if cfg.show:
         windows = Windows(TokenFile(files[0], tokenizer), cfg.seq_len, batch_size=1, seed=cfg.seed)
-        for i, target, segment in zip(*(rows[0].tolist() for rows in windows.batch(0))):
-            shown = "-" if target == IGNORE else repr(tokenizer.decode([target]))
-            print(f"{tokenizer.decode([i])!r:24} {shown:24} {segment}")
+        show_rows(tokenizer, *(rows[0].tolist() for rows in windows.batch(0)))
 
 
 if __name__ == "__main__":

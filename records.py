@@ -20,7 +20,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from common import UserError
-from tokenizer import unique_keys
 
 # ---- reading files ------------------------------------------------------------------------------------------------
 
@@ -29,10 +28,11 @@ GZIP_FREE, GZIP_RATIO = 64 * 2**20, 100  # text shrinks to a third or a tenth; a
 
 def read_text(path) -> str:
     """A whole UTF-8 file, plain or .gz. CRLF stays CRLF; a byte order mark is dropped."""
+    if not os.path.isfile(path):  # to open a pipe could wait for ever
+        raise UserError(f"{path}: found no such file")
     try:
-        packed = str(path).endswith(".gz")
+        packed, limit = str(path).endswith(".gz"), GZIP_FREE + GZIP_RATIO * os.path.getsize(path)
         with (gzip.open if packed else open)(path, "rb") as file:
-            limit = GZIP_FREE + GZIP_RATIO * os.path.getsize(path) if packed else -1
             content = file.read(limit + 1 if packed else -1)
         if packed and len(content) > limit:
             raise UserError(f"{path}: found {os.path.getsize(path)} bytes that unpack to more than {limit}, expected a "
@@ -44,6 +44,12 @@ def read_text(path) -> str:
                         "expected UTF-8; convert it, for example with iconv -t UTF-8") from None
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
+
+
+def unique_keys(pairs: list[tuple]) -> dict:
+    if len(dict(pairs)) < len(pairs):
+        raise ValueError("the same key twice in one object")
+    return dict(pairs)
 
 
 def _no_constant(name: str):
@@ -96,7 +102,7 @@ def read_records(path) -> Iterator[tuple[str, dict]]:
 
 
 def check_text(text, where: str) -> str:
-    """Returns the text. JSON can also hold other things, and half a surrogate pair, which is no character."""
+    """The text itself. JSON can also hold other things, and half a surrogate pair, which is no character."""
     if not isinstance(text, str):
         raise UserError(f"{where}: found {type(text).__name__}, expected a string")
     if half := re.search("[\ud800-\udfff]", text):
@@ -122,6 +128,12 @@ class Record:
 ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
 
 
+def text_of(content, where: str) -> str:
+    if not check_text(content, where).strip():
+        raise UserError(f"{where}: found a blank text, expected words; remove the record or fill it in")
+    return content
+
+
 def found_in(value) -> str:
     """What stands there instead of what we want, short enough for one line."""
     return f"{type(value).__name__} {ascii(value)[:40]}"
@@ -135,24 +147,19 @@ def turn_texts(turns, where: str) -> list[dict]:
     messages = []
     for i, turn in enumerate(turns, start=1):
         spot = f"{where}, message {i}"
-        if not isinstance(turn, dict) or not ({"role", "content"} <= turn.keys() or {"from", "value"} <= turn.keys()):
+        if isinstance(turn, dict) and {"role", "content"} <= turn.keys():
+            role, content = turn["role"], turn["content"]
+        elif isinstance(turn, dict) and {"from", "value"} <= turn.keys():
+            role, content = turn["from"], turn["value"]
+        else:
             raise UserError(f'{spot}: found {found_in(turn)}, expected {{"role", "content"}} or {{"from", "value"}}')
-        role, content = (turn["role"], turn["content"]) if {"role", "content"} <= turn.keys() else \
-            (turn["from"], turn["value"])
         if not isinstance(role, str) or role not in ROLES:
             raise UserError(f"{spot}: found the role {found_in(role)}, expected one of {', '.join(ROLES)}")
-        has_system = bool(messages) and messages[0]["role"] == "system"
-        expected = ["user", "assistant"][(len(messages) - has_system) % 2]
+        expected = "assistant" if messages and messages[-1]["role"] == "user" else "user"
         if ROLES[role] != expected and not (i == 1 and role == "system"):
             raise UserError(f"{spot}: found a turn of the {ROLES[role]}, expected the {expected}; turns alternate")
         messages.append({"role": ROLES[role], "content": text_of(content, spot)})
     return messages
-
-
-def text_of(content, where: str) -> str:
-    if not check_text(content, where).strip():
-        raise UserError(f"{where}: found a blank text, expected words; remove the record or fill it in")
-    return content
 
 
 def alpaca_prompt(record: dict, where: str) -> list[dict]:
@@ -187,12 +194,11 @@ def chat_of(record: dict, where: str) -> Record:
 
 
 def prompt_of(record: dict, where: str) -> Record:
-    """{"prompt"}, a text or messages, or a conversation (with HH preferences two) of which the last reply is left
-    away."""
+    """{"prompt"}, a text or messages, or a conversation of which the last reply is left away."""
     if "prompt" in record:
         prompt = record["prompt"]
-        messages = ([{"role": "user", "content": text_of(prompt, f'{where}, "prompt"')}] if isinstance(prompt, str) else
-                    turn_texts(prompt, f'{where}, "prompt"'))
+        turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        messages = turn_texts(turns, f'{where}, "prompt"')
     elif "instruction" in record:
         messages = alpaca_prompt(record, where)
     elif {"chosen", "rejected"} <= record.keys():
@@ -206,15 +212,12 @@ def prompt_of(record: dict, where: str) -> Record:
 
 def preference_of(record: dict, where: str) -> Record:
     """A prompt and two or more replies, the best first."""
-    if "responses" in record:
-        replies = record["responses"]
-        if not isinstance(replies, list) or len(replies) < 2:
-            raise UserError(f'{where}: found {found_in(replies)} as "responses", expected a list of two or more')
-    elif {"chosen", "rejected"} <= record.keys():
-        replies = [record["chosen"], record["rejected"]]
-    else:
+    if not {"chosen", "rejected"} <= record.keys() and "responses" not in record:
         raise UserError(f'{where}: found the keys {found_in(list(record))}, expected "prompt" with "chosen" and '
                         '"rejected", or with "responses"')
+    replies = record["responses"] if "responses" in record else [record["chosen"], record["rejected"]]
+    if not isinstance(replies, list) or len(replies) < 2:
+        raise UserError(f'{where}: found {found_in(replies)} as "responses", expected a list of two or more')
     alone = "prompt" not in record and "instruction" not in record  # each reply brings the conversation before it
     prompt = None if alone else prompt_of(record, where).messages
     texts = []
@@ -240,8 +243,8 @@ def read(path, record_of) -> list[Record]:
         record.tag = check_text(content.get("tag", ""), f'{where}, "tag"')
         for name, kinds in (("tags", str), ("scores", (int, float))):
             values = content.get(name, []) if record.responses else []
-            if not isinstance(values, list) or not all(isinstance(value, kinds) for value in values) or (
-                    values and len(values) != len(record.responses)):
+            if not isinstance(values, list) or len(values) not in (0, len(record.responses)) or \
+                    not all(isinstance(value, kinds) for value in values):
                 raise UserError(f'{where}: found {found_in(values)} as "{name}", expected one per response')
             setattr(record, name, values)
         records.append(record)
@@ -251,17 +254,14 @@ def read(path, record_of) -> list[Record]:
 
 
 def read_chats(path) -> list[Record]:
-    """{"messages"}, Alpaca {"instruction", "input", "output"} or ShareGPT {"conversations"}; .json or .jsonl (.gz)."""
     return read(path, chat_of)
 
 
 def read_prompts(path) -> list[Record]:
-    """{"prompt"}, or conversations of which the last reply is left away."""
     return read(path, prompt_of)
 
 
 def read_preferences(path) -> list[Record]:
-    """{"prompt", "chosen", "rejected"}, Alpaca or HH with the two, or ranked {"prompt", "responses"}."""
     return read(path, preference_of)
 
 

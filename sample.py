@@ -16,11 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from checkpoint import load_model
-from common import UserError, parse, require_positive, run, setup
-from corpus import replacing
+from common import UserError, parse, replacing, require_positive, run, setup
 from data import CHAT_TEMPLATE, encode_prompt
 from model import generate_sorted
-from records import read_prompts
+from records import read_prompts, read_text
 from tokenizer import Tokenizer
 
 
@@ -95,41 +94,39 @@ def recent(tokenizer, messages: list[dict], longest: int) -> list[dict]:
     return messages
 
 
-def chat(model, tokenizer, text: str, cfg: Config) -> None:
-    """Answer the text, or whoever types, until /quit or the end of the input."""
-    start = [{"role": "system", "content": cfg.system}] if cfg.system else []
-    messages, turn = list(start), 0
+def answer(model, tokenizer, messages: list[dict], seed: int, cfg: Config) -> list[dict]:
+    """Print a reply to the conversation; returns what of it the model has read, and the reply."""
+    # A quarter of the row stays free for the reply, or what is asked for.
+    longest = model.config.max_seq_len - (cfg.max_new_tokens or model.config.max_seq_len // 4)
+    messages = recent(tokenizer, messages, longest)
+    prompt = encode_prompt(tokenizer, messages)
+    new = draw(model, tokenizer, [prompt], [seed], cfg, room(model, len(prompt), cfg), Printer(tokenizer))[0]
+    ended = new[-1] == tokenizer.end_id
+    print("" if ended else " ...")
+    return [*messages, {"role": "assistant", "content": tokenizer.decode(new[:-1] if ended else new)}]
+
+
+def chat(model, tokenizer, start: list[dict], cfg: Config) -> None:
+    """Answer whoever types, until /quit or the end of the input. start: what every conversation begins with."""
+    messages, turn = start, 0
     while True:
         try:
-            said = text or input("> ").strip()
+            said = input("> ").strip()
         except (EOFError, KeyboardInterrupt):
             print()
             return
-        if not text and said == "/quit":
+        if said == "/quit":
             return
-        if not text and said in ("/reset", ""):
-            messages = list(start) if said else messages
+        if said == "/reset":
+            messages = start
+        if said in ("/reset", ""):
             continue
         try:
-            # A quarter of the row stays free for the reply, or what is asked for.
-            longest = model.config.max_seq_len - (cfg.max_new_tokens or model.config.max_seq_len // 4)
-            asked = recent(tokenizer, [*messages, {"role": "user", "content": said}], longest)
-            prompt = encode_prompt(tokenizer, asked)
-            new = draw(model, tokenizer, [prompt], [cfg.seed + turn], cfg, room(model, len(prompt), cfg),
-                       Printer(tokenizer))[0]
-            messages = [*asked, {"role": "assistant", "content": tokenizer.decode(new[:-1])}]
-            if new[-1] != tokenizer.end_id:
-                messages[-1]["content"] = tokenizer.decode(new)
-                print(" ...", end="")
-            print()
+            messages = answer(model, tokenizer, [*messages, {"role": "user", "content": said}], cfg.seed + turn, cfg)
         except UserError as error:
-            if text:
-                raise
             print(f"error: {error}", file=sys.stderr)
         except KeyboardInterrupt:  # enough of this reply: it is not remembered
             print()
-        if text:
-            return
         turn += 1
 
 
@@ -171,17 +168,14 @@ def main(argv=None) -> int:
     if (cfg.chat or cfg.prompts) and config.get("chat_template") != CHAT_TEMPLATE:
         raise UserError(f"--model {cfg.model}: found the chat template {config.get('chat_template')!r}, expected "
                         f"{CHAT_TEMPLATE!r}; train it to chat with train_sft.py")
-    text = cfg.prompt
-    if text.startswith("@"):
-        try:
-            with open(text[1:], encoding="utf-8") as file:
-                text = file.read()
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"{text[1:]}: cannot be read as UTF-8 text ({error})") from None
+    text = read_text(cfg.prompt[1:]) if cfg.prompt.startswith("@") else cfg.prompt
+    start = [{"role": "system", "content": cfg.system}] if cfg.system else []
     if cfg.prompts:
         answer_file(model, tokenizer, cfg)
+    elif cfg.chat and text:
+        answer(model, tokenizer, [*start, {"role": "user", "content": text}], cfg.seed, cfg)
     elif cfg.chat:
-        chat(model, tokenizer, text, cfg)
+        chat(model, tokenizer, start, cfg)
     else:
         complete(model, tokenizer, text, cfg)
     return 0

@@ -15,8 +15,6 @@ From "low" 5 times, "lower" 2, "newest" 6 and "widest" 3 times come
     e s -> es    9 times (and so is "s t": a tie goes to the pair with the smaller ids)
     es t -> est  9 times       l o -> lo  7 times       lo w -> low  7 times       e w -> ew  6 times       ...
 
-so frequent strings become one token and rare ones are spelled from parts: no text is out of vocabulary.
-
 The special tokens that give a training text its form (document start, whose turn, end) have the last six ids. They
 never come from text: who types "<|end|>" types seven characters, or else could put words into the assistant's mouth.
 
@@ -25,21 +23,23 @@ never come from text: who types "<|end|>" types seven characters, or else could 
 """
 from __future__ import annotations
 
-import argparse
+import dataclasses
 import hashlib
 import heapq
 import json
 import os
-import signal
 import sys
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import regex  # comes with tiktoken; the standard `re` knows no \p{L}
 import tiktoken
 
-from common import UserError, run
+from common import UserError, parse, replacing, run
+from records import read_text, unique_keys
 
 SPECIALS = ("<|pad|>", "<|bos|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
 
@@ -63,7 +63,9 @@ CHAR_PATTERN = r"(?s:.)"
 BYTE_PATTERN = r"(?s:.{1,64})"  # without merges it does not matter where to cut, and long pieces are faster
 
 FORMAT = "llm-from-zero tokenizer, version 1"
+EXPECTED = "expected a tokenizer.json as Tokenizer.save writes it; make it again"
 LEARNED_KEYS = {"byte": [], "char": ["alphabet"], "bpe": ["pattern", "merged"]}  # what each kind has to remember
+MAX_VOCAB = 2**20  # the trainer writes ids as characters
 MAX_FILE_BYTES = 32 * 2**20  # 100,000 tokens take 2 to 6 MB
 MAX_SPACE = 100_000  # the look-ahead in tiktoken's own patterns overflows a stack at several times this
 LONG_SPACE = regex.compile(rf"(?<!\s)\s{{{MAX_SPACE}}}\s")
@@ -71,9 +73,9 @@ LONG_SPACE = regex.compile(rf"(?<!\s)\s{{{MAX_SPACE}}}\s")
 
 # ---- checks that tiktoken does not make ----------------------------------------------------------------------------
 
-def place(text: str, index: int) -> str:
+def refuse(text: str, index: int, found: str, expected: str) -> NoReturn:
     line, column = text.count("\n", 0, index) + 1, index - text.rfind("\n", 0, index)
-    return f"line {line}, column {column} (character {index})"
+    raise UserError(f"text, line {line}, column {column} (character {index}): found {found}, expected {expected}")
 
 
 def check_text(text: str) -> None:
@@ -81,9 +83,8 @@ def check_text(text: str) -> None:
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
-        code = ord(text[error.start])
-        raise UserError(f"text, {place(text, error.start)}: found the lone surrogate U+{code:04X} (half a character), "
-                        "expected whole characters; remove it or read the file as UTF-8") from None
+        refuse(text, error.start, f"the lone surrogate U+{ord(text[error.start]):04X} (half a character)",
+               "whole characters; remove it or read the file as UTF-8")
 
 
 def documents_of(text_or_documents: str | Iterable[str]) -> list[str]:
@@ -97,94 +98,65 @@ def documents_of(text_or_documents: str | Iterable[str]) -> list[str]:
 
 # ---- byte-pair encoding: learning the ranks ------------------------------------------------------------------------
 
-def train_bpe(text_or_documents: str | Iterable[str], vocab_size: int) -> dict[bytes, int]:
-    """Learn at most vocab_size - 256 - 6 merges. Returns the rank of every token: the 256 bytes, then merges in order.
+def train_bpe(text_or_documents: str | Iterable[str], vocab_size: int) -> list[bytes]:
+    """The 256 bytes and at most vocab_size - 256 - 6 merges, in the order of their ids.
 
-    Every merge takes the most frequent pair (of equals: the smallest ids), just as the naive algorithm that counts all
-    anew. A pair that occurs once is not merged, so a small text gives a smaller vocabulary. Merges never cross
-    documents. UserError for an empty text and for vocab_size < 262.
+    A pair that occurs once is not merged, so a small text gives a smaller vocabulary. Merges never cross documents.
+    UserError for an empty text and for vocab_size < 262.
     """
-    n_merges = vocab_size - 256 - len(SPECIALS)
-    if n_merges < 0:
-        raise UserError(f"--vocab_size {vocab_size}: expected at least {256 + len(SPECIALS)} for bpe, "
-                        f"the 256 bytes and {len(SPECIALS)} special tokens")
+    least = 256 + len(SPECIALS)
+    if not least <= vocab_size <= MAX_VOCAB:
+        raise UserError(f"--vocab_size {vocab_size}: expected at least {least} for bpe, the 256 bytes and "
+                        f"{len(SPECIALS)} special tokens, and at most {MAX_VOCAB}")
     split = regex.compile(WORD_PATTERN)
     pieces = Counter()
     for document in documents_of(text_or_documents):
         pieces.update(match.group() for match in split.finditer(document))
-    return merge_pairs(pieces, n_merges)
+    return merge_pairs(pieces, vocab_size - least)
 
 
-def merge_pairs(pieces: dict[str, int], n_merges: int) -> dict[bytes, int]:
-    """The greedy algorithm on {piece: how often}; a merge costs as much as there are symbols that it touches.
+def merge_pairs(pieces: dict[str, int], n_merges: int) -> list[bytes]:
+    """The greedy algorithm on {piece: how often}: of equally frequent pairs the one with the smallest ids is merged.
 
-    All pieces lie one behind the other in one array of symbols; `right` and `left` link the symbols that still stand,
-    and a pair is known by the index of its left symbol. `places` says where each pair stands (or stood: checked when
-    used). The heap says which pair is the most frequent (or was: once entered, a pair's count only falls).
+    A piece is kept as a string of one character per token, chr(id), so that str.replace merges a pair in it. After a
+    merge only the pairs beside the new token are counted anew, and only in the pieces that hold it. The heap says
+    which pair is the most frequent, or was when it was pushed: after that its count only falls.
     """
-    words = [piece.encode("utf-8") for piece in pieces]
-    lengths = np.array([len(word) for word in words], np.int64)
-    weight = np.repeat(np.array(list(pieces.values()), np.int64), lengths)  # (n,) how often the symbol's piece occurs
-    n = len(weight)
-    ids = np.append(np.frombuffer(b"".join(words), np.uint8), 0).astype(np.int32)  # (n + 1,)
-    right, left = np.arange(1, n + 2), np.arange(-1, n)
-    ends = np.cumsum(lengths)
-    right[ends - 1] = right[n] = left[ends - lengths] = n  # n stands for "no neighbour": no pair leaves a piece
+    words, times = [piece.encode("utf-8").decode("latin-1") for piece in pieces], list(pieces.values())
+    counts: dict[str, int] = Counter()
+    places: dict[str, list[int]] = defaultdict(list)  # the words that hold a pair, or did
+    for i, word in enumerate(words):
+        for left, right in zip(word, word[1:]):
+            counts[left + right] += times[i]
+            places[left + right].append(i)
+    heap = [(-count, pair) for pair, count in counts.items()]
+    heapq.heapify(heap)
 
     tokens = [bytes([byte]) for byte in range(256)]
-    base = 256 + n_merges  # the pair (a, b) is the number a * base + b: the smaller number wins a tie
-    counts: dict[int, int] = {}
-    places: dict[int, np.ndarray] = {}
-    heap: list[tuple[int, int]] = []
-
-    def group(where: np.ndarray):
-        """What stands at these indices: yields (pair, its count, its indices in ascending order)."""
-        where = where[right[where] < n]
-        pairs = ids[where].astype(np.int64) * base + ids[right[where]]
-        order = np.argsort(pairs, kind="stable")
-        pairs, where = pairs[order], where[order]
-        first = np.flatnonzero(np.diff(pairs, prepend=-1))
-        totals = np.add.reduceat(weight[where], first) if len(first) else first
-        bounds = [*first.tolist(), len(where)]
-        for i, (pair, total) in enumerate(zip(pairs[first].tolist(), totals.tolist())):
-            yield pair, total, where[bounds[i]:bounds[i + 1]]
-
-    def enter(where: np.ndarray) -> None:
-        for pair, total, indices in group(where):
-            if total > 1:
-                counts[pair], places[pair] = total, indices
-                heapq.heappush(heap, (-total, pair))
-
-    enter(np.arange(n))
-    while heap and len(tokens) < base:
-        total, pair = heapq.heappop(heap)
-        if counts[pair] < -total:  # it has lost some since it was pushed: back with it, to its right place
-            if counts[pair] > 1:
-                heapq.heappush(heap, (-counts[pair], pair))
+    while heap and len(tokens) < 256 + n_merges:
+        count, pair = heapq.heappop(heap)
+        if counts[pair] < -count:  # it has lost some since it was pushed: back with it, to its right place
+            heapq.heappush(heap, (-counts[pair], pair))
             continue
-        a, b = divmod(pair, base)
-        a_at = places.pop(pair)
-        a_at = a_at[(ids[a_at] == a) & (ids[right[a_at]] == b)]
-        if a == b:
-            a_at = without_overlaps(a_at, right)
-        b_at = right[a_at]
-        for changed, lost, _ in group(np.unique(np.concatenate((left[a_at], a_at, b_at)))):
-            if changed in counts:
-                counts[changed] -= lost
-        ids[a_at], ids[b_at] = len(tokens), -1
-        right[a_at] = right[b_at]
-        left[right[a_at]] = a_at
-        tokens.append(tokens[a] + tokens[b])
-        enter(np.unique(np.concatenate((left[a_at], a_at))))  # all with the new token in them: none was entered before
-    return {token: rank for rank, token in enumerate(tokens)}
-
-
-def without_overlaps(where: np.ndarray, right: np.ndarray) -> np.ndarray:
-    """"aaa" holds the pair (a, a) twice but only the first can merge: keep every second index of an unbroken run."""
-    index = np.arange(len(where))
-    starts_run = np.append(True, where[1:] != right[where[:-1]])
-    run_start = np.maximum.accumulate(np.where(starts_run, index, 0))
-    return where[(index - run_start) % 2 == 0]
+        if -count < 2:
+            break
+        a, b = pair
+        new = chr(len(tokens))
+        tokens.append(tokens[ord(a)] + tokens[ord(b)])
+        born = set()
+        for i in places.pop(pair):
+            if pair not in words[i]:
+                continue
+            words[i] = word = words[i].replace(pair, new)
+            for left, right in zip(word, word[1:]):
+                if left == new or right == new:  # where this pair stands now stood that of b or a
+                    counts[(b if left == new else left) + (a if right == new else right)] -= times[i]
+                    counts[left + right] += times[i]
+                    places[left + right].append(i)
+                    born.add(left + right)
+        for pair in born:
+            heapq.heappush(heap, (-counts[pair], pair))
+    return tokens
 
 
 # ---- from the content of tokenizer.json to a tiktoken encoding -----------------------------------------------------
@@ -232,30 +204,28 @@ def check_content(content, path: str) -> None:
 
     def expect(condition, what: str) -> None:
         if not condition:
-            raise UserError(f"{path}: {what}, expected a tokenizer.json as Tokenizer.save writes it; make it again")
+            raise UserError(f"{path}: found {what}, {EXPECTED}")
 
-    expect(isinstance(content, dict), f"found {type(content).__name__} instead of an object")
-    expect(content.get("format") == FORMAT, f"found no \"format\": {json.dumps(FORMAT)}")
+    expect(isinstance(content, dict), f"{type(content).__name__} instead of an object")
+    expect(content.get("format") == FORMAT, f"no \"format\": {json.dumps(FORMAT)}")
     kind = content.get("kind")
     keys = {**LEARNED_KEYS, **{name: [] for name in tiktoken.list_encoding_names()}}
-    expect(isinstance(kind, str) and kind in keys, f"found kind {str(kind)[:40]!r}, known are {', '.join(keys)}")
+    expect(isinstance(kind, str) and kind in keys, f"kind {str(kind)[:40]!r}, known are {', '.join(keys)}")
     wanted = {"format", "kind", "specials", "fingerprint", *keys[kind]}
-    expect(set(content) == wanted, f"found the keys {str(sorted(content))[:200]} instead of {sorted(wanted)}")
-    expect(content["specials"] == list(SPECIALS), f"found other special tokens than {list(SPECIALS)}")
+    expect(set(content) == wanted, f"the keys {str(sorted(content))[:200]} instead of {sorted(wanted)}")
+    expect(content["specials"] == list(SPECIALS), f"other special tokens than {list(SPECIALS)}")
     if kind == "char":
         alphabet = content["alphabet"]
-        expect(isinstance(alphabet, str) and alphabet, "found an \"alphabet\" that is no text")
-        expect(sorted(set(alphabet)) == list(alphabet), "found an \"alphabet\" out of order or with a character twice")
-        expect(not any("\ud800" <= char <= "\udfff" for char in alphabet), "found half a character in \"alphabet\"")
+        expect(isinstance(alphabet, str) and alphabet and list(alphabet) == sorted(set(alphabet)) and
+               not regex.search("[\ud800-\udfff]", alphabet), "an \"alphabet\" that is no sorted text of characters")
     if kind == "bpe":
         merged = content["merged"]
-        expect(content["pattern"] == WORD_PATTERN, "found a \"pattern\" other than this version's")
-        expect(isinstance(merged, list), "found \"merged\" that is no list")
-        for i, token in enumerate(merged):
-            expect(isinstance(token, str) and 2 <= len(token) <= MAX_TOKEN_BYTES and max(token) <= "\xff",
-                   f"found \"merged\"[{i}] that is not 2 to {MAX_TOKEN_BYTES} bytes")
-        expect(len(set(merged)) == len(merged), "found the same token twice in \"merged\"")
-    expect(content["fingerprint"] == fingerprint(content), "found a \"fingerprint\" that is not that of the content")
+        expect(content["pattern"] == WORD_PATTERN, "a \"pattern\" other than this version's")
+        expect(isinstance(merged, list) and all(isinstance(token, str) and 2 <= len(token) <= MAX_TOKEN_BYTES and
+                                                max(token) <= "\xff" for token in merged),
+               f"a \"merged\" that is no list of tokens of 2 to {MAX_TOKEN_BYTES} bytes")
+        expect(len(set(merged)) == len(merged), "the same token twice in \"merged\"")
+    expect(content["fingerprint"] == fingerprint(content), "a \"fingerprint\" that is not that of the content")
 
 
 def fingerprint(content: dict) -> str:
@@ -263,29 +233,6 @@ def fingerprint(content: dict) -> str:
     content = {key: value for key, value in content.items() if key != "fingerprint"}
     canonical = json.dumps(content, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode("ascii")).hexdigest()[:16]
-
-
-def unique_keys(pairs: list[tuple]) -> dict:
-    if len(dict(pairs)) < len(pairs):
-        raise ValueError("the same key twice in one object")
-    return dict(pairs)
-
-
-def read_text(path: str, max_bytes: float = float("inf")) -> str:
-    """A whole UTF-8 file, or UserError. Pipes and devices are refused: opening them could wait for ever."""
-    try:
-        if not os.path.isfile(path):
-            raise UserError(f"{path}: found no such file")
-        with open(path, "rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            if size > max_bytes:
-                raise UserError(f"{path}: found {size} bytes, expected at most {max_bytes}")
-            return file.read().decode("utf-8")
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: found byte 0x{error.object[error.start]:02x} at offset {error.start}, expected "
-                        "UTF-8; convert the file") from None
 
 
 # ---- the one face of all kinds -------------------------------------------------------------------------------------
@@ -306,20 +253,16 @@ class Tokenizer:
         self.specials_but_end = tuple(ids[:-1])  # what a completion of plain text must not draw
 
     def encode(self, text: str) -> list[int]:
-        """Ordinary text only: the names of special tokens are spelled out.
-
-        UserError for a lone surrogate (tiktoken would put U+FFFD in its place) and where tiktoken would panic: for a
-        character outside the alphabet, and for endless white space where the pattern is one of its own.
-        """
+        """Ordinary text only: the names of special tokens are spelled out. UserError where tiktoken would panic: for a
+        character outside the alphabet, and for endless white space where the pattern is one of its own."""
         check_text(text)
         if self.alphabet is not None and not self.alphabet.issuperset(text):
             index = next(i for i, char in enumerate(text) if char not in self.alphabet)
-            char = text[index]
-            raise UserError(f"text, {place(text, index)}: found {char!r} (U+{ord(char):04X}), expected one of the "
-                            f"{len(self.alphabet)} characters of the char tokenizer; use --tokenizer byte or bpe")
+            refuse(text, index, f"{text[index]!r} (U+{ord(text[index]):04X})",
+                   f"one of the {len(self.alphabet)} characters of the char tokenizer; use --tokenizer byte or bpe")
         if self.kind not in LEARNED_KEYS and (spaces := LONG_SPACE.search(text)):
-            raise UserError(f"text, {place(text, spaces.start())}: found a run of white space too long for "
-                            f"{self.kind!r}, expected at most {MAX_SPACE} in a row; shorten it or use --tokenizer bpe")
+            refuse(text, spaces.start(), f"a run of white space too long for {self.kind!r}",
+                   f"at most {MAX_SPACE} in a row; shorten it or use --tokenizer bpe")
         return self.encoding.encode_ordinary(text)  # encode_to_numpy of tiktoken 0.9 lets special tokens through
 
     def encode_array(self, text: str) -> np.ndarray:
@@ -336,51 +279,42 @@ class Tokenizer:
         return self.encoding.decode_bytes(ids)
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        """decode_bytes as text; bytes that are no UTF-8 become U+FFFD."""
+        """Bytes that are no UTF-8 become U+FFFD."""
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
     def save(self, path: str) -> None:
         """Write tokenizer.json whole or not at all. bpe tokens stand in it with one character per byte (latin-1)."""
-        text = json.dumps({**self.content, "fingerprint": self.fingerprint}, indent=1)
-        if len(text) > MAX_FILE_BYTES:
-            raise UserError(f"{path}: found {len(text)} bytes to write, expected at most {MAX_FILE_BYTES} as in "
-                            "Tokenizer.load; reduce --vocab_size")
-        temporary = f"{path}.{os.getpid()}.tmp"
-        try:
-            with open(temporary, "w", encoding="ascii") as file:
-                file.write(text)
-            os.replace(temporary, path)
-        except OSError as error:
-            if os.path.exists(temporary):
-                os.unlink(temporary)
-            raise UserError(f"{path}: cannot be written: {error.strerror}") from None
+        with replacing(Path(path)) as temporary:
+            temporary.write_text(json.dumps({**self.content, "fingerprint": self.fingerprint}, indent=1))
 
     @staticmethod
     def load(path: str) -> Tokenizer:
         """Read what `save` wrote; UserError for anything else. Nothing named in the file is executed or opened."""
-        path = os.fspath(path)
         try:
-            content = json.loads(read_text(path, MAX_FILE_BYTES), object_pairs_hook=unique_keys)
+            if not os.path.isfile(path):  # to open a pipe could wait for ever
+                raise UserError(f"{path}: found no such file")
+            if (size := os.path.getsize(path)) > MAX_FILE_BYTES:
+                raise UserError(f"{path}: found {size} bytes, expected at most {MAX_FILE_BYTES}")
+            with open(path, encoding="utf-8") as file:
+                content = json.load(file, object_pairs_hook=unique_keys)
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read: {error.strerror}") from None
         except (ValueError, RecursionError) as error:
-            raise UserError(f"{path}: found no valid JSON ({error}), expected a tokenizer.json as Tokenizer.save "
-                            "writes it; make it again") from None
+            raise UserError(f"{path}: found no valid JSON ({error}), {EXPECTED}") from None
         check_content(content, path)
         return Tokenizer(content["kind"], **{key: content[key] for key in LEARNED_KEYS.get(content["kind"], [])})
 
 
 def make_tokenizer(spec: str, text_or_documents: str | Iterable[str] = "", vocab_size: int = 4096) -> Tokenizer:
-    """spec: "byte", "char", "bpe", a tiktoken name ("gpt2"), or the path of a tokenizer.json.
-
-    text_or_documents is what char and bpe learn from. vocab_size concerns bpe alone; where the text is too small for
-    it, the vocabulary is smaller, with a warning. UserError for an unknown spec, an empty text, vocab_size < 262.
-    """
+    """spec: "byte", "char", "bpe", a tiktoken name ("gpt2"), or the path of a tokenizer.json. char and bpe learn from
+    the text; vocab_size concerns bpe alone. UserError for an unknown spec, an empty text, vocab_size < 262."""
     names = tiktoken.list_encoding_names()
     if spec == "byte" or spec in names:
         return Tokenizer(spec)
     if spec == "char":
         return Tokenizer("char", alphabet="".join(sorted(set().union(*documents_of(text_or_documents)))))
     if spec == "bpe":
-        merged = list(train_bpe(text_or_documents, vocab_size))[256:]
+        merged = train_bpe(text_or_documents, vocab_size)[256:]
         tokenizer = Tokenizer("bpe", pattern=WORD_PATTERN, merged=[token.decode("latin-1") for token in merged])
         if tokenizer.vocab_size < vocab_size:
             print(f"warning: in this text only {len(merged)} pairs are worth a merge: the bpe vocabulary has "
@@ -393,42 +327,36 @@ def make_tokenizer(spec: str, text_or_documents: str | Iterable[str] = "", vocab
 
 # ---- command line --------------------------------------------------------------------------------------------------
 
+@dataclasses.dataclass
+class Config:
+    train: str = ""  # UTF-8 text to learn a bpe vocabulary from
+    vocab_size: int = 4096  # ids in all, bytes and special tokens included
+    out: str = "tokenizer.json"  # where --train writes
+    show: str = ""  # text, or a file of it, of which to print the tokens
+    tokenizer: str = ""  # what --show uses: byte, gpt2, ... or a tokenizer.json; empty: --out
+
+
 def show(tokenizer: Tokenizer, text: str) -> None:
     """One line per token: id and text; bytes where the token is not whole characters."""
     ids = tokenizer.encode(text)
     for i in ids:
-        token = tokenizer.decode_bytes([i])
-        try:
-            print(f"{i:8d}  {token.decode('utf-8')!r}")
-        except UnicodeDecodeError:
-            print(f"{i:8d}  {token!r}")
+        token = tokenizer.decode([i])
+        print(f"{i:8d}  {tokenizer.decode_bytes([i]) if chr(0xFFFD) in token else token!r}")
     print(f"{len(ids)} tokens, {len(text)} characters, {tokenizer.kind} vocabulary of {tokenizer.vocab_size}")
 
 
-def parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--train", metavar="FILE", help="learn a bpe vocabulary from this UTF-8 text")
-    parser.add_argument("--vocab_size", type=int, default=4096, help="ids in all, bytes and specials included [4096]")
-    parser.add_argument("--out", default="tokenizer.json", help="where --train writes [tokenizer.json]")
-    parser.add_argument("--show", metavar="TEXT_OR_FILE", help="print the tokens of a text")
-    parser.add_argument("--tokenizer", help="what --show uses: byte, gpt2, ... or a tokenizer.json [--out]")
-    return parser
-
-
 def main(argv: list[str] | None = None) -> None:
-    args = parser().parse_args(argv)
-    if args.train is None and args.show is None:
+    cfg = parse(Config, argv, __doc__)
+    if not cfg.train and not cfg.show:
         raise UserError("nothing to do; expected --train FILE or --show TEXT_OR_FILE (see --help)")
-    if args.train is not None:
-        documents = regex.split(r"(?m)^<\|endoftext\|>\r?(?:\n|\Z)", read_text(args.train))
-        tokenizer = make_tokenizer("bpe", documents, args.vocab_size)
-        tokenizer.save(args.out)
-        print(f"{args.out}: {tokenizer.vocab_size} tokens, fingerprint {tokenizer.fingerprint}")
-    if args.show is not None:
-        show(make_tokenizer(args.tokenizer or args.out),
-             read_text(args.show) if os.path.isfile(args.show) else args.show)
+    if cfg.train:
+        documents = regex.split(r"(?m)^<\|endoftext\|>\r?(?:\n|\Z)", read_text(cfg.train))
+        tokenizer = make_tokenizer("bpe", documents, cfg.vocab_size)
+        tokenizer.save(cfg.out)
+        print(f"{cfg.out}: {tokenizer.vocab_size} tokens, fingerprint {tokenizer.fingerprint}")
+    if cfg.show:
+        show(make_tokenizer(cfg.tokenizer or cfg.out), read_text(cfg.show) if os.path.isfile(cfg.show) else cfg.show)
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `--show book.txt | head` ends without a traceback
     run(main)

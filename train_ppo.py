@@ -44,7 +44,7 @@ import torch
 import torch.distributed as dist
 
 from checkpoint import claim, final_folder, load_checkpoint, load_model, save_checkpoint, save_final
-from common import Log, UserError, naming_lost_ranks, parse, require_positive, run, setup
+from common import Log, UserError, keep_lines, naming_lost_ranks, parse, require_positive, run, setup
 from corpus import TokenFile, prepare
 from data import CHAT_TEMPLATE, Windows, collate, encode_prompt, pack, shuffled
 from kernels import target_logp
@@ -354,17 +354,6 @@ def write_samples(file, step: int, records: list[Record], rollout: Rollout, toke
         file.write(json.dumps(line | ({"tag": record.tag} if record.tag else {}), ensure_ascii=False) + "\n")
 
 
-def keep_samples(path: str, start: int) -> None:
-    """Drop what an earlier life of the run has drawn after step `start`, and what a crash has left of a line."""
-    kept = []
-    if start and os.path.exists(path):
-        with open(path, encoding="utf-8", errors="replace") as file:
-            kept = [line for line in file if Log.step_of(line) <= start]
-    with open(path + ".tmp", "w", encoding="utf-8") as file:
-        file.writelines(kept)
-    os.replace(path + ".tmp", path)
-
-
 def evaluate(prompts: list[list[int]], tags: list[str], models: Models, zero: Zero, tokenizer, cfg: Config,
              env) -> tuple[dict, Rollout]:
     """Score, KL and length of one reply to each prompt, with the same random numbers at every evaluation."""
@@ -487,8 +476,7 @@ def main(argv=None) -> int:
         log.say(f"going on after step {start}" if found else f"--resume: nothing in {cfg.out} yet, starting fresh")
     if env.is_main:
         samples_path = os.path.join(cfg.out, "samples.jsonl")
-        with log.writing(samples_path):
-            keep_samples(samples_path, start)
+        keep_lines(samples_path, start)
 
     def evaluate_and_show(step: int) -> None:
         if not val:
