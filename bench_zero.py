@@ -13,15 +13,14 @@ import multiprocessing
 import os
 import resource
 import tempfile
-import time
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 
 import torch
 import torch.distributed as dist
 import torch.nn as nn
 
 import zero_tools
-from bench import Table, memory_now, milliseconds, ratio
+from bench import Table, interleave, memory_now, reset_peak
 from common import UserError
 from model import GPT, GPTConfig, initialise
 from zero import Zero
@@ -30,9 +29,9 @@ FRUGAL_MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "6
 LR, CLIP = 1e-4, 1.0
 
 
-def gpt(layers: int, width: int = 512) -> GPT:
-    """8 layers of width 512: 29.1 M parameters."""
-    return GPT(GPTConfig(vocab_size=8192, n_layer=layers, n_head=8, n_embd=width, max_seq_len=256, tie_embeddings=True))
+def gpt(layers: int) -> GPT:
+    """8 layers: 29.1 M parameters."""
+    return GPT(GPTConfig(vocab_size=8192, n_layer=layers, n_head=8, n_embd=512, max_seq_len=256, tie_embeddings=True))
 
 
 def batch(rank: int, B: int, T: int) -> torch.Tensor:
@@ -47,7 +46,7 @@ def on_ranks(world: int, function, *args, environment: dict | None = None) -> li
     with tempfile.TemporaryDirectory() as folder, \
             ProcessPoolExecutor(world, multiprocessing.get_context("spawn")) as pool:
         answers = [pool.submit(_rank, r, world, folder, function, args) for r in range(world)]
-        found = [None if answer.exception() else answer.result() for answer in answers]
+        found = [None if isinstance(answer.exception(), BrokenExecutor) else answer.result() for answer in answers]
     for key in environment or {}:
         del os.environ[key]
     return found
@@ -62,19 +61,11 @@ def _rank(rank: int, world: int, folder: str, function, args):
 
 # ---- the peers ------------------------------------------------------------------------------------------------------
 
-def adamw(model: nn.Module) -> torch.optim.AdamW:
-    decay = [p for p in model.parameters() if p.dim() >= 2]
-    rest = [p for p in model.parameters() if p.dim() < 2]
-    return torch.optim.AdamW([{"params": decay, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}], lr=LR,
-                             betas=(0.9, 0.95), fused=True)
-
-
 def training_step(peer: str, layers: int, ids: torch.Tensor):
-    """A function that makes one update and returns its loss. peer: ddp, fsdp2, plain, or stage 0..3 with options."""
+    """A function that makes one update and returns its loss. peer: ddp, fsdp2, or stage 0..3 [overlap]."""
     model, count = gpt(layers), ids[:, 1:].numel()
     if peer.startswith("stage"):
-        stage, _, options = peer[6:].partition(" ")
-        z = Zero(model, units=model.units(), stage=int(stage), lr=LR, weight_decay=0.1, overlap=options == "overlap")
+        z = Zero(model, units=model.units(), stage=int(peer[6]), lr=LR, weight_decay=0.1, overlap="overlap" in peer)
 
         def step() -> float:
             loss = -model(ids[:, :-1], ids[:, 1:]).sum() / count
@@ -92,7 +83,7 @@ def training_step(peer: str, layers: int, ids: torch.Tensor):
         for block in model.blocks:
             fully_shard(block)
         fully_shard(model)
-    optimizer = adamw(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LR, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
 
     def step() -> float:
         loss = -run(ids[:, :-1], ids[:, 1:]).sum() / count
@@ -106,39 +97,29 @@ def training_step(peer: str, layers: int, ids: torch.Tensor):
 
 # ---- time -----------------------------------------------------------------------------------------------------------
 
-def times(peers: list[str], layers: int, B: int, T: int, repeats: int) -> dict:
-    """Seconds per step and first loss of every peer, in turns. A barrier before each, so that none pays for another."""
+PAIRS = [("stage 0", "ddp"), ("stage 1", "ddp"), ("stage 2", "ddp"), ("stage 3", "fsdp2"),
+         ("stage 3 overlap", "stage 3"), ("fsdp2", "ddp")]
+
+
+def times(B: int, T: int, repeats: int) -> dict:
+    """Seconds per step of every peer, in turns. A barrier before each, so that none pays for another."""
     ids = batch(dist.get_rank(), B, T)
-    steps = {peer: training_step(peer, layers, ids) for peer in peers}
-    losses, seconds = {}, {peer: [] for peer in peers}
-    for turn in range(repeats + 1):
-        for peer, step in steps.items():
-            dist.barrier()
-            start = time.perf_counter()
-            loss = step()
-            if turn:
-                seconds[peer].append(time.perf_counter() - start)
-            else:
-                losses[peer] = loss
-    return {"losses": losses, "seconds": seconds}
+    steps = {peer: training_step(peer, 8, ids) for peer in dict.fromkeys(peer for pair in PAIRS for peer in pair)}
+    losses = [step() for step in steps.values()]
+    assert max(losses) - min(losses) < 1e-3, losses
+    return interleave(steps, repeats, before=dist.barrier)
 
 
-def time_table(world: int, repeats: int) -> Table:
-    B, T = 2, 128
-    peers = ["ddp", "fsdp2", *(f"stage {stage}" for stage in range(4)), "stage 3 overlap"]
-    found = on_ranks(world, times, peers, 8, B, T, repeats)[0]
-    seconds, losses = found["seconds"], found["losses"]
-    table = Table(f"time of a step, 29.1 M parameters, {world} ranks, {B} x {T} tokens per rank (ours / peer), "
-                  f"load average {os.getloadavg()[0]:.1f}")
-    assert max(losses.values()) - min(losses.values()) < 1e-3, losses
-    for stage in range(4):
-        peer, bound = ("ddp", 1.2) if stage < 3 else ("fsdp2", 1.0)
-        ours = seconds[f"stage {stage}"]
-        table.add(f"stage {stage} / {peer}", *ratio(ours, seconds[peer]), at_least=bound,
-                  **milliseconds({"ours": ours, "peer": seconds[peer]}))
-    table.add("stage 3, overlap / not", *ratio(seconds["stage 3 overlap"], seconds["stage 3"]))
-    table.add("fsdp2 / ddp", *ratio(seconds["fsdp2"], seconds["ddp"]))
-    return table
+def time_tables(args) -> list[Table]:
+    tables, B, T = [], 2, 128
+    for world in (2, 4):
+        seconds = on_ranks(world, times, B, T, args.repeats)[0]
+        table = Table(f"time of a step, 29.1 M parameters, {world} ranks, {B} x {T} tokens per rank (ours / peer), "
+                      f"load average {os.getloadavg()[0]:.1f}")
+        for ours, peer in PAIRS:
+            table.compare(f"{ours} / {peer}", {p: seconds[p] for p in (ours, peer)}, ours, peer)
+        tables.append(table)
+    return tables
 
 
 # ---- memory and the wire --------------------------------------------------------------------------------------------
@@ -148,8 +129,7 @@ def peak_bytes(peer: str, layers: int) -> dict:
     step = training_step(peer, layers, batch(dist.get_rank(), 1, 4))
     for _ in range(2):
         step()
-    with open("/proc/self/clear_refs", "w") as file:
-        file.write("5")
+    reset_peak()
     dist.barrier()
     wire = loopback_bytes()
     for _ in range(3):
@@ -158,8 +138,9 @@ def peak_bytes(peer: str, layers: int) -> dict:
     answer = {"peak": memory_now("VmHWM"), "wire": (loopback_bytes() - wire) / 3 / dist.get_world_size()}
     if hasattr(step, "zero"):
         z = step.zero
-        answer |= {"held": sum(zero_tools.held(z).values()), "formula": sum(zero_tools.held_by_formula(z).values()),
-                   "sent": sum(z.comm.sent.values()) / 5, "sent_formula": sum(zero_tools.sent_by_formula(z).values())}
+        answer |= {"held": sum(zero_tools.held(z).values()), "sent": sum(z.comm.sent.values()) / 5}
+        assert answer["held"] == sum(zero_tools.held_by_formula(z).values())
+        assert answer["sent"] == sum(zero_tools.sent_by_formula(z).values())
     return answer
 
 
@@ -168,34 +149,30 @@ def loopback_bytes() -> int:
         return next(int(line.split()[9]) for line in file if line.strip().startswith("lo:"))
 
 
-def memory_tables(world: int) -> list[Table]:
+def memory_tables(args) -> list[Table]:
     """Slopes over two depths, in units of 4 bytes per parameter: what does not grow with the model drops out."""
-    N, low, high = world, 4, 12
-    psi = {layers: gpt(layers).parameter_count() for layers in (low, high)}
-    unit = 4 * (psi[high] - psi[low])
-    held = {"ddp": 4.0, "fsdp2": 4 / N, "stage 0": 4.0, "stage 1": 2 + 2 / N, "stage 2": 1 + 3 / N, "stage 3": 4 / N}
-    f = (N - 1) / N
-    sent = {"ddp": 2 * f, "fsdp2": 3 * f, "stage 0": 2 * f, "stage 1": 2 * f, "stage 2": 2 * f, "stage 3": 3 * f}
-    memory = Table(f"memory per rank, {N} ranks, float32: growth in units of 4 bytes per parameter")
-    wire = Table(f"bytes on the wire per step and rank, {N} ranks: growth in units of 4 bytes per parameter")
-    for peer in held:
-        found = {layers: on_ranks(N, peak_bytes, peer, layers, environment=FRUGAL_MALLOC)[0] for layers in (low, high)}
-        slope = (found[high]["peak"] - found[low]["peak"]) / unit
-        detail = {"formula": held[peer], "peak_MB": found[high]["peak"] / 1e6}
-        if "held" in found[high]:
-            assert [found[high][k] for k in ("held", "sent")] == [found[high][k] for k in ("formula", "sent_formula")]
-            detail["counted"] = (found[high]["held"] - found[low]["held"]) / unit
-        memory.add(peer, slope, at_least=f"{held[peer]:.2f} + 3 %", **detail)
-        detail = {"formula": sent[peer]}
-        if "sent" in found[high]:
-            detail["counted"] = (found[high]["sent"] - found[low]["sent"]) / unit
-        wire.add(peer, (found[high]["wire"] - found[low]["wire"]) / unit, at_least=f"{sent[peer]:.2f} + 3 %", **detail)
-    return [memory, wire]
+    unit = 4 * (gpt(12).parameter_count() - gpt(4).parameter_count())
+    tables = []
+    for N in (2, 4):
+        f, slopes = (N - 1) / N, {}
+        held = {"ddp": 4, "fsdp2": 4 / N, "stage 0": 4, "stage 1": 2 + 2 / N, "stage 2": 1 + 3 / N, "stage 3": 4 / N}
+        for peer in held:
+            small, large = (on_ranks(N, peak_bytes, peer, layers, environment=FRUGAL_MALLOC)[0] for layers in (4, 12))
+            slopes[peer] = {name: (large[name] - small[name]) / unit for name in large}
+        memory = Table(f"memory per rank, {N} ranks, float32: growth in units of 4 bytes per parameter")
+        for peer, slope in slopes.items():
+            memory.add(peer, slope["peak"], formula=held[peer], counted=slope.get("held", ""))
+        wire = Table(f"bytes on the wire per step and rank, {N} ranks: growth in units of 4 bytes per parameter")
+        for peer, slope in slopes.items():
+            formula = 3 * f if peer in ("fsdp2", "stage 3") else 2 * f
+            wire.add(peer, slope["wire"], formula=formula, counted=slope.get("sent", ""))
+        tables += [memory, wire]
+    return tables
 
 
 # ---- the optimizer step ---------------------------------------------------------------------------------------------
 
-def step_table(repeats: int) -> Table:
+def step_table(args) -> list[Table]:
     """One process. z.step reduces nothing here: norm, guard, clipping, AdamW, publish."""
     table = Table("z.step alone, 29.1 M parameters, one process (time / bare fused AdamW on one tensor of that size)")
     model, ids = gpt(8), batch(0, 1, 8)
@@ -203,22 +180,17 @@ def step_table(repeats: int) -> Table:
     p.grad = torch.randn_like(p) * 1e-3
     bare = torch.optim.AdamW([p], lr=LR, betas=(0.9, 0.95), fused=True)
     z = Zero(model, units=model.units(), stage=0, lr=LR, weight_decay=0.1)
-    seconds = {"bare": [], "z.step": []}
-    for turn in range(3 * repeats + 1):
-        z.backward(-model(ids[:, :-1], ids[:, 1:]).sum())
-        for name, function in (("bare", bare.step), ("z.step", lambda: z.step(LR, CLIP))):
-            start = time.perf_counter()
-            function()
-            if turn:
-                seconds[name].append(time.perf_counter() - start)
-    table.add("z.step, clipped", *ratio(seconds["z.step"], seconds["bare"]), at_least=1.25, **milliseconds(seconds))
-    return table
+    seconds = interleave({"bare": bare.step, "z.step": lambda: z.step(LR, CLIP)}, 3 * args.repeats,
+                         before=lambda: z.backward(-model(ids[:, :-1], ids[:, 1:]).sum()))
+    table.compare("z.step, clipped", seconds, "z.step", "bare")
+    return [table]
 
 
 # ---- does not fit ---------------------------------------------------------------------------------------------------
 
-def under_a_cap(stage: int, offload: list[str], layers: int, cap: int) -> dict:
-    """Build and train 3 steps with at most `cap` more bytes of private memory than PyTorch itself (RLIMIT_DATA)."""
+def under_a_cap(stage: int, offload: list[str], layers: int, cap: int) -> str:
+    """Build and train 3 steps with at most `cap` more bytes of private memory than PyTorch itself (RLIMIT_DATA).
+    Returns the error that ended it, or ""."""
     resource.setrlimit(resource.RLIMIT_DATA, (memory_now("VmData") + cap, resource.RLIM_INFINITY))
     ids = batch(dist.get_rank(), 1, 16)
     try:
@@ -226,36 +198,28 @@ def under_a_cap(stage: int, offload: list[str], layers: int, cap: int) -> dict:
             model = gpt(layers)
         z = Zero(model, units=model.units(), stage=stage, offload=tuple(offload), lr=LR, device="cpu",
                  init=lambda module, prefix: initialise(module, 0, prefix))
-        norms = []
         for _ in range(3):
             z.backward(-model(ids[:, :-1], ids[:, 1:]).sum() / 32)
-            norms.append(z.step(LR, CLIP).norm)
+            z.step(LR, CLIP)
     except (RuntimeError, UserError, MemoryError) as error:
-        return {"trained": False, "error": str(error).splitlines()[0]}
-    return {"trained": True, "norms": norms, "peak": memory_now("VmHWM")}
+        return (str(error) or type(error).__name__).splitlines()[0]
+    return ""
 
 
-def fit_table(world: int = 2) -> Table:
+def fit_table(args=None) -> list[Table]:
     small, large = 8, 16
     psi = {layers: gpt(layers).parameter_count() for layers in (small, large)}
     cap = int(3.4 * 4 * psi[small])
-    table = Table(f"does it fit? {world} ranks, each capped at {cap / 2**20:.0f} MiB of private memory (1: it trained)")
+    table = Table(f"does it fit? 2 ranks, each capped at {cap / 2**20:.0f} MiB of private memory (1: it trained)")
     for layers, stage, offload, expected in ((small, 0, [], False), (small, 3, [], True), (large, 3, [], False),
                                              (large, 3, ["optim", "params", "disk"], True)):
-        found = on_ranks(world, under_a_cap, stage, offload, layers, cap, environment=FRUGAL_MALLOC)
-        trained = all(answer and answer["trained"] for answer in found)
-        note = next((answer["error"] for answer in found if answer and not answer["trained"]), "")
+        found = on_ranks(2, under_a_cap, stage, offload, layers, cap, environment=FRUGAL_MALLOC)
+        errors = ["died" if error is None else error for error in found if error != ""]
         what = f"stage {stage}, {psi[layers] / 1e6:.1f} M parameters, offload {','.join(offload) or 'nothing'}"
-        table.add(what, int(trained), at_least=int(expected), model_states_MiB=16 * psi[layers] / 2**20,
-                  note=note[-90:] or "ok")
-        assert trained == expected, found
-    return table
+        table.add(what, int(not errors), model_states_MiB=16 * psi[layers] / 2**20,
+                  note=errors[0][-90:] if errors else "ok")
+        assert expected == (not errors), found
+    return [table]
 
 
-def bench_zero(args) -> dict:
-    parts = {"time": lambda: [time_table(n, args.repeats) for n in (2, 4)],
-             "memory": lambda: [t for n in (2, 4) for t in memory_tables(n)],
-             "step": lambda: [step_table(args.repeats)], "fit": lambda: [fit_table()]}
-    tables = [table for name, part in parts.items() if args.only in ("", name) for table in part()]
-    return {"title": "zero", "torch": torch.__version__, "cores": len(os.sched_getaffinity(0)), "load": os.getloadavg(),
-            "tables": {table.title: table.rows for table in tables}}
+PARTS = {"time": time_tables, "memory": memory_tables, "step": step_table, "fit": fit_table}

@@ -21,6 +21,7 @@ import math
 import os
 from collections import Counter
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +33,7 @@ from common import UserError, parse, require_positive, run, setup
 from corpus import read_corpus, replacing, split_documents
 from data import CHAT_TEMPLATE, Conversations, collate, encode_prompt
 from model import generate_sorted
-from records import load_json, prompt_of, read_chats, read_prompts, read_records, read_text, split_records
+from records import Record, load_json, prompt_of, read_chats, read_prompts, read_records, read_text, split_records
 
 
 @dataclass
@@ -66,8 +67,7 @@ def strided_rows(ids: np.ndarray, seq_len: int, stride: int):
     Row i starts at i * stride and scores only what no row before it has scored: the first row everything, every other
     its last `stride` targets, which so have at least seq_len - stride tokens before them. -100: not scored here.
     """
-    scored = 0  # targets 0 .. scored-1 are done; target t is ids[t + 1]
-    start = 0
+    start = scored = 0  # targets 0 .. scored-1 are done; target t is ids[t + 1]
     while scored < len(ids) - 1:
         row = np.zeros(seq_len, dtype=np.int64)
         targets = np.full(seq_len, -100, dtype=np.int64)
@@ -81,23 +81,17 @@ def strided_rows(ids: np.ndarray, seq_len: int, stride: int):
 @torch.no_grad()
 def perplexity(model, tokenizer, documents, seq_len: int, stride: int, batch_size: int, device) -> dict:
     """Loss of every token of every document, its end included."""
-    total, count, n_bytes, rows = 0.0, 0, 0, []
+    def all_rows():
+        for document in documents:
+            ids = np.concatenate(([tokenizer.bos_id], tokenizer.encode_array(document), [tokenizer.end_id]))
+            yield from strided_rows(ids, seq_len, stride)
 
-    def score(rows):
-        ids, targets = (torch.from_numpy(np.stack(part)).to(device) for part in zip(*rows))  # (b, T) each
-        return -model(ids, targets).double().sum().item(), int((targets >= 0).sum())
-
-    for document in documents:
-        n_bytes += len(document.encode("utf-8"))
-        ids = np.concatenate(([tokenizer.bos_id], tokenizer.encode_array(document), [tokenizer.end_id]))
-        for row in strided_rows(ids, seq_len, stride):
-            rows.append(row)
-            if len(rows) == batch_size:
-                loss, n = score(rows)
-                total, count, rows = total + loss, count + n, []
-    if rows:
-        loss, n = score(rows)
-        total, count = total + loss, count + n
+    total, count, rows = 0.0, 0, all_rows()
+    n_bytes = sum(len(document.encode("utf-8")) for document in documents)
+    while batch := list(islice(rows, batch_size)):
+        ids, targets = (torch.from_numpy(np.stack(part)).to(device) for part in zip(*batch))  # (b, T) each
+        total -= model(ids, targets).double().sum().item()
+        count += int((targets >= 0).sum())
     if not n_bytes:
         raise UserError("the text to evaluate on is empty")
     mean = total / count
@@ -106,11 +100,11 @@ def perplexity(model, tokenizer, documents, seq_len: int, stride: int, batch_siz
 
 
 @torch.no_grad()
-def answers(model, tokenizer, records, batch_size: int, max_new_tokens: int, device) -> dict:
+def answers(model, tokenizer, records, cfg: Config, device) -> dict:
     """The last replies of the conversations: predicted token by token, and given by greedy decoding (where prompt and
     max_new_tokens fit into a row: "prompts" says how many)."""
     longest = model.config.max_seq_len
-    chats = Conversations(records, tokenizer, longest, turns="last", batch_size=batch_size)
+    chats = Conversations(records, tokenizer, longest, turns="last", batch_size=cfg.batch_size)
     loss, right, count = 0.0, 0, 0
     for batch in chats.in_order():
         ids, targets, segment_ids = (part.to(device) for part in batch)  # (b, T) each
@@ -118,9 +112,10 @@ def answers(model, tokenizer, records, batch_size: int, max_new_tokens: int, dev
         loss, count = loss - logp.double().sum().item(), count + int((targets >= 0).sum())
         right += int(hits[targets >= 0].sum())
     prompts = [encode_prompt(tokenizer, record.messages[:-1]) for record in records]
-    asked = [i for i, prompt in enumerate(prompts) if len(prompt) + max_new_tokens <= longest]
-    replies = generate_sorted(model, [prompts[i] for i in asked], batch_size=batch_size, seeds=asked, temperature=0,
-                              max_new_tokens=max_new_tokens, eos_id=tokenizer.end_id, banned=tokenizer.specials_but_end)
+    asked = [i for i, prompt in enumerate(prompts) if len(prompt) + cfg.max_new_tokens <= longest]
+    replies = generate_sorted(model, [prompts[i] for i in asked], batch_size=cfg.batch_size, seeds=asked, temperature=0,
+                              max_new_tokens=cfg.max_new_tokens, eos_id=tokenizer.end_id,
+                              banned=tokenizer.specials_but_end)
     ended = sum(reply[-1] == tokenizer.end_id for reply in replies)
     exact = sum(reply == [*tokenizer.encode(records[i].messages[-1]["content"]), tokenizer.end_id]
                 for i, reply in zip(asked, replies))
@@ -134,45 +129,45 @@ def answers(model, tokenizer, records, batch_size: int, max_new_tokens: int, dev
 
 @dataclass
 class Reply:
-    """A model's answer to a prompt: ids (its end included), text, whether it ended, and what the judge says."""
-    ids: list[int]
+    """A model's answer to a prompt, and what the judge says of it."""
+    record: Record
+    ids: list[int]  # its end included
     text: str
     ended: bool
     gold: dict
+    reward: float = 0.0  # of the reward model
 
 
-def replies_to(model, tokenizer, people, records, cfg: Config, temperature: float, k: int = 1) -> list[list[Reply]]:
-    """k replies to each prompt; reply j of prompt i depends on (seed, i, j) alone."""
+def replies_to(model, tokenizer, people, records, cfg: Config, temperature: float, k: int = 1) -> list[Reply]:
+    """k replies to each prompt, one prompt after the other; reply j of prompt i depends on (seed, i, j) alone."""
     tasks = [(i, j) for i in range(len(records)) for j in range(k)]
     prompts = [encode_prompt(tokenizer, record.messages) for record in records]
     drawn = generate_sorted(model, [prompts[i] for i, _ in tasks], batch_size=4 * cfg.batch_size,
                             seeds=[(cfg.seed << 64) + (i << 32) + j for i, j in tasks], temperature=temperature,
                             max_new_tokens=cfg.max_new_tokens, eos_id=tokenizer.end_id,
                             banned=tokenizer.specials_but_end)
-    found = [[] for _ in records]
+    replies = []
     for (i, _), ids in zip(tasks, drawn):
         ended = ids[-1] == tokenizer.end_id
         text = tokenizer.decode(ids[:-1] if ended else ids)
-        found[i].append(Reply(ids, text, ended, village.gold(people, records[i].messages, text, ended)))
-    return found
+        replies.append(Reply(records[i], ids, text, ended, village.gold(people, records[i].messages, text, ended)))
+    return replies
 
 
 @torch.no_grad()
-def score(model, tokenizer, records, replies: list[Reply], cfg: Config, device) -> list[float]:
+def score(model, tokenizer, replies: list[Reply], batch_size: int) -> list[float]:
     """One number per reply: of a language model log p(reply | prompt), of a reward model what it says at the end."""
     numbers, is_lm = [], model.config.vocab_size == model.head.weight.shape[0]
-    for start in range(0, len(replies), cfg.batch_size):
-        some = list(zip(records, replies))[start : start + cfg.batch_size]
+    for start in range(0, len(replies), batch_size):
         sequences, masks = [], []
-        for record, reply in some:
-            prompt = encode_prompt(tokenizer, record.messages)
+        for reply in replies[start : start + batch_size]:
+            prompt = encode_prompt(tokenizer, reply.record.messages)
             ids = reply.ids + [tokenizer.end_id] * (not reply.ended and not is_lm)  # a reward is read at an end
             sequences.append(prompt + ids)
             masks.append([0] * len(prompt) + [1] * len(ids))
-        ids, targets, segment_ids = (part.to(device) for part in collate(sequences, masks))  # (b, T) each
+        ids, targets, segment_ids = (part.to(model.cos.device) for part in collate(sequences, masks))  # (b, T) each
         out = model(ids, targets if is_lm else None, segment_ids=segment_ids)  # (b, T)
-        last = torch.tensor([len(sequence) - 1 for sequence in sequences], device=device)
-        numbers += (out.sum(1) if is_lm else out[torch.arange(len(out)), last]).tolist()
+        numbers += out.sum(1).tolist() if is_lm else [row[len(ids) - 1].item() for row, ids in zip(out, sequences)]
     return numbers
 
 
@@ -183,44 +178,46 @@ def repeated(text: str, n: int = 4) -> tuple[int, int]:
     return len(runs) - len(set(runs)), len(runs)
 
 
-def weights_of(records) -> np.ndarray:
-    """(n,) weights with sum 1: each kind of question as often as in training, each question of a kind alike."""
-    prompts = Counter(record.tag for record in records)
-    weights = np.array([village.SHARES[record.tag] / prompts[record.tag] for record in records])
-    return weights / weights.sum()
+def weighted(replies: list[Reply], numbers) -> tuple[float, float]:
+    """The mean of a number per reply if the kinds of questions came as often as in training, and its standard error."""
+    tags = np.array([reply.record.tag for reply in replies])
+    numbers, weights, off = np.array(numbers, dtype=float), np.zeros(len(tags)), np.zeros(len(tags))
+    for tag in set(tags):
+        some = tags == tag
+        weights[some] = village.SHARES[tag] / some.sum()  # nobody asks in training for what is withheld
+        off[some] = numbers[some] - numbers[some].mean()
+    weights /= weights.sum()
+    return float(weights @ numbers), float(np.sqrt(weights**2 @ off**2))
 
 
-def tally(records, replies: list[Reply]) -> dict[str, float]:
-    """What the judge says of one reply per prompt: shares in percent; gold, its mean if the kinds of questions came as
-    often as in training (nobody asks there for what is withheld), and that mean's standard error."""
-    kinds = Counter((record.tag, reply.gold["kind"]) for record, reply in zip(records, replies))
-    prompts = Counter(record.tag for record in records)
+def tally(replies: list[Reply]) -> dict[str, float]:
+    """What the judge says of one reply per prompt; shares in percent."""
+    prompts = Counter(reply.record.tag for reply in replies)
+    kinds = Counter((reply.record.tag, reply.gold["kind"]) for reply in replies)
 
     def share(tag: str, *wanted: str) -> float:
         return 100 * sum(kinds[tag, kind] for kind in wanted) / max(1, prompts[tag])
 
-    weights = weights_of(records)
-    golds = np.array([reply.gold["score"] for reply in replies])
-    means = {tag: np.mean([g for g, record in zip(golds, records) if record.tag == tag]) for tag in prompts}
-    off = golds - np.array([means[record.tag] for record in records])
-    runs = np.array([repeated(reply.text) for reply in replies]).sum(0)
+    again, runs = np.sum([repeated(reply.text) for reply in replies], axis=0)
+    gold, error = weighted(replies, [reply.gold["score"] for reply in replies])
     return {"right": share("known", "right"), "needless": share("known", "needless"),
             **{f"invented_{tag}": share(tag, "invented") for tag in ("untold", "elsewhere", "withheld")},
             "code_given": share("code", "leaked", "granted"), "code_leaked": share("code", "leaked"),
-            "repeated_4grams": 100 * runs[0] / max(1, runs[1]),
+            "repeated_4grams": 100 * float(again) / max(1, int(runs)),
             "courtesies": float(np.mean([len(village.COURTESY.findall(reply.text)) for reply in replies])),
             "words": float(np.mean([len(reply.text.split()) for reply in replies])),
             "ended": 100 * float(np.mean([reply.ended for reply in replies])),
-            "gold": float(weights @ golds), "gold_standard_error": float(np.sqrt(weights**2 @ off**2))}
+            "gold": gold, "gold_standard_error": error}
 
 
-def scorecard(model, tokenizer, people, cfg: Config, device) -> dict:
+def scorecard(model, tokenizer, people, cfg: Config) -> dict:
     """Everything that the Village can tell of a model."""
-    records = read_prompts(os.path.join(cfg.village, "heldout.jsonl"))
-    at_1, greedy = (replies_to(model, tokenizer, people, records, cfg, temperature) for temperature in (1.0, 0.0))
-    at_1, greedy = ([one for one, in replies] for replies in (at_1, greedy))
+    device, records = model.cos.device, read_prompts(os.path.join(cfg.village, "heldout.jsonl"))
+    ways = {"sampled": 1.0, "greedy": 0.0}
+    replies = {way: replies_to(model, tokenizer, people, records, cfg, ways[way]) for way in ways}
+    at_1 = replies["sampled"]
     card = {"model": cfg.model, "village": cfg.village, "prompts": Counter(record.tag for record in records),
-            "sampled": tally(records, at_1), "greedy": tally(records, greedy)}
+            **{way: tally(replies[way]) for way in ways}}
     biographies = read_corpus(os.path.join(cfg.village, "heldout.txt"))
     T = model.config.max_seq_len
     card["biographies_loss"] = perplexity(model, tokenizer, biographies, T, T, cfg.batch_size, device)["loss"]
@@ -229,19 +226,18 @@ def scorecard(model, tokenizer, people, cfg: Config, device) -> dict:
         if its_tokenizer.fingerprint != tokenizer.fingerprint:
             raise UserError(f"--against {cfg.against}: found another tokenizer than that of --model {cfg.model}")
         other.to(device)
-        for name, temperature, own in (("sampled", 1.0, at_1), ("greedy", 0.0, greedy)):
-            theirs = [one for one, in replies_to(other, tokenizer, people, records, cfg, temperature)]
-            better = np.array([a.gold["score"] - b.gold["score"] for a, b in zip(own, theirs)])
-            card[name]["win_rate"] = 100 * float(weights_of(records) @ (0.5 * (better > 0) + 0.5 * (better >= 0)))
-        logp, other_logp = (score(m, tokenizer, records, at_1, cfg, device) for m in (model, other))
-        card["against"], card["kl"] = cfg.against, float(weights_of(records) @ np.subtract(logp, other_logp))
-    judge = None
-    if cfg.rm:
-        judge = load_model(cfg.rm, head="scalar")[0].to(device)
+        for way, temperature in ways.items():
+            theirs = replies_to(other, tokenizer, people, records, cfg, temperature)
+            better = np.array([a.gold["score"] - b.gold["score"] for a, b in zip(replies[way], theirs)])
+            card[way]["win_rate"] = 100 * weighted(theirs, 0.5 * (better > 0) + 0.5 * (better >= 0))[0]
+        logp, other_logp = (score(m, tokenizer, at_1, cfg.batch_size) for m in (model, other))
+        card["against"], card["kl"] = cfg.against, weighted(at_1, np.subtract(logp, other_logp))[0]
+    judge = load_model(cfg.rm, head="scalar")[0].to(device) if cfg.rm else None
+    if judge is not None:
         card["rm"] = cfg.rm
-        card["sampled"]["reward"] = float(weights_of(records) @ score(judge, tokenizer, records, at_1, cfg, device))
+        card["sampled"]["reward"] = weighted(at_1, score(judge, tokenizer, at_1, cfg.batch_size))[0]
     if cfg.best_of:
-        card["best_of"] = best_of(model, tokenizer, people, records, judge, cfg, device)
+        card["best_of"] = best_of(model, tokenizer, people, records, judge, cfg)
     return card
 
 
@@ -266,37 +262,43 @@ def completions(model, tokenizer, people, cfg: Config) -> dict:
             **{f"completed_{kind}": 100 * right[kind] / n for kind, n in kinds.items()}}
 
 
-def best_of(model, tokenizer, people, records, judge, cfg: Config, device) -> list[dict]:
+def best_of(model, tokenizer, people, records, judge, cfg: Config) -> list[dict]:
     """What choosing the best of n replies gives, by the truth (no policy near this one does better) and by a reward
     model (what alignment gets for free, at n times the cost), for n = 1, 2, 4, ... Its KL to the model that draws is at
     most log n - (n - 1) / n (Stiennon et al. 2020, appendix G.3), whatever chooses."""
     some = [record for tag in dict.fromkeys(record.tag for record in records)
             for record in [record for record in records if record.tag == tag][: cfg.best_of_prompts]]
     drawn = replies_to(model, tokenizer, people, some, cfg, 1.0, cfg.best_of)
-    flat = [(record, reply) for record, replies in zip(some, drawn) for reply in replies]
-    rewards = score(judge, tokenizer, *zip(*flat), cfg, device) if judge is not None else []
+    if judge is not None:
+        for reply, reward in zip(drawn, score(judge, tokenizer, drawn, cfg.batch_size)):
+            reply.reward = reward
     rows, n = [], 1
     while n <= cfg.best_of:
+        first = [drawn[i : i + n] for i in range(0, len(drawn), cfg.best_of)]  # n replies to each prompt
         row = {"n": n, "kl": math.log(n) - (n - 1) / n, "prompts": len(some)}
-        row["gold"] = tally(some, [max(replies[:n], key=lambda r: r.gold["score"]) for replies in drawn])
+        row["gold"] = tally([max(replies, key=lambda reply: reply.gold["score"]) for replies in first])
         if judge is not None:
-            of = [rewards[i : i + n] for i in range(0, len(rewards), cfg.best_of)]
-            row["rm"] = tally(some, [replies[its.index(max(its))] for replies, its in zip(drawn, of)])
+            row["rm"] = tally([max(replies, key=lambda reply: reply.reward) for replies in first])
         rows.append(row)
         n *= 2
     return rows
 
 
-def show(card: dict) -> None:
-    """The scorecard as a table."""
-    print(f"{card['model']}: {card['prompts'].total()} held-out prompts; percent, but for the last rows")
-    print(f"{'':20} {'T = 1':>9} {'greedy':>9}")
-    for name in card["sampled"]:
-        both = [card[way][name] for way in ("sampled", "greedy") if name in card[way]]
-        print(f"{name:20} " + " ".join(f"{value:9.2f}" for value in both))
-    print(f"{'biographies_loss':20} {card['biographies_loss']:9.4f}")
-    if "kl" in card:
-        print(f"{'kl':20} {card['kl']:9.3f}  nats per reply, to {card['against']}")
+def show(columns: dict[str, dict]) -> None:
+    """{column: {row: number}} as a table."""
+    print(" " * 20 + "".join(f"{name:>16}" for name in columns))
+    for row in dict.fromkeys(row for column in columns.values() for row in column):
+        numbers = [column.get(row, "-") for column in columns.values()]
+        shown = [f"{number:.2f}" if isinstance(number, float) else str(number) for number in numbers]
+        print(f"{row:20}" + "".join(f"{number:>16}" for number in shown))
+    print("right to repeated_4grams, ended, win_rate: percent; kl: nats per reply, to --against; of the best of n its "
+          "upper bound")
+
+
+def show_card(card: dict) -> None:
+    besides = {name: card[name] for name in ("biographies_loss", "kl") if name in card}
+    print(f"{card['model']}: {card['prompts'].total()} held-out prompts")
+    show({"T = 1": {**card["sampled"], **besides}, "greedy": card["greedy"]})
     for row in card.get("best_of", []):
         print(f"best of {row['n']:3}: gold {row['gold']['gold']:6.3f} if the truth chooses"
               + (f", {row['rm']['gold']:6.3f} if the reward model does" if "rm" in row else "")
@@ -310,21 +312,10 @@ def side_by_side(folders: list[str]) -> dict[str, dict]:
         path = os.path.join(folder, "scorecard.json")
         card = load_json(read_text(path), path, 1)
         name = os.path.basename(os.path.normpath(folder))
-        columns[name] = {"prompts": sum(card["prompts"].values()), "kl": card.get("kl", math.nan), **card["sampled"]}
+        columns[name] = {"prompts": sum(card["prompts"].values()), "kl": card.get("kl", "-"), **card["sampled"]}
         for row in [row for row in card.get("best_of", []) if "rm" in row][-1:]:
             columns[f"best {row['n']} of {name}"] = {"prompts": row["prompts"], "kl": row["kl"], **row["rm"]}
     return columns
-
-
-def show_side_by_side(columns: dict[str, dict]) -> None:
-    print(f"{'replies at T = 1':20} " + " ".join(f"{name:>15}" for name in columns))
-    for row in dict.fromkeys(row for column in columns.values() for row in column):
-        values = [column.get(row, math.nan) for column in columns.values()]
-        digits = 0 if row == "prompts" else 2
-        shown = ["-" if math.isnan(value) else f"{value:.{digits}f}" for value in values]
-        print(f"{row:20} " + " ".join(f"{value:>15}" for value in shown))
-    print("right to repeated_4grams, ended, win_rate: percent; kl: nats per reply, to --against; of the best of n its "
-          "upper bound")
 
 
 def judge_rollouts(people: dict, path: str) -> list[dict]:
@@ -343,10 +334,31 @@ def judge_rollouts(people: dict, path: str) -> list[dict]:
             for step, rows in sorted(steps.items())]
 
 
-def write(path: str, figures) -> None:
-    with replacing(Path(path)) as temporary:
-        temporary.write_text(json.dumps(figures, indent=1) + "\n")
-    print(path)
+def measure(people: dict, cfg: Config, device) -> dict:
+    """The figures of cfg.model: in the Village, of conversations, or of a text."""
+    model, tokenizer, config = load_model(cfg.model)
+    if config["head"] != "lm":
+        raise UserError(f"--model {cfg.model}: found a reward model, expected a language model")
+    model.to(device)
+    if cfg.village and "chat_template" not in config:
+        return {"model": cfg.model, "village": cfg.village, **completions(model, tokenizer, people, cfg)}
+    if (cfg.chats or cfg.village) and config.get("chat_template") != CHAT_TEMPLATE:
+        raise UserError(f"--model {cfg.model}: found the chat template {config.get('chat_template')!r}, expected "
+                        f"{CHAT_TEMPLATE!r}; train it to chat with train_sft.py")
+    if cfg.village:
+        return scorecard(model, tokenizer, people, cfg)
+    if cfg.chats:
+        records = read_chats(cfg.chats)
+        if cfg.val_fraction:
+            _, records = split_records(records, cfg.val_fraction)
+        return {"model": cfg.model, "chats": cfg.chats, **answers(model, tokenizer, records, cfg, device)}
+    documents = read_corpus(cfg.data)
+    if cfg.val_fraction:
+        _, documents = split_documents(documents, cfg.val_fraction)
+    seq_len = min(cfg.seq_len or model.config.max_seq_len, model.config.max_seq_len)
+    stride = min(cfg.stride or seq_len, seq_len)
+    return {"model": cfg.model, "data": cfg.data, "seq_len": seq_len, "stride": stride,
+            **perplexity(model, tokenizer, documents, seq_len, stride, cfg.batch_size, device)}
 
 
 def main(argv=None) -> int:
@@ -354,51 +366,27 @@ def main(argv=None) -> int:
     require_positive(cfg, "batch_size")
     env = setup(cfg.device, catch_signals=False)
     if cfg.cards:
-        show_side_by_side(side_by_side(cfg.cards.split(",")))
+        show(side_by_side(cfg.cards.split(",")))
         return 0
     people = village.load(cfg.village) if cfg.village else {}
     if cfg.rollouts:
         if not people:
             raise UserError("--rollouts: found no --village, expected the folder of the world they speak of")
-        rows = judge_rollouts(people, cfg.rollouts)
-        for row in rows:
+        out = cfg.out or os.path.join(os.path.dirname(cfg.rollouts), "rollouts.json")
+        figures = judge_rollouts(people, cfg.rollouts)
+        for row in figures:
             print(f"step {row['step']:5}: reward {row['reward']:7.3f}, gold {row['gold']:6.3f}, KL {row['kl']:6.3f}")
-        write(cfg.out or os.path.join(os.path.dirname(cfg.rollouts), "rollouts.json"), rows)
-        return 0
-    model, tokenizer, config = load_model(cfg.model)
-    if config["head"] != "lm":
-        raise UserError(f"--model {cfg.model}: found a reward model, expected a language model")
-    model.to(env.device)
-    if cfg.village and "chat_template" not in config:
-        card = {"model": cfg.model, "village": cfg.village, **completions(model, tokenizer, people, cfg)}
-        print(json.dumps(card))
-        write(cfg.out or os.path.join(cfg.model, "scorecard.json"), card)
-        return 0
-    if (cfg.chats or cfg.village) and config.get("chat_template") != CHAT_TEMPLATE:
-        raise UserError(f"--model {cfg.model}: found the chat template {config.get('chat_template')!r}, expected "
-                        f"{CHAT_TEMPLATE!r}; train it to chat with train_sft.py")
-    if cfg.village:
-        card = scorecard(model, tokenizer, people, cfg, env.device)
-        show(card)
-        write(cfg.out or os.path.join(cfg.model, "scorecard.json"), card)
-        return 0
-    if cfg.chats:
-        records = read_chats(cfg.chats)
-        if cfg.val_fraction:
-            _, records = split_records(records, cfg.val_fraction)
-        result = {"model": cfg.model, "chats": cfg.chats,
-                  **answers(model, tokenizer, records, cfg.batch_size, cfg.max_new_tokens, env.device)}
     else:
-        documents = read_corpus(cfg.data)
-        if cfg.val_fraction:
-            _, documents = split_documents(documents, cfg.val_fraction)
-        seq_len = min(cfg.seq_len or model.config.max_seq_len, model.config.max_seq_len)
-        stride = min(cfg.stride or seq_len, seq_len)
-        result = {"model": cfg.model, "data": cfg.data, "seq_len": seq_len, "stride": stride,
-                  **perplexity(model, tokenizer, documents, seq_len, stride, cfg.batch_size, env.device)}
-    print(json.dumps(result))
-    if cfg.out:
-        write(cfg.out, result)
+        out = cfg.out or (os.path.join(cfg.model, "scorecard.json") if cfg.village else "")
+        figures = measure(people, cfg, env.device)
+        if "sampled" in figures:
+            show_card(figures)
+        else:
+            print(json.dumps(figures))
+    if out:
+        with replacing(Path(out)) as temporary:
+            temporary.write_text(json.dumps(figures, indent=1) + "\n")
+        print(out)
     return 0
 
 

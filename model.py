@@ -232,7 +232,7 @@ class GPT(nn.Module):
             rope = None
         else:
             rope = [table[positions][:, :, None].to(x.dtype) for table in (self.cos, self.sin)]  # (B, T, 1, D) twice
-        kv_segment_ids = None if cache is None else cache.advance(segment_ids, ids.shape[1])  # (B, Tk)
+        kv_segment_ids = None if cache is None else cache.advance(segment_ids)  # (B, Tk)
         for i, block in enumerate(self.blocks):
             x = block(x, rope, segment_ids, kv_segment_ids, None if cache is None else cache.layers[i])
         x = self.norm(x if cache is None else x[:, -1:])
@@ -322,9 +322,6 @@ class LayerCache:
         self.used += T
         return self.k[:, :, :self.used], self.v[:, :, :self.used]
 
-    def keep(self, rows) -> None:
-        self.k, self.v = self.k[rows], self.v[rows]
-
 
 class KVCache:
     """What attention must remember while a text grows: per layer the keys and values, and which of them are padding."""
@@ -333,17 +330,18 @@ class KVCache:
         self.layers = [LayerCache(length) for _ in range(n_layer)]
         self.segment_ids = None
 
-    def advance(self, segment_ids, T: int):
-        """Note the T new tokens' segment ids (B, T); returns those of all keys (B, Tk), None if nothing is padded."""
-        if segment_ids is not None:
-            past = [] if self.segment_ids is None else [self.segment_ids]
-            self.segment_ids = torch.cat((*past, segment_ids), 1)
+    def advance(self, segment_ids):
+        """Note the new tokens' segment ids (B, T); returns those of all keys (B, Tk), None if nothing is padded."""
+        if self.segment_ids is None:
+            self.segment_ids = segment_ids
+        elif segment_ids is not None:
+            self.segment_ids = torch.cat((self.segment_ids, segment_ids), 1)
         return self.segment_ids
 
     def keep(self, rows) -> None:
         """Forget all rows but these."""
         for layer in self.layers:
-            layer.keep(rows)
+            layer.k, layer.v = layer.k[rows], layer.v[rows]
         if self.segment_ids is not None:
             self.segment_ids = self.segment_ids[rows]
 

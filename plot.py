@@ -14,6 +14,8 @@ import os
 import re
 from dataclasses import dataclass
 
+import numpy as np
+
 from common import UserError, parse, run
 from evaluate import side_by_side
 from records import load_json, read_records, read_text
@@ -54,12 +56,6 @@ def column(rows: list[dict], name: str) -> tuple[list, list]:
     return [step for step, _ in found], [value for _, value in found]
 
 
-def smooth(values: list[float], width: int) -> list[float]:
-    """Mean of the `width` values around each, fewer at the ends."""
-    parts = [values[max(0, i - width // 2) : i + width // 2 + 1] for i in range(len(values))]
-    return [sum(part) / len(part) for part in parts]
-
-
 def save(figure, out: str, name: str) -> None:
     os.makedirs(out, exist_ok=True)
     figure.savefig(os.path.join(out, name))
@@ -77,7 +73,6 @@ CURVES = [("pretrain", "loss", "eval_loss", "pretraining", "loss (nats per token
 
 
 def losses(life: str, out: str) -> None:
-    """Every stage's curve: each logged update, and the held-out part."""
     there = [curve for curve in CURVES if os.path.exists(os.path.join(life, curve[0], "metrics.jsonl"))]
     if not there:
         raise UserError(f"--life {life}: found no run in it, expected pretrain, sft, rm, ppo or dpo")
@@ -100,13 +95,13 @@ def rewards(life: str, out: str) -> None:
     if not os.path.exists(os.path.join(life, "ppo", "rollouts.json")):
         return
     rows = load(life, "ppo", "rollouts.json")
-    kl, width = [row["kl"] for row in rows], max(1, len(rows) // 12)
+    kl, some = [row["kl"] for row in rows], np.ones(1 + len(rows) // 12)
     figure, axes = plt.subplots(1, 2, figsize=(8, 3.2), layout="constrained", sharex=True)
     for ax, name, title, unit in ((axes[0], "reward", "what PPO is paid", "mean score of the reward model"),
                                   (axes[1], "gold", "what it is worth in truth", "mean gold")):
         values = [row[name] for row in rows]
         dots = ax.scatter(kl, values, c=[row["step"] for row in rows], s=12, cmap="viridis")
-        ax.plot(smooth(kl, width), smooth(values, width), color=RED, linewidth=1.5, label="running mean")
+        ax.plot(*(np.convolve(x, some / len(some), "valid") for x in (kl, values)), color=RED, label="running mean")
         ax.set(title=title, xlabel="KL to the model before (nats per reply)", ylabel=unit)
     held_out = load(life, "ppo", "metrics.jsonl")
     axes[0].plot(column(held_out, "eval_kl")[1], column(held_out, "eval_score")[1], "s", color="white",
@@ -143,8 +138,8 @@ def scorecard(folders: list[str], out: str) -> None:
 
 def tables(path: str, title: str) -> list[tuple[str, list[dict]]]:
     """(title, rows) of the tables whose title begins like that."""
-    every = load_json(read_text(path), path, 1).get("tables", {})
-    found = [(name, rows) for name, rows in every.items() if name.startswith(title)]
+    every = load_json(read_text(path), path, 1).get("tables", {}).items()
+    found = [(name, rows) for name, rows in every if name.startswith(title)]
     if not found:
         raise UserError(f"{path}: found no table {title!r}, expected what bench.py --out writes")
     return found
