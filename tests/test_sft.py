@@ -9,6 +9,7 @@ import torch
 from ranks import as_torchrun, ranks
 from small_chat import calls_of, split_by_hand
 
+import data
 import train_sft
 from checkpoint import load_model, save_final
 from common import UserError
@@ -79,6 +80,19 @@ def test_golden_mask():
     assert row.tolist() == ids and segments.tolist() == [0] * len(ids) and targets[-1] == IGNORE
     for t in range(len(ids) - 1):  # a target stands one place before its token
         assert targets[t] == (ids[t + 1] if mask[t + 1] else IGNORE)
+
+
+def test_show_prints_what_is_trained(tmp_path, capsys):
+    """python data.py --show --stage sft: the template, then token | target | trained? of the first conversation."""
+    messages = [{"role": "user", "content": "ab"}, {"role": "assistant", "content": "cd"}]
+    (tmp_path / "chats.jsonl").write_text(json.dumps({"messages": messages}) + "\n")
+    data.main(["--show", "--stage", "sft", "--data", str(tmp_path / "chats.jsonl")])
+    template, *rows = capsys.readouterr().out.splitlines()
+    assert template == f"chat template: {data.CHAT_TEMPLATE}"
+    assert [row.split() for row in rows] == [
+        *([f"'{token}'", "-"] for token in ("<|bos|>", "<|user|>", "a", "b", "<|end|>")),
+        ["'<|assistant|>'", "'c'", "trained"], ["'c'", "'d'", "trained"], ["'d'", "'<|end|>'", "trained"],
+        ["'<|end|>'", "-"]]
 
 
 def test_the_prompt_is_the_beginning_of_the_chat():
@@ -238,6 +252,10 @@ def test_the_order_is_a_function_of_seed_and_place():
     assert all(shuffled(7, start, 5, seed=1) == stream[start:start + 5] for start in range(45))
     assert all(sorted(stream[e * 7:e * 7 + 7]) == list(range(7)) for e in range(7))
     assert stream != shuffled(7, 0, 50, seed=2)
+    data.order.cache_clear()
+    for start in range(0, 1000, 10):
+        shuffled(1000, start, 10, seed=1)
+    assert data.order.cache_info().misses == 1  # an epoch is sorted once, not at every step
 
 
 def test_truncation_from_the_left():
@@ -282,6 +300,8 @@ def test_the_report_counts_what_it_says():
     batches = [train.rows(train.of_step(step)) for step in range(4)]
     fill = sum(int((s >= 0).sum()) for _, _, s in batches) / sum(s.numel() for _, _, s in batches)
     assert f"rows filled to {fill:.1%}" in train.report()
+    many = Conversations(records(24) * 10, TOKENIZER, 128, packed=False, batch_size=1)
+    assert "rows filled to about 100.0%" in many.report()  # of one conversation each
 
 
 # ---- the script -----------------------------------------------------------------------------------------------------
