@@ -282,9 +282,12 @@ def load(folder) -> dict[str, dict[str, str]]:
     """{person: {kind: value}}, the truth about the inhabitants, from the facts.json of a world."""
     path = Path(folder) / "facts.json"
     facts = load_json(read_text(path), path, 1)
-    if not isinstance(facts, dict) or "people" not in facts:
+    people = facts.get("people") if isinstance(facts, dict) else None
+    if not isinstance(people, dict) or not all(isinstance(known, dict) and "code" in known and
+                                               all(isinstance(value, str) for value in known.values())
+                                               for known in people.values()):
         raise UserError(f"{path}: found no facts of a world; python village.py --out {folder} writes them")
-    return facts["people"]
+    return people
 
 
 def tag_of(people: dict, person: str, kind: str) -> str:

@@ -138,8 +138,8 @@ def test_every_share_of_known_replies(world, monkeypatch):
     assert card["kl"] == pytest.approx(numbers["lm"] - numbers["other"], rel=1e-4)
     total = count = 0
     model = load_model(str(world / "lm"))[0]
-    for document in (world / "village" / "heldout.txt").read_text().split("\n<|endoftext|>\n"):
-        ids = torch.tensor([TOKENIZER.bos_id, *TOKENIZER.encode(document.strip()), TOKENIZER.end_id])
+    for document in (world / "village" / "heldout.txt").read_text().split("<|endoftext|>\n"):
+        ids = torch.tensor([TOKENIZER.bos_id, *TOKENIZER.encode(document), TOKENIZER.end_id])
         logp = model(ids[None, :-1])[0].log_softmax(-1).gather(-1, ids[1:, None])
         total, count = total - logp.double().sum().item(), count + len(logp)
     assert card["biographies_loss"] == pytest.approx(total / count, rel=1e-4)
