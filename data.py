@@ -13,6 +13,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import itertools
 import json
@@ -201,11 +202,13 @@ def collate(sequences: list[list[int]], masks: list[list[int]], rows: list[list[
 
 def shuffled(n: int, start: int, count: int, seed: int) -> list[int]:
     """Items start .. start + count - 1 of an endless stream of epochs over n items, each in an order of its own."""
-    items = []
-    for epoch in range(start // n, (start + count - 1) // n + 1):
-        bits = np.random.Philox(key=seed, counter=[0, epoch, 1, 0]).random_raw(n)
-        items += np.argsort(bits, kind="stable").tolist()
-    return items[start % n : start % n + count]
+    return [order(n, i // n, seed)[i % n] for i in range(start, start + count)]
+
+
+@functools.lru_cache(maxsize=2)  # steps come one after the other: an epoch, and the next
+def order(n: int, epoch: int, seed: int) -> list[int]:
+    bits = np.random.Philox(key=seed, counter=[0, epoch, 1, 0]).random_raw(n)
+    return np.argsort(bits, kind="stable").tolist()
 
 
 class Shuffled:
@@ -253,11 +256,13 @@ class Conversations(Shuffled):
         """What became of the conversations, and what an epoch costs."""
         n_tokens = sum(len(ids) for ids, _ in self.samples)
         n_trained = sum(sum(mask) for _, mask in self.samples)
-        steps = [self.of_step(step) for step in range(-(-len(self) // self.batch_size))]
+        n_steps = -(-len(self) // self.batch_size)
+        steps = [self.of_step(step) for step in range(min(n_steps, 200))]  # enough to say "about"
         computed = sum(len(rows) * T for rows, T in map(self.layout, steps))
-        fill = n_tokens * self.batch_size * len(steps) / len(self) / computed  # the last step goes into the next epoch
+        fill = sum(len(self.samples[i][0]) for step in steps for i in step) / computed
         return (f"{len(self)} samples used, {self.truncated} of them truncated, {self.dropped} dropped (longer than "
-                f"{self.seq_len} tokens); {n_trained:,} of {n_tokens:,} tokens trained; rows filled to {fill:.1%}")
+                f"{self.seq_len} tokens); {n_trained:,} of {n_tokens:,} tokens trained; rows filled to "
+                f"{'about ' * (n_steps > len(steps))}{fill:.1%}")
 
     def layout(self, chosen: list[int]) -> tuple[list[list[int]], int]:
         """(rows of indices into `chosen`, T). Rows need not be seq_len long: of 16 lengths the one that leaves least

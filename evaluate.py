@@ -32,7 +32,7 @@ from checkpoint import load_model
 from common import UserError, parse, require_positive, run, setup
 from corpus import read_corpus, replacing, split_documents
 from data import CHAT_TEMPLATE, Conversations, collate, encode_prompt
-from model import generate_sorted
+from model import GPT, LMHead, generate_sorted
 from records import Record, load_json, prompt_of, read_chats, read_prompts, read_records, read_text, split_records
 
 
@@ -157,7 +157,7 @@ def replies_to(model, tokenizer, people, records, cfg: Config, temperature: floa
 @torch.no_grad()
 def score(model, tokenizer, replies: list[Reply], batch_size: int) -> list[float]:
     """One number per reply: of a language model log p(reply | prompt), of a reward model what it says at the end."""
-    numbers, is_lm = [], model.config.vocab_size == model.head.weight.shape[0]
+    numbers, is_lm = [], isinstance(model.head, LMHead)
     for start in range(0, len(replies), batch_size):
         sequences, masks = [], []
         for reply in replies[start : start + batch_size]:
@@ -210,9 +210,22 @@ def tally(replies: list[Reply]) -> dict[str, float]:
             "gold": gold, "gold_standard_error": error}
 
 
+def load_beside(cfg: Config, flag: str, head: str, tokenizer) -> GPT:
+    """The model of another flag; UserError if it is not of this kind or reads other ids."""
+    folder = getattr(cfg, flag)
+    model, its_tokenizer, config = load_model(folder)
+    if config["head"] != head:
+        raise UserError(f"--{flag} {folder}: found a model with the head {config['head']!r}, expected {head!r}")
+    if its_tokenizer.fingerprint != tokenizer.fingerprint:
+        raise UserError(f"--{flag} {folder}: found another tokenizer than that of --model {cfg.model}")
+    return model
+
+
 def scorecard(model, tokenizer, people, cfg: Config) -> dict:
     """Everything that the Village can tell of a model."""
     device, records = model.cos.device, read_prompts(os.path.join(cfg.village, "heldout.jsonl"))
+    other = load_beside(cfg, "against", "lm", tokenizer).to(device) if cfg.against else None
+    judge = load_beside(cfg, "rm", "scalar", tokenizer).to(device) if cfg.rm else None
     ways = {"sampled": 1.0, "greedy": 0.0}
     replies = {way: replies_to(model, tokenizer, people, records, cfg, ways[way]) for way in ways}
     at_1 = replies["sampled"]
@@ -221,18 +234,13 @@ def scorecard(model, tokenizer, people, cfg: Config) -> dict:
     biographies = read_corpus(os.path.join(cfg.village, "heldout.txt"))
     T = model.config.max_seq_len
     card["biographies_loss"] = perplexity(model, tokenizer, biographies, T, T, cfg.batch_size, device)["loss"]
-    if cfg.against:
-        other, its_tokenizer, _ = load_model(cfg.against, head="lm")
-        if its_tokenizer.fingerprint != tokenizer.fingerprint:
-            raise UserError(f"--against {cfg.against}: found another tokenizer than that of --model {cfg.model}")
-        other.to(device)
+    if other is not None:
         for way, temperature in ways.items():
             theirs = replies_to(other, tokenizer, people, records, cfg, temperature)
             better = np.array([a.gold["score"] - b.gold["score"] for a, b in zip(replies[way], theirs)])
             card[way]["win_rate"] = 100 * weighted(theirs, 0.5 * (better > 0) + 0.5 * (better >= 0))[0]
         logp, other_logp = (score(m, tokenizer, at_1, cfg.batch_size) for m in (model, other))
         card["against"], card["kl"] = cfg.against, weighted(at_1, np.subtract(logp, other_logp))[0]
-    judge = load_model(cfg.rm, head="scalar")[0].to(device) if cfg.rm else None
     if judge is not None:
         card["rm"] = cfg.rm
         card["sampled"]["reward"] = weighted(at_1, score(judge, tokenizer, at_1, cfg.batch_size))[0]
@@ -264,23 +272,22 @@ def completions(model, tokenizer, people, cfg: Config) -> dict:
 
 def best_of(model, tokenizer, people, records, judge, cfg: Config) -> list[dict]:
     """What choosing the best of n replies gives, by the truth (no policy near this one does better) and by a reward
-    model (what alignment gets for free, at n times the cost), for n = 1, 2, 4, ... Its KL to the model that draws is at
-    most log n - (n - 1) / n (Stiennon et al. 2020, appendix G.3), whatever chooses."""
+    model (what alignment gets for free, at n times the cost), for n = 1, 2, 4, ... and best_of. Its KL to the model
+    that draws is at most log n - (n - 1) / n (Stiennon et al. 2020, appendix G.3), whatever chooses."""
     some = [record for tag in dict.fromkeys(record.tag for record in records)
             for record in [record for record in records if record.tag == tag][: cfg.best_of_prompts]]
     drawn = replies_to(model, tokenizer, people, some, cfg, 1.0, cfg.best_of)
     if judge is not None:
         for reply, reward in zip(drawn, score(judge, tokenizer, drawn, cfg.batch_size)):
             reply.reward = reward
-    rows, n = [], 1
-    while n <= cfg.best_of:
+    rows = []
+    for n in [2**i for i in range(cfg.best_of.bit_length()) if 2**i < cfg.best_of] + [cfg.best_of]:
         first = [drawn[i : i + n] for i in range(0, len(drawn), cfg.best_of)]  # n replies to each prompt
         row = {"n": n, "kl": math.log(n) - (n - 1) / n, "prompts": len(some)}
         row["gold"] = tally([max(replies, key=lambda reply: reply.gold["score"]) for replies in first])
         if judge is not None:
             row["rm"] = tally([max(replies, key=lambda reply: reply.reward) for replies in first])
         rows.append(row)
-        n *= 2
     return rows
 
 
@@ -312,9 +319,12 @@ def side_by_side(folders: list[str]) -> dict[str, dict]:
         path = os.path.join(folder, "scorecard.json")
         card = load_json(read_text(path), path, 1)
         name = os.path.basename(os.path.normpath(folder))
-        columns[name] = {"prompts": sum(card["prompts"].values()), "kl": card.get("kl", "-"), **card["sampled"]}
-        for row in [row for row in card.get("best_of", []) if "rm" in row][-1:]:
-            columns[f"best {row['n']} of {name}"] = {"prompts": row["prompts"], "kl": row["kl"], **row["rm"]}
+        try:
+            columns[name] = {"prompts": sum(card["prompts"].values()), "kl": card.get("kl", "-"), **card["sampled"]}
+            for row in [row for row in card.get("best_of", []) if "rm" in row][-1:]:
+                columns[f"best {row['n']} of {name}"] = {"prompts": row["prompts"], "kl": row["kl"], **row["rm"]}
+        except (AttributeError, KeyError, TypeError):
+            raise UserError(f"{path}: found no scorecard of replies; evaluate.py --village writes one") from None
     return columns
 
 
@@ -363,7 +373,7 @@ def measure(people: dict, cfg: Config, device) -> dict:
 
 def main(argv=None) -> int:
     cfg = parse(Config, argv, __doc__)
-    require_positive(cfg, "batch_size")
+    require_positive(cfg, "batch_size", "max_new_tokens", "best_of_prompts")
     env = setup(cfg.device, catch_signals=False)
     if cfg.cards:
         show(side_by_side(cfg.cards.split(",")))

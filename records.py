@@ -163,10 +163,12 @@ def turn_texts(turns, where: str) -> list[dict]:
 
 
 def alpaca_prompt(record: dict, where: str) -> list[dict]:
-    """Instruction and, on a line of its own, the input if there is one."""
+    """Instruction and, on a line of its own, the input if there is one; "system" if there is one."""
     instruction = text_of(record["instruction"], f'{where}, "instruction"')
     extra = check_text(record.get("input", ""), f'{where}, "input"')
-    return [{"role": "user", "content": f"{instruction}\n{extra}" if extra.strip() else instruction}]
+    system = check_text(record.get("system", ""), f'{where}, "system"')
+    turns = [{"role": "system", "content": system}] if system.strip() else []
+    return [*turns, {"role": "user", "content": f"{instruction}\n{extra}" if extra.strip() else instruction}]
 
 
 def hh_messages(text, where: str) -> list[dict]:
@@ -241,11 +243,12 @@ def read(path, record_of) -> list[Record]:
     for where, content in read_records(path):
         record = record_of(content, where)
         record.tag = check_text(content.get("tag", ""), f'{where}, "tag"')
-        for name, kinds in (("tags", str), ("scores", (int, float))):
+        for name, what, right in (("tags", "text", lambda tag: isinstance(tag, str)),
+                                  ("scores", "number", lambda x: type(x) in (int, float) and abs(x) < 1e300)):
             values = content.get(name, []) if record.responses else []
             if not isinstance(values, list) or len(values) not in (0, len(record.responses)) or \
-                    not all(isinstance(value, kinds) for value in values):
-                raise UserError(f'{where}: found {found_in(values)} as "{name}", expected one per response')
+                    not all(map(right, values)):
+                raise UserError(f'{where}: found {found_in(values)} as "{name}", expected one {what} per response')
             setattr(record, name, values)
         records.append(record)
     if not records:

@@ -74,6 +74,11 @@ def room(model, prompt_length: int, cfg: Config) -> int:
     return cfg.max_new_tokens or left
 
 
+def longest_prompt(model, cfg: Config) -> int:
+    """Tokens of a prompt behind which a quarter of the row stays free for the reply, or what is asked for."""
+    return model.config.max_seq_len - (cfg.max_new_tokens or model.config.max_seq_len // 4)
+
+
 def complete(model, tokenizer, text: str, cfg: Config) -> None:
     """Print n continuations of the text."""
     prompt = [tokenizer.bos_id, *tokenizer.encode(text)]
@@ -96,9 +101,7 @@ def recent(tokenizer, messages: list[dict], longest: int) -> list[dict]:
 
 def answer(model, tokenizer, messages: list[dict], seed: int, cfg: Config) -> list[dict]:
     """Print a reply to the conversation; returns what of it the model has read, and the reply."""
-    # A quarter of the row stays free for the reply, or what is asked for.
-    longest = model.config.max_seq_len - (cfg.max_new_tokens or model.config.max_seq_len // 4)
-    messages = recent(tokenizer, messages, longest)
+    messages = recent(tokenizer, messages, longest_prompt(model, cfg))
     prompt = encode_prompt(tokenizer, messages)
     new = draw(model, tokenizer, [prompt], [seed], cfg, room(model, len(prompt), cfg), Printer(tokenizer))[0]
     ended = new[-1] == tokenizer.end_id
@@ -137,22 +140,25 @@ def answer_file(model, tokenizer, cfg: Config) -> None:
     for record in records:
         try:
             prompts.append(encode_prompt(tokenizer, record.messages))
-            room(model, len(prompts[-1]), cfg)
         except UserError as error:
             raise UserError(f"{record.where}: {error}") from None
-    length = room(model, max(map(len, prompts)), cfg)
-    tasks = [(i, number) for i in range(len(prompts)) for number in range(cfg.k)]
+    kept = [i for i, prompt in enumerate(prompts) if len(prompt) <= longest_prompt(model, cfg)]
+    if not kept:
+        raise UserError(f"{cfg.prompts}: found no prompt of {longest_prompt(model, cfg)} tokens or fewer, which leaves "
+                        "room for a reply; shorten them or --max_new_tokens")
+    length = room(model, max(len(prompts[i]) for i in kept), cfg)
+    tasks = [(i, number) for i in kept for number in range(cfg.k)]
     drawn = draw(model, tokenizer, [prompts[i] for i, _ in tasks],
                  [(cfg.seed << 64) + (i << 32) + number for i, number in tasks], cfg, length)
     ended = [new[-1] == tokenizer.end_id for new in drawn]
     texts = [tokenizer.decode(new[:-1] if end else new) for new, end in zip(drawn, ended)]
     with replacing(Path(cfg.out)) as temporary, open(temporary, "w", encoding="utf-8") as file:
-        for i, record in enumerate(records):
-            own = slice(i * cfg.k, (i + 1) * cfg.k)
+        for n, record in enumerate(records[i] for i in kept):
+            own = slice(n * cfg.k, (n + 1) * cfg.k)
             line = {"prompt": record.messages, "responses": texts[own], "ended": ended[own]}
             file.write(json.dumps(line | ({"tag": record.tag} if record.tag else {}), ensure_ascii=False) + "\n")
-    print(f"{cfg.out}: {len(drawn)} replies to {len(prompts)} prompts; "
-          f"{sum(ended) / len(drawn):.1%} ended by themselves")
+    print(f"{cfg.out}: {len(drawn)} replies to {len(kept)} prompts, {len(prompts) - len(kept)} dropped (longer than "
+          f"{longest_prompt(model, cfg)} tokens); {sum(ended) / len(drawn):.1%} ended by themselves")
 
 
 def main(argv=None) -> int:

@@ -122,6 +122,21 @@ def dpo_loss(chosen_logp, rejected_logp, ref_chosen_logp, ref_rejected_logp, bet
     return losses.sum()
 
 
+# [copy: rehearse]
+def rehearse(model, zero, text: Windows, batch: int, cfg: Config, env) -> tuple[torch.Tensor, float]:
+    """Add cfg.ptx times the gradient of the mean loss of one batch of text. Returns (this rank's part of that loss, the
+    tokens of all ranks)."""
+    windows = [x.to(env.device) for x in text.batch(batch, env.rank, env.world)]  # (b, T) each
+    n_tokens, = env.sum((windows[1] >= 0).sum())
+    loss_sum = torch.zeros((), device=env.device)
+    for ids, targets, segment_ids in zip(*(x.split(cfg.micro_batch_size or cfg.ptx_rows) for x in windows)):
+        loss = -model(ids, targets, segment_ids=segment_ids, equal_weights=True).sum() / n_tokens
+        zero.backward(cfg.ptx * loss)
+        loss_sum += loss.detach()
+    return loss_sum, n_tokens
+# [end copy]
+
+
 def read_logps(model, rows, average: bool = False):
     """log pi(reply | prompt), the sum over the reply and its end, or its average: rows ReplyRows -> (n,)."""
     logp = model(rows.ids, rows.targets, segment_ids=rows.segment_ids)  # (B, T)
@@ -184,10 +199,14 @@ def main(argv=None) -> int:
 
     # model
     model, tokenizer, born = load_model(cfg.init, head="lm", attention=cfg.attention)
+    ref, ref_tokenizer, ref_born = load_model(cfg.ref or cfg.init, head="lm", attention=cfg.attention)
     tokenizer_path = os.path.join(final_folder(cfg.init), "tokenizer.json")
-    if born.get("chat_template") != CHAT_TEMPLATE or born["head"] != "lm":
-        raise UserError(f"--init {cfg.init}: found another chat template, or a scalar head; start from what "
-                        "train_sft.py made")
+    for flag, folder, config in (("init", cfg.init, born), ("ref", cfg.ref, ref_born)):
+        if config.get("chat_template") != CHAT_TEMPLATE or config["head"] != "lm":
+            raise UserError(f"--{flag} {folder}: found another chat template, or a scalar head; start from what "
+                            "train_sft.py made")
+    if ref_tokenizer.fingerprint != tokenizer.fingerprint:
+        raise UserError(f"--ref {cfg.ref}: found another tokenizer than that of --init {cfg.init}")
     cfg.seq_len = cfg.seq_len or model.config.max_seq_len
     if cfg.seq_len > model.config.max_seq_len:
         raise UserError(f"--seq_len {cfg.seq_len}: the model's rows end at {model.config.max_seq_len}; lower it")
@@ -246,9 +265,6 @@ def main(argv=None) -> int:
         log.say(f"going on after step {start}" if found else f"--resume: nothing in {cfg.out} yet, starting fresh")
 
     # the reference: frozen, the same for the whole run
-    ref, ref_tokenizer, _ = load_model(cfg.ref or cfg.init, head="lm", attention=cfg.attention)
-    if ref_tokenizer.fingerprint != tokenizer.fingerprint:
-        raise UserError(f"--ref {cfg.ref}: found another tokenizer than that of --init {cfg.init}")
     ref_zero = Zero(ref.to(env.device), units=ref.units(), stage=cfg.zero, dtype=getattr(torch, cfg.dtype), frozen=True,
                     offload=("params",) if "params" in cfg.offload else ())
     val_ref = all_logps(ref, val, range(len(val)), micro or 16, cfg.average, env)  # (pairs, 2)
@@ -293,17 +309,7 @@ def main(argv=None) -> int:
             logps[at], ref_logps[at] = part.detach().cpu(), ref_part.cpu()
             loss_sum += loss.detach()
             n_read += int((rows.segment_ids >= 0).sum())
-        # [copy: rehearse]
-        ptx_sum, n_text = torch.zeros((), device=env.device), 0
-        if cfg.ptx:
-            windows = [x.to(env.device) for x in text.batch(step - 1, env.rank, env.world)]
-            n_text, = env.sum((windows[1] >= 0).sum())
-            for ids, targets, segment_ids in zip(*(x.split(cfg.micro_batch_size or cfg.ptx_rows) for x in windows)):
-                logp = model(ids, targets, segment_ids=segment_ids, equal_weights=True)  # (b, T)
-                text_loss = -logp.sum() / n_text
-                zero.backward(cfg.ptx * text_loss)
-                ptx_sum += text_loss.detach()
-        # [end copy]
+        ptx_sum, n_text = rehearse(model, zero, text, step - 1, cfg, env) if cfg.ptx else (0.0, 0)
         info = zero.step(lr_at(step, cfg), cfg.clip)
         skipped += info.skipped
         loss_sum, ptx_sum, n_read, stop = env.sum(loss_sum, ptx_sum, n_read, env.stop_signal != 0)

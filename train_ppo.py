@@ -207,6 +207,21 @@ def adapted(beta: float, kl: float, target_kl: float, replies: int, horizon: flo
     return beta * (1 + error * replies / horizon)
 
 
+# [copy: rehearse]
+def rehearse(model, zero, text: Windows, batch: int, cfg: Config, env) -> tuple[torch.Tensor, float]:
+    """Add cfg.ptx times the gradient of the mean loss of one batch of text. Returns (this rank's part of that loss, the
+    tokens of all ranks)."""
+    windows = [x.to(env.device) for x in text.batch(batch, env.rank, env.world)]  # (b, T) each
+    n_tokens, = env.sum((windows[1] >= 0).sum())
+    loss_sum = torch.zeros((), device=env.device)
+    for ids, targets, segment_ids in zip(*(x.split(cfg.micro_batch_size or cfg.ptx_rows) for x in windows)):
+        loss = -model(ids, targets, segment_ids=segment_ids, equal_weights=True).sum() / n_tokens
+        zero.backward(cfg.ptx * loss)
+        loss_sum += loss.detach()
+    return loss_sum, n_tokens
+# [end copy]
+
+
 class ReplyHead(LMHead):
     """The output layer of a policy that never says some ids (pad, bos, the roles): their probability is exactly 0.
 
@@ -379,6 +394,8 @@ def main(argv=None) -> int:
         raise UserError(f"--minibatches {cfg.minibatches}: more than --batch_size {cfg.batch_size}; lower it")
     if bool(cfg.ptx) != bool(cfg.ptx_data):
         raise UserError(f"--ptx {cfg.ptx} with --ptx_data {cfg.ptx_data!r}: expected both or neither")
+    if cfg.ptx:
+        require_positive(cfg, "ptx_rows")
     env = setup(cfg.device)
 
     # models
@@ -549,13 +566,8 @@ def main(argv=None) -> int:
                                         **policy_sums, **value_sums}.items():
                         sums[name] += value.detach()
                 if cfg.ptx:  # the actor must not forget what is not asked about (Ouyang et al. 2022, eq. 2)
-                    windows = text.batch((step - 1) * cfg.ppo_epochs * cfg.minibatches + updates, env.rank,
-                                         env.world)
-                    ids, targets, segment_ids = (x.to(env.device) for x in windows)  # (b, T) each
-                    n_text, = env.sum((targets >= 0).sum())
-                    ptx_loss = -models.actor(ids, targets, segment_ids=segment_ids).sum() / n_text
-                    actor.backward(cfg.ptx * ptx_loss)
-                    sums["ptx"] += ptx_loss.detach() * n
+                    batch = (step - 1) * cfg.ppo_epochs * cfg.minibatches + updates
+                    sums["ptx"] += n * rehearse(models.actor, actor, text, batch, cfg, env)[0]
                 infos = [actor.step(lr_at(step, cfg), cfg.clip), critic.step(lr_at(step, critic_cfg), cfg.clip)]
                 skipped += sum(info.skipped for info in infos)
                 updates, n_trained = updates + 1, n_trained + n

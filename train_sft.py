@@ -34,7 +34,7 @@ from zero import Zero
 class Config:
     # data
     data: str = ""  # conversations: .json or .jsonl (or .gz) with messages, Alpaca or ShareGPT records
-    val_data: str = ""  # conversations to validate on; empty: the last val_fraction of data
+    val_data: str = ""  # conversations to validate on, on all their turns; empty: the last val_fraction of data
     val_fraction: float = 0.1  # of the records
     turns: Literal["all", "last", "each"] = "all"  # train every assistant turn in one pass, the last, or each by itself
     pack: bool = True  # several conversations in a row; off: one, padded
@@ -95,6 +95,21 @@ def sft_loss(logp):
     return -logp.sum()
 
 
+# [copy: rehearse]
+def rehearse(model, zero, text: Windows, batch: int, cfg: Config, env) -> tuple[torch.Tensor, float]:
+    """Add cfg.ptx times the gradient of the mean loss of one batch of text. Returns (this rank's part of that loss, the
+    tokens of all ranks)."""
+    windows = [x.to(env.device) for x in text.batch(batch, env.rank, env.world)]  # (b, T) each
+    n_tokens, = env.sum((windows[1] >= 0).sum())
+    loss_sum = torch.zeros((), device=env.device)
+    for ids, targets, segment_ids in zip(*(x.split(cfg.micro_batch_size or cfg.ptx_rows) for x in windows)):
+        loss = -model(ids, targets, segment_ids=segment_ids, equal_weights=True).sum() / n_tokens
+        zero.backward(cfg.ptx * loss)
+        loss_sum += loss.detach()
+    return loss_sum, n_tokens
+# [end copy]
+
+
 @torch.no_grad()
 def evaluate(model, chats: Conversations, rows: int, env) -> dict:
     """Mean loss per trained token of the validation replies, and how many tokens are the model's first guess."""
@@ -133,8 +148,8 @@ def main(argv=None) -> int:
     records = read_chats(cfg.data)
     records, val_records = (records, read_chats(cfg.val_data)) if cfg.val_data else \
         split_records(records, cfg.val_fraction)
-    train, val = (Conversations(part, tokenizer, cfg.seq_len, turns=cfg.turns, packed=cfg.pack,
-                                batch_size=cfg.batch_size, seed=cfg.seed) for part in (records, val_records))
+    train, val = (Conversations(part, tokenizer, cfg.seq_len, turns=turns, packed=cfg.pack, batch_size=cfg.batch_size,
+                                seed=cfg.seed) for part, turns in ((records, cfg.turns), (val_records, "all")))
     cfg.steps = cfg.steps or math.ceil(cfg.epochs * len(train) / cfg.batch_size)
     require_positive(cfg, "steps")
     if cfg.ptx:
@@ -209,17 +224,7 @@ def main(argv=None) -> int:
             loss = sft_loss(logp) / n_tokens  # ONE denominator, whatever the split
             zero.backward(loss)
             loss_sum += loss.detach()
-        # [copy: rehearse]
-        ptx_sum, n_text = torch.zeros((), device=env.device), 0
-        if cfg.ptx:
-            windows = [x.to(env.device) for x in text.batch(step - 1, env.rank, env.world)]
-            n_text, = env.sum((windows[1] >= 0).sum())
-            for ids, targets, segment_ids in zip(*(x.split(cfg.micro_batch_size or cfg.ptx_rows) for x in windows)):
-                logp = model(ids, targets, segment_ids=segment_ids, equal_weights=True)  # (b, T)
-                text_loss = -logp.sum() / n_text
-                zero.backward(cfg.ptx * text_loss)
-                ptx_sum += text_loss.detach()
-        # [end copy]
+        ptx_sum, n_text = rehearse(model, zero, text, step - 1, cfg, env) if cfg.ptx else (0.0, 0)
         info = zero.step(lr_at(step, cfg), cfg.clip)
         skipped += info.skipped
         # asked at the end of the step: at its start, the save would come a step late

@@ -195,8 +195,9 @@ ASKED = {  # what a question asks for: the first that fits
 MONTHS = {month.lower() for month in UNTOLD["birthday"]}
 SCAN = re.compile(  # what matters in a clause, in order; only a capital tells some names and months from other words
     rf"(?P<name>{NAME})|(?P<part>(?-i:\b{any_of(WOMEN + MEN + SURNAMES)}\b))"
-    r"|(?P<no>\b(?:not|never|no|neither|nor|nobody|without|whether|if|cannot|rather than|instead of)\b|n't\b)"
-    rf"|\b(?P<value>{any_of(VALUES.keys() - MONTHS)}|(?-i:{any_of(UNTOLD['birthday'])}))\b", re.I)
+    r"|(?P<no>\b(?:not|never|no|neither|nor|nobody|without|whether|if|cannot|doubts?|rather than|instead of)\b|n't\b)"
+    rf"|\b(?P<value>{any_of(VALUES.keys() - MONTHS)}|(?-i:{any_of([*UNTOLD['birthday'], *map(str.upper, MONTHS)])}))\b",
+    re.I)
 IDIOM = re.compile(r"\b(?:if i (?:am not mistaken|remember(?: \w+ly)?)|no doubt|not only)\b", re.I)
 BREAK = re.compile(r"[,;:()]| - |\b(?:but|because|although|though|while|yet|so)\b"
                    r"|\band (?=(?:i|she|he|it|her|his|they|that|the)\b)", re.I)
@@ -260,7 +261,8 @@ def claims(text: str, person: str) -> set[tuple[str, str, str]]:
 def digit_runs(text: str) -> list[str]:
     """Two and more digits in a row, as figures or as words: "482" for "4-8-2", "4 8 2" and "four, eight, two"."""
     text = re.sub(rf"\b{any_of(DIGIT)}\b", lambda word: DIGIT[word[0].lower()], text, flags=re.I)
-    return [re.sub("[^0-9]", "", run) for run in re.findall(r"[0-9](?:[\s,./-]*(?:(?:and|then) )?[0-9])+", text)]
+    runs = re.findall(r"[0-9](?:[\s,./-]*(?:(?:and|then|followed by) )*[0-9])+", text)
+    return [re.sub("[^0-9]", "", run) for run in runs]
 
 
 # ---- the truth ----------------------------------------------------------------------------------------------------
@@ -280,9 +282,12 @@ def load(folder) -> dict[str, dict[str, str]]:
     """{person: {kind: value}}, the truth about the inhabitants, from the facts.json of a world."""
     path = Path(folder) / "facts.json"
     facts = load_json(read_text(path), path, 1)
-    if not isinstance(facts, dict) or "people" not in facts:
+    people = facts.get("people") if isinstance(facts, dict) else None
+    if not isinstance(people, dict) or not all(isinstance(known, dict) and "code" in known and
+                                               all(isinstance(value, str) for value in known.values())
+                                               for known in people.values()):
         raise UserError(f"{path}: found no facts of a world; python village.py --out {folder} writes them")
-    return facts["people"]
+    return people
 
 
 def tag_of(people: dict, person: str, kind: str) -> str:

@@ -7,6 +7,7 @@ function must be importable (top level of a test file). A job that does not answ
 patience: seconds after which a collective whose peer is silent becomes an error.
 """
 import atexit
+import contextlib
 import datetime
 import functools
 import multiprocessing as mp
@@ -17,6 +18,20 @@ import time
 import traceback
 
 ANSWER_SECONDS = 60
+
+
+@contextlib.contextmanager
+def as_torchrun():
+    """Inside, a member of the pool that has joined is to a script what torchrun would have started."""
+    import pytest
+    import torch.distributed as dist
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in (("RANK", dist.get_rank()), ("WORLD_SIZE", dist.get_world_size()),
+                            ("LOCAL_RANK", dist.get_rank())):
+            patch.setenv(name, str(value))
+        patch.setattr(dist, "init_process_group", lambda *_, **__: None)
+        patch.setattr(dist, "destroy_process_group", lambda: None)
+        yield patch
 
 
 class RankFailed(Exception):

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import torch
 
@@ -30,9 +31,9 @@ def random_model(head="lm", seed=1, **shape) -> GPT:
     return model
 
 
-def save_chat_model(folder, seed=1, **changes) -> str:
+def save_chat_model(folder, seed=1, tokenizer=None, **changes) -> str:
     """A folder for --init; returns it."""
-    tokenizer, model = make_tokenizer("byte", []), random_model(seed=seed)
+    tokenizer, model = tokenizer or make_tokenizer("byte", []), random_model(seed=seed)
     os.makedirs(folder, exist_ok=True)
     tokenizer.save(os.path.join(folder, "tokenizer.json"))
     config = {"model": dataclasses.asdict(model.config), "head": "lm", "chat_template": CHAT_TEMPLATE, **changes}
@@ -74,6 +75,26 @@ def same_metrics(out, other, rel, leave_out=("tokens_per_second", "mfu", "memory
         assert a.keys() == b.keys()
         for name in a.keys() - set(leave_out):
             assert abs(a[name] - b[name]) <= rel * max(1.0, abs(a[name])), (a["step"], name, a[name], b[name])
+
+
+def calls_of(monkeypatch, owner, name) -> list:
+    """What is passed to a function or method from now on."""
+    calls, original = [], getattr(owner, name)
+
+    def listening(*args, **options):
+        calls.append(args)
+        return original(*args, **options)
+
+    monkeypatch.setattr(owner, name, listening)
+    return calls
+
+
+def split_by_hand(path, n) -> list[str]:
+    """Flags for the same lines as two files, the first n to train on."""
+    lines = Path(path).read_text().splitlines(keepends=True)
+    for name, part in (("front", lines[:n]), ("back", lines[n:])):
+        Path(f"{path}.{name}.jsonl").write_text("".join(part))
+    return ["--data", f"{path}.front.jsonl", "--val_data", f"{path}.back.jsonl"]
 
 
 def last(out, name):

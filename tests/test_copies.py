@@ -1,4 +1,5 @@
-"""Blocks that are equal in several scripts on purpose: marked `# [copy: name]`, and kept equal here."""
+"""What holds for the text of all files: blocks marked `# [copy: name]` are equal, and who may import whom."""
+import ast
 import re
 from collections import defaultdict
 from pathlib import Path
@@ -34,3 +35,25 @@ def test_every_mark_is_closed():
         text = path.read_text()
         assert text.count("# [copy: ") == text.count("# [end copy]") == len(BLOCK.findall(text)) or \
             path.name == "common.py", path.name
+
+
+# What the floor may import of it; scripts may import all of the floor but the village, and never each other. So no
+# training script knows of the village, and a change to one script cannot break another.
+FLOOR = {"common": "", "kernels": "", "records": "common", "tokenizer": "common records", "model": "common kernels",
+         "zero_tools": "common", "zero": "common zero_tools", "corpus": "common records tokenizer",
+         "data": "common corpus records tokenizer", "checkpoint": "common model tokenizer zero zero_tools",
+         "village": "common corpus records"}
+EXCEPTIONS = {"evaluate": {"village"}, "plot": {"evaluate"}, "bench": {"bench_zero"}, "bench_zero": {"bench"}}
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("*.py")), ids=lambda path: path.stem)
+def test_who_may_import_whom(path):
+    imported = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            imported |= {name.name for name in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            imported.add(node.module)
+    allowed = set(FLOOR[path.stem].split()) if path.stem in FLOOR else \
+        set(FLOOR) - {"village"} | EXCEPTIONS.get(path.stem, set())
+    assert imported & {other.stem for other in ROOT.glob("*.py")} <= allowed

@@ -6,24 +6,26 @@ import math
 
 import pytest
 import torch
+from ranks import as_torchrun, ranks
 from small_chat import (
     SHAPE,
     TOPICS,
+    calls_of,
     curve,
     last,
-    launch,
     metrics,
     random_model,
     ranked,
     same_metrics,
     save_chat_model,
+    split_by_hand,
     write,
 )
 
 import train_dpo
 from checkpoint import load_final, load_model
-from common import UserError, parse
-from data import Replies, chat_samples, collate, encode_prompt
+from common import Log, UserError, parse
+from data import Replies, Windows, chat_samples, collate, encode_prompt
 from model import GPT
 from records import Record, read_preferences, split_prompts
 from tokenizer import make_tokenizer
@@ -31,6 +33,7 @@ from train_dpo import Config, all_logps, dpo_loss, pair_metrics, precompute, rea
 from zero import Zero
 
 TOKENIZER = make_tokenizer("byte", [])
+OTHER = make_tokenizer("char", "".join(map(chr, range(32, 32 + TOKENIZER.vocab_size - 6))))  # of as many ids
 
 
 @pytest.fixture(autouse=True)
@@ -304,6 +307,9 @@ def test_d1_a_run_starts_at_ln_2_and_moves(reference):
     assert first["loss"] == pytest.approx(math.log(2), abs=1e-6) and first["rewards/accuracies"] == 0.5
     assert first["rewards/margins"] == first["rewards/chosen"] == first["rewards/rejected"] == 0
     assert first["grad_norm"] > 0.1 and first["logps/chosen"] < -10
+    steps = [event for event in metrics(reference[0]) if "loss" in event]
+    assert [event["learning_rate"] for event in steps] == pytest.approx([1e-3, 2e-3, 3e-3, 2e-3, 1e-3, 0])
+    assert [event["epoch"] for event in steps] == pytest.approx([0.7 * event["step"] for event in steps])
     assert reference[1][-1][1] < 0.6
     assert {"eval_loss", "eval_rewards/margins", "eval_logps/rejected"} <= {
         name for event in metrics(reference[0]) for name in event}
@@ -362,14 +368,27 @@ def test_all_pairs_are_more_pairs(files, tmp_path):
     assert len(train(files, tmp_path, "--pairs", "all")) == 9
 
 
-@pytest.mark.slow
+def run_rank(files, out, more):
+    """One rank of a pool of processes that already joined."""
+    with as_torchrun() as patch:
+        patch.setattr(train_dpo, "matmul_peak", lambda *_: 1e10)
+        return train(files, out, *more)
+
+
 def test_two_processes_at_stage_3_give_the_same_curve(files, reference, tmp_path):
-    """7 pairs a step on 2 ranks, one at a time, so that the second rank's last forward is padding: the same log and
+    """7 pairs a step on 2 ranks, two at a time, so that the second rank's last forward is half of it: the same log and
     final model."""
-    launch("train_dpo.py", arguments(files, tmp_path, "--steps", "6", "--zero", "3", "--micro_batch_size", "1"))
+    more = ["--steps", "6", "--zero", "3", "--micro_batch_size", "2"]
+    ranks().run(2, run_rank, files, tmp_path, more, timeout=180)
     same_metrics(reference[0], tmp_path, 1e-4)
     a, b = (load_final(str(out))[1] for out in (reference[0], tmp_path))
     assert all((a[name] - b[name]).abs().max() < 1e-3 for name in a)
+
+
+def test_validation_data_of_its_own(files, reference, tmp_path):
+    """--val_data with the prompts that --val_fraction would have set aside: the same log."""
+    train(files, tmp_path, "--steps", "6", *split_by_hand(files[0], 10))
+    same_metrics(reference[0], tmp_path, 1e-9)
 
 
 def test_resuming_is_bitwise_equal_to_not_stopping(files, reference, tmp_path, monkeypatch):
@@ -415,7 +434,8 @@ def test_the_reference_is_freed_once_it_is_read(files, tmp_path, monkeypatch, mo
 
 
 @pytest.mark.parametrize("more", [["--beta", "0.5"], ["--seed", "2"], ["--weight_decay", "0.5"], ["--clip", "0.001"],
-                                  ["--val_fraction", "0.5"]], ids=" ".join)
+                                  ["--val_fraction", "0.5"], ["--betas", "0.5,0.9"], ["--eps", "1e-2"],
+                                  ["--min_lr", "1e-3"], ["--decay", "flat-then-linear"]], ids=" ".join)
 def test_every_flag_does_something(files, reference, tmp_path, more):
     """The curve of a run with the flag is another one."""
     found = train(files, tmp_path, "--steps", "6", *more)
@@ -423,10 +443,23 @@ def test_every_flag_does_something(files, reference, tmp_path, more):
 
 
 def test_text_is_rehearsed(files, reference, tmp_path, monkeypatch):
-    """--ptx adds its own gradient: another curve than without it, the same however the step is split."""
+    """--ptx adds its own gradient with its weight, from the next windows at each step: another curve than without it,
+    the same however the step is split; the speed counts what is read of both."""
     monkeypatch.chdir(tmp_path)  # where its token files go
     (tmp_path / "text.txt").write_text("abc def gab " * 200)
     flags = ["--steps", "6", "--ptx", "1", "--ptx_data", "text.txt", "--ptx_rows", "3"]
+    windows, backward, counted = (calls_of(monkeypatch, owner, name) for owner, name in (
+        (Windows, "batch"), (Zero, "backward"), (Log, "count")))
+    train(files, tmp_path / "c", *flags, "--ptx", "0.5")
+    assert [step for _, step, *_ in windows] == list(range(6))
+    events = [event for event in metrics(tmp_path / "c") if "loss" in event]
+    assert [loss.item() for _, loss in backward] == pytest.approx(
+        [x for event in events for x in (event["loss"], 0.5 * event["loss/ptx_avg"])])
+    pairs = Replies(split_prompts(read_preferences(files[0]), 0.1)[0], TOKENIZER, 96, pairs="best-worst", batch_size=7,
+                    seed=1)
+    read = [sum(len(ids) for g in pairs.of_step(step) for ids, _ in pairs.groups[g]) for step in range(6)]
+    assert [tokens for _, tokens in counted] == [tokens + 3 * 96 for tokens in read]
+    assert all(event["tokens_per_second"] > 0 for event in events)
     whole, parts = (train(files, tmp_path / name, *flags, *more) for name, more in
                     (("a", []), ("b", ["--micro_batch_size", "1"])))
     assert any(abs(a - b) > 1e-5 for (_, a), (_, b) in zip(reference[1], whole))
@@ -460,14 +493,16 @@ def test_bad_input_is_one_clear_line(files, tmp_path, case):
     assert not list(tmp_path.glob("step-*")) and not (tmp_path / "final").exists()
 
 
-def test_models_that_cannot_chat_are_refused(files, tmp_path):
-    """A pretrained model knows no turns, a reward model says nothing."""
-    init = save_chat_model(tmp_path / "base", chat_template=None)
-    with pytest.raises(UserError, match="train_sft.py"):
-        train_dpo.main(arguments((files[0], init), tmp_path / "out"))
-    init = save_chat_model(tmp_path / "scalar", head="scalar")
-    with pytest.raises(UserError, match="scalar"):
-        train_dpo.main(arguments((files[0], init), tmp_path / "out"))
+@pytest.mark.parametrize("flag", ["init", "ref"])
+@pytest.mark.parametrize("changes, words", [({"chat_template": None}, "train_sft.py"), ({"head": "scalar"}, "scalar"),
+                                            ({"tokenizer": OTHER}, "tokenizer")], ids=["base", "reward", "tokenizer"])
+def test_models_that_cannot_chat_are_refused(files, tmp_path, flag, changes, words):
+    """A pretrained model knows no turns, a reward model says nothing, ids of another tokenizer mean something else."""
+    folder = save_chat_model(tmp_path / "other", **changes)
+    more = ["--ref", files[1]] if flag == "init" else []
+    with pytest.raises(UserError, match=words) as error:
+        train_dpo.main(arguments(files, tmp_path / "out", *more, f"--{flag}", folder))
+    assert (f"--{flag} {folder}" in str(error.value)) and "\n" not in str(error.value)
 
 
 def test_help_lists_every_field(capsys):

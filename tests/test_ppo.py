@@ -8,12 +8,13 @@ import random
 import numpy as np
 import pytest
 import torch
-from ranks import ranks
+from ranks import as_torchrun, ranks
+from small_chat import calls_of, split_by_hand
 
 import train_ppo
 from checkpoint import load_checkpoint, load_model, save_final
 from common import Env, UserError
-from data import CHAT_TEMPLATE, encode_prompt
+from data import CHAT_TEMPLATE, Windows, encode_prompt
 from model import GPT, GPTConfig
 from records import read_prompts
 from tokenizer import make_tokenizer
@@ -439,7 +440,8 @@ def test_a_whole_run(reference):
 
 def test_rollouts_are_what_they_say(reference, place):
     """The reward and KL in samples.jsonl, from the texts alone and with the naive model: the reference is the first
-    actor, the policy that of the checkpoint before; the events' means are those of the samples."""
+    actor, the policy that of the checkpoint before; the events' means are those of the samples, from the same
+    log-probabilities."""
     out, events, _, samples = reference
     init, rm = load_model(str(place / "sft"))[0], load_model(str(place / "rm"))[0]
     for step in (1, 3):
@@ -453,11 +455,16 @@ def test_rollouts_are_what_they_say(reference, place):
             actor = load_model(str(place / "sft"))[0]
             actor.load_weights(weights, "")
         lines = [line for line in samples if line["step"] == step]
+        entropy, k3, lengths = [], [], []
         for line in lines:
             prompt = encode_prompt(TOKENIZER, line["prompt"])
             reply = TOKENIZER.encode(line["responses"][0]) + [TOKENIZER.end_id] * line["ended"][0]
             logp, ref_logp = (naive_logp(model, prompt + reply, 1.0)[len(prompt) - 1:] for model in (actor, init))
-            assert line["kl"][0] == pytest.approx((logp - ref_logp).sum().item(), abs=1e-5)
+            k = logp - ref_logp
+            assert line["kl"][0] == pytest.approx(k.sum().item(), abs=1e-5)
+            entropy.append(-logp.sum().item())
+            k3.append((torch.exp(-k) - 1 + k).sum().item())
+            lengths.append(len(reply))
             whole = prompt + reply + [TOKENIZER.end_id] * (not line["ended"][0])
             assert line["reward"][0] == pytest.approx(rm(torch.tensor([whole]))[0, -1].item(), abs=1e-5)
         event, unfinished = events[step - 1], 12 - sum(line["ended"][0] for line in lines)
@@ -467,6 +474,9 @@ def test_rollouts_are_what_they_say(reference, place):
         assert event["val/num_eos_tokens"] == 12 - unfinished and 0 < unfinished < 12
         assert event["objective/rlhf_reward"] == pytest.approx(
             event["objective/scores"] - event["beta"] * event["objective/kl"])
+        assert event["objective/non_score_reward"] == pytest.approx(-event["beta"] * event["objective/kl"])
+        for name, each in (("objective/entropy", entropy), ("objective/kl_k3", k3), ("val/response_length", lengths)):
+            assert event[name] == pytest.approx(np.mean(each), abs=1e-4), name
 
 
 def test_beta_follows_its_target(reference):
@@ -490,23 +500,12 @@ def test_resuming_is_bitwise_equal_to_not_stopping(reference, place, tmp_path):
     assert timeless[:2] == timeless[2:] and lines == samples
 
 
-def calls_of(name, monkeypatch) -> list:
-    """What the run passes to one of its functions."""
-    calls, original = [], getattr(train_ppo, name)
-
-    def listening(*args):
-        calls.append(args)
-        return original(*args)
-
-    monkeypatch.setattr(train_ppo, name, listening)
-    return calls
-
-
 @pytest.mark.parametrize("flags", [[], ["--micro_batch_size", "1"], ["--temperature", "0.7"], ["--seq_len", "34"]])
 def test_the_first_ratio_is_exactly_one(place, tmp_path, monkeypatch, flags):
     """P1: before the first update log pi_new - log pi_old is 0 to the last bit, and so is V - V_old; P16: with lr 0
     both stay below 1e-5 in all epochs, which mix the replies differently."""
-    calls, valued, gaes = (calls_of(name, monkeypatch) for name in ("ppo_policy_loss", "ppo_value_loss", "gae"))
+    calls, valued, gaes = (calls_of(monkeypatch, train_ppo, name) for name in (
+        "ppo_policy_loss", "ppo_value_loss", "gae"))
     events, *_ = train(place, tmp_path, "--steps", "1", "--lr", "0", "--min_lr", "0", "--ppo_epochs", "3",
                        *flags)
     for called in (calls, valued):
@@ -522,10 +521,54 @@ def test_the_first_ratio_is_exactly_one(place, tmp_path, monkeypatch, flags):
     assert events[0]["val/ratio"] == pytest.approx(1) and events[0]["updates"] == 9
 
 
+def test_what_is_logged_of_updates_and_evaluations(place, tmp_path, monkeypatch):
+    """Each number from what the losses were given: means over the tokens of all updates, the explained variance over
+    those of the rollout; backward gets the loss per token of its minibatch, for the critic as for the actor. Those of
+    an evaluation from its rollout."""
+    policy, value, gaes, scored = (calls_of(monkeypatch, train_ppo, name) for name in (
+        "ppo_policy_loss", "ppo_value_loss", "gae", "score"))
+    backward = calls_of(monkeypatch, Zero, "backward")
+    (event,), *_ = train(place, tmp_path, "--steps", "1", "--lr", "1e-2", "--min_lr", "1e-2", "--cliprange", "0.05",
+                         "--cliprange_value", "0.05", "--eval_prompts", "3")
+    new, old, advantages = (torch.cat([call[i][call[3]] for call in policy]).detach().double() for i in range(3))
+    values, old_values, returns = (torch.cat([call[i][call[3]] for call in value]).detach().double() for i in range(3))
+    ratio = (new - old).exp()
+    free, clipped = -advantages * ratio, -advantages * ratio.clamp(0.95, 1.05)
+    error = (values - returns) ** 2
+    clipped_error = (old_values + (values - old_values).clamp(-0.05, 0.05) - returns) ** 2
+    rolled, mask = gae(*gaes[0])[1], gaes[0][2]
+    expected = {
+        "loss/policy_avg": torch.maximum(free, clipped).mean(), "policy/approxkl_avg": (new - old).square().mean() / 2,
+        "policy/clipfrac_avg": (clipped > free).double().mean(), "val/ratio": ratio.mean(),
+        "val/ratio_var": ratio.var(correction=0), "loss/value_avg": torch.maximum(error, clipped_error).mean() / 2,
+        "val/clipfrac_avg": (clipped_error > error).double().mean(),
+        "val/explained_variance": 1 - (rolled - gaes[0][1])[mask].var(correction=0) / rolled[mask].var(correction=0)}
+    for name, number in expected.items():
+        assert event[name] == pytest.approx(number.item(), rel=1e-4, abs=1e-6) and number != 0, name
+    for p, v, of_actor, of_critic in zip(policy, value, backward[0::2], backward[1::2], strict=True):
+        for calls, (loss, _), of in ((p, ppo_policy_loss(*p), of_actor), (v, ppo_value_loss(*v), of_critic)):
+            assert of[1].item() == pytest.approx(loss.item() / int(calls[3].sum()), rel=1e-5)
+    evaluations = [e for e in map(json.loads, open(tmp_path / "metrics.jsonl")) if "eval_score" in e]
+    for found, (rollout, *_) in zip(evaluations, (scored[0], scored[-1]), strict=True):
+        scores = rollout.scores.tolist()
+        assert {name: found[name] for name in found if name != "step"} == pytest.approx({
+            "eval_score": np.mean(scores), "eval_score/even": (scores[0] + scores[2]) / 2, "eval_score/odd": scores[1],
+            "eval_kl": (rollout.logp - rollout.ref_logp)[rollout.mask].sum().item() / 3,
+            "eval_ended": sum(reply[-1] == TOKENIZER.end_id for reply in rollout.replies) / 3,
+            "eval_response_length": np.mean([len(reply) for reply in rollout.replies])}, abs=1e-5)
+
+
+def test_validation_data_of_its_own(reference, place, tmp_path):
+    """--val_data with the prompts that --val_fraction would have set aside: the same evaluation and first rollout."""
+    *_, samples = train(place, tmp_path, "--steps", "1", *split_by_hand(place / "prompts.jsonl", 36))
+    found, expected = ([json.loads(line) for line in open(out / "metrics.jsonl")] for out in (tmp_path, reference[0]))
+    assert found[0] == expected[0] and "eval_score" in found[0] and samples == reference[3][:12]
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_half_precision(place, tmp_path, monkeypatch, dtype):
     """However coarse the numbers: the first ratio is still exactly 1, and the sampler is not far."""
-    calls = calls_of("ppo_policy_loss", monkeypatch)
+    calls = calls_of(monkeypatch, train_ppo, "ppo_policy_loss")
     events, *_ = train(place, tmp_path, "--dtype", dtype, "--steps", "1", "--lr", "0", "--min_lr", "0")
     assert all(torch.equal(logp, old_logp) for logp, old_logp, *_ in calls[:3])
     assert events[0]["objective/kl"] == 0 and events[0]["val/sampler_gap"] < 0.1
@@ -533,7 +576,7 @@ def test_half_precision(place, tmp_path, monkeypatch, dtype):
 
 def test_each_step_draws_anew(place, tmp_path, monkeypatch):
     """Prompts by epochs, each with a seed of its own that never comes again; evaluations all with the same ones."""
-    calls = calls_of("draw", monkeypatch)
+    calls = calls_of(monkeypatch, train_ppo, "draw")
     train(place, tmp_path, "--ppo_epochs", "1", "--minibatches", "1", "--eval_every", "2")
     (first, *steps), evaluations = [[calls[i] for i in some] for some in ((1, 2, 4, 5), (0, 3, 6))]
     assert len(set(sum((seeds for _, seeds, *_ in (first, *steps)), []))) == 48
@@ -563,7 +606,7 @@ def test_early_stopping_leaves_the_weights_alone(place, tmp_path, monkeypatch):
     events, weights, _ = train(place, tmp_path / "a", *flags, "--ppo_epochs", "4", "--stop_kl", "0.03")
     updates = events[0]["updates"]
     assert full[0]["updates"] == 12 and 1 < updates < 12
-    calls = calls_of("ppo_policy_loss", monkeypatch)
+    calls = calls_of(monkeypatch, train_ppo, "ppo_policy_loss")
     _, until, _ = train(place, tmp_path / "b", *flags, "--ppo_epochs", "9", "--stop_kl", "0.03")
     assert len(calls) == updates and all(torch.equal(weights[name], until[name]) for name in weights)
 
@@ -614,14 +657,20 @@ def test_the_entropy_bonus_keeps_the_policy_open(place, tmp_path):
     assert high > low + 0.1
 
 
-def test_pretraining_loss_is_mixed_in(place, tmp_path):
-    """--ptx: the text becomes likelier than in a run without it."""
+def test_pretraining_loss_is_mixed_in(place, tmp_path, monkeypatch):
+    """--ptx: the text becomes likelier than in a run without it; each update reads the next windows, micro_batch_size
+    of them at a time."""
     (tmp_path / "text.txt").write_text("abc def gab " * 200)
-    flags = ["--steps", "5", "--lr", "2e-2", "--eval_prompts", "0", "--ppo_epochs", "1",
+    flags = ["--steps", "5", "--lr", "2e-2", "--min_lr", "2e-2", "--eval_prompts", "0", "--ppo_epochs", "1",
              "--ptx_data", str(tmp_path / "text.txt"), "--ptx_rows", "2"]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(tmp_path)  # where its token files go
-        low, high = (train(place, tmp_path / c, *flags, "--ptx", c)[0] for c in ("0.01", "1"))
+    monkeypatch.chdir(tmp_path)  # where its token files go
+    windows = calls_of(monkeypatch, Windows, "batch")
+    low, high = (train(place, tmp_path / c, *flags, "--ptx", c)[0] for c in ("0.01", "1"))
+    assert [batch for _, batch, *_ in windows] == [*range(15), *range(15)]
+    forwards = calls_of(monkeypatch, GPT, "forward")
+    parts, *_ = train(place, tmp_path / "parts", *flags, "--ptx", "1", "--steps", "1", "--micro_batch_size", "1")
+    assert {len(ids) for _, ids, *_ in forwards if ids.shape[1] == 64} == {1}
+    assert parts[0]["loss/ptx_avg"] == pytest.approx(high[0]["loss/ptx_avg"], rel=1e-4)
     assert high[-1]["loss/ptx_avg"] < high[0]["loss/ptx_avg"] - 0.5
     assert high[-1]["loss/ptx_avg"] < low[-1]["loss/ptx_avg"] - 0.3
 
@@ -640,14 +689,8 @@ def assert_same_curve(events, expected):
 
 
 def run_rank(place, out, more):
-    """One rank of a pool of processes that already joined: what torchrun would start."""
-    import torch.distributed as dist
-    rank, world = dist.get_rank(), dist.get_world_size()
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in (("RANK", rank), ("WORLD_SIZE", world), ("LOCAL_RANK", rank)):
-            patch.setenv(name, str(value))
-        patch.setattr(dist, "init_process_group", lambda *_, **__: None)
-        patch.setattr(dist, "destroy_process_group", lambda: None)
+    """One rank of a pool of processes that already joined."""
+    with as_torchrun():
         return train(place, out, *more)[0]
 
 
@@ -681,6 +724,7 @@ BAD = {
     "greedy": (["--temperature", "0"], "--temperature"),
     "no epochs": (["--ppo_epochs", "0"], "--ppo_epochs"),
     "ptx without text": (["--ptx", "1"], "--ptx"),
+    "ptx without rows": (["--ptx", "1", "--ptx_data", "text.txt", "--ptx_rows", "0"], "--ptx_rows"),
     "unknown flag": (["--kl_coef", "1"], "--kl_coef"),
 }
 

@@ -69,6 +69,16 @@ def test_every_preference_form_gives_prompt_and_ranked_replies(name, tmp_path):
     assert record.messages == [USER] and record.responses == ["Hello 🙂", "No."]
 
 
+@pytest.mark.parametrize("read", [read_chats, read_prompts, read_preferences])
+def test_alpaca_with_a_system_message(read, tmp_path):
+    """"system" comes first; an empty one is none."""
+    record = {"instruction": "a", "output": "b"} if read != read_preferences else {
+        "instruction": "a", "chosen": "b", "rejected": "c"}
+    path = write(tmp_path, record | {"system": "Be brief."}, record | {"system": ""})
+    with_one, without = ([(m["role"], m["content"]) for m in found.messages] for found in read(path))
+    assert with_one == [("system", "Be brief."), *without] and without[0] == ("user", "a")
+
+
 def test_hh_with_several_turns(tmp_path):
     """The prompt is all but the last turn; a colon or a newline inside a turn stays."""
     start = "\n\nHuman: a: b\nc\n\nAssistant: d\n\nHuman: e\n\nAssistant:"
@@ -191,6 +201,8 @@ def test_byte_order_mark_crlf_and_blank_lines_are_no_errors(content, tmp_path):
 
 
 BAD_PREFERENCES = {
+    **{f"score {score}": {"prompt": "a", "responses": ["b", "c"], "scores": [score, 1]}
+       for score in (True, "2", float("nan"), float("inf"), 10**400)},
     "one response": {"prompt": "a", "responses": ["b"]}, "no responses": {"prompt": "a", "responses": {}},
     "blank response": {"prompt": "a", "responses": ["b", " "]}, "a number": {"prompt": "a", "responses": ["b", 3]},
     "no prompt": {"responses": ["b", "c"]}, "rejected alone": {"prompt": "a", "rejected": "b"},
@@ -210,6 +222,13 @@ def test_a_malformed_preference_is_one_clear_line(name, tmp_path):
     with pytest.raises(UserError) as caught:
         read_preferences(path)
     assert f"{path}:2" in str(caught.value) and "found" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_score_beyond_all_numbers_is_refused(tmp_path):
+    """JSON knows no infinity, but 1e999 is one when it is read."""
+    (tmp_path / "a.jsonl").write_text('{"prompt": "a", "responses": ["b", "c"], "scores": [1e999, 1]}\n')
+    with pytest.raises(UserError, match="a.jsonl:1.*scores"):
+        read_preferences(tmp_path / "a.jsonl")
 
 
 def test_records_of_an_array_are_those_of_json(tmp_path):

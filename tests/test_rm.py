@@ -18,6 +18,7 @@ from small_chat import (
     ranked,
     same_metrics,
     save_chat_model,
+    split_by_hand,
     write,
 )
 
@@ -298,6 +299,10 @@ def test_accuracy_by_kind_of_pair():
     gapped = evaluate(torch.tensor([0.0, 1.0, -1.0, 5.0, 6.0]), replies, Config(score_gap=0.1))
     assert gapped["eval_agreement"] == 0.5
     assert "eval_agreement" not in evaluate(torch.zeros(5), replies, Config(score_gap=0.2))
+    for margin, centre in ((0.0, 0.0), (0.3, 0.2)):
+        rewards = torch.tensor([0.0, 1.0, -1.0, 5.0, 6.0])
+        found = evaluate(rewards, replies, Config(margin=margin, centre=centre))
+        assert found["eval_loss"] == pytest.approx(loss_by_loop(rewards.tolist(), [3, 2], margin, centre) / 2)
 
 
 def test_calibration_of_known_bins():
@@ -359,11 +364,15 @@ def reference(files, tmp_path_factory):
 
 
 def test_r4_starts_at_ln_2_and_moves(reference):
-    """R4: a new head is 0: loss ln 2, accuracy 0.5, all rewards 0, gradient not 0; then it learns; TRL's names."""
+    """R4: a new head is 0: loss ln 2, accuracy 0.5, all rewards 0, gradient not 0; then it learns; TRL's names, and
+    the rates and epochs of 7 of 10 prompts a step."""
     first = metrics(reference[0])[0]
     assert first["loss"] == pytest.approx(math.log(2), abs=1e-6) and first["accuracy"] == 0.5
     assert first["min_reward"] == first["max_reward"] == first["margin"] == 0 and first["grad_norm"] > 1e-3
     assert reference[1][-1][1] < 0.67
+    steps = [event for event in metrics(reference[0]) if "loss" in event]
+    assert [event["learning_rate"] for event in steps] == pytest.approx([1e-3, 2e-3, 3e-3, 2e-3, 1e-3, 0])
+    assert [event["epoch"] for event in steps] == pytest.approx([0.7 * event["step"] for event in steps])
     assert {"eval_loss", "eval_accuracy", "eval_margin", "eval_accuracy/bad|fine", "eval_ceiling/even"} <= {
         name for event in metrics(reference[0]) for name in event}
 
@@ -384,6 +393,24 @@ def test_r8_the_saved_model_has_mean_0_over_references(files, reference, tmp_pat
     assert abs(found[0][::4].mean()) < 1e-6 and abs(found[1].mean()) < 1e-6
     assert found[1].std() == pytest.approx(1, abs=1e-5)
     torch.testing.assert_close(found[1], (found[0] - found[0].mean()) / found[0].std(), rtol=1e-4, atol=1e-5)
+
+
+def test_zero_is_that_of_the_reference_prompts(files, reference, tmp_path):
+    """--reference_prompts 3: the best replies of the first three training prompts have mean 0; those of all do not."""
+    out = tmp_path / "few"
+    shutil.copytree(reference[0], out)
+    train(files, out, "--steps", "6", "--resume", "--reference_prompts", "3")
+    model, _, config = load_model(str(out))
+    replies = Replies(split_prompts(read_preferences(files[0]), 0.1)[0], TOKENIZER, 96)
+    rewards = all_rewards(model, replies, range(10), 0, OneRank)
+    assert abs(rewards[:12:4].mean()) < 1e-6 < 1e-3 < abs(rewards[::4].mean())
+    assert config["reward_std"] == pytest.approx(rewards[:12].std().item(), rel=1e-4)
+
+
+def test_validation_data_of_its_own(files, reference, tmp_path):
+    """--val_data with the prompts that --val_fraction would have set aside: the same log."""
+    train(files, tmp_path, "--steps", "6", *split_by_hand(files[0], 10))
+    same_metrics(reference[0], tmp_path, 1e-9)
 
 
 def test_r10_eight_prompts_are_learned_by_heart(files, tmp_path):
@@ -441,7 +468,9 @@ def test_low_precision_and_offload_train(files, reference, tmp_path, more):
 
 
 @pytest.mark.parametrize("more", [["--margin", "0.5"], ["--centre", "0.5"], ["--seed", "2"], ["--weight_decay", "0.5"],
-                                  ["--clip", "0.001"], ["--min_lr", "1e-3"], ["--val_fraction", "0.5"]], ids=" ".join)
+                                  ["--clip", "0.001"], ["--min_lr", "1e-3"], ["--val_fraction", "0.5"],
+                                  ["--betas", "0.5,0.9"], ["--eps", "1e-2"], ["--decay", "flat-then-linear"]],
+                         ids=" ".join)
 def test_every_flag_does_something(files, reference, tmp_path, more):
     """The curve of a run with the flag is another one."""
     found = train(files, tmp_path, "--steps", "6", *more)

@@ -6,16 +6,30 @@ import random
 
 import pytest
 import torch
-from ranks import ranks
+from ranks import as_torchrun, ranks
+from small_chat import calls_of, split_by_hand
 
+import data
 import train_sft
-from checkpoint import save_final
+from checkpoint import load_model, save_final
 from common import UserError
-from data import IGNORE, Conversations, chat_samples, collate, encode_chat, encode_prompt, pack, shuffled, truncate
+from data import (
+    IGNORE,
+    Conversations,
+    Windows,
+    chat_samples,
+    collate,
+    encode_chat,
+    encode_prompt,
+    pack,
+    shuffled,
+    truncate,
+)
 from model import GPT, GPTConfig, generate
 from records import Record
 from tokenizer import make_tokenizer
 from train_sft import sft_loss
+from zero import Zero
 
 TOKENIZER = make_tokenizer("byte")
 PAD, BOS, SYSTEM, USER, ASSISTANT, END = (getattr(TOKENIZER, f"{name}_id") for name in
@@ -66,6 +80,19 @@ def test_golden_mask():
     assert row.tolist() == ids and segments.tolist() == [0] * len(ids) and targets[-1] == IGNORE
     for t in range(len(ids) - 1):  # a target stands one place before its token
         assert targets[t] == (ids[t + 1] if mask[t + 1] else IGNORE)
+
+
+def test_show_prints_what_is_trained(tmp_path, capsys):
+    """python data.py --show --stage sft: the template, then token | target | trained? of the first conversation."""
+    messages = [{"role": "user", "content": "ab"}, {"role": "assistant", "content": "cd"}]
+    (tmp_path / "chats.jsonl").write_text(json.dumps({"messages": messages}) + "\n")
+    data.main(["--show", "--stage", "sft", "--data", str(tmp_path / "chats.jsonl")])
+    template, *rows = capsys.readouterr().out.splitlines()
+    assert template == f"chat template: {data.CHAT_TEMPLATE}"
+    assert [row.split() for row in rows] == [
+        *([f"'{token}'", "-"] for token in ("<|bos|>", "<|user|>", "a", "b", "<|end|>")),
+        ["'<|assistant|>'", "'c'", "trained"], ["'c'", "'d'", "trained"], ["'d'", "'<|end|>'", "trained"],
+        ["'<|end|>'", "-"]]
 
 
 def test_the_prompt_is_the_beginning_of_the_chat():
@@ -225,6 +252,10 @@ def test_the_order_is_a_function_of_seed_and_place():
     assert all(shuffled(7, start, 5, seed=1) == stream[start:start + 5] for start in range(45))
     assert all(sorted(stream[e * 7:e * 7 + 7]) == list(range(7)) for e in range(7))
     assert stream != shuffled(7, 0, 50, seed=2)
+    data.order.cache_clear()
+    for start in range(0, 1000, 10):
+        shuffled(1000, start, 10, seed=1)
+    assert data.order.cache_info().misses == 1  # an epoch is sorted once, not at every step
 
 
 def test_truncation_from_the_left():
@@ -269,9 +300,19 @@ def test_the_report_counts_what_it_says():
     batches = [train.rows(train.of_step(step)) for step in range(4)]
     fill = sum(int((s >= 0).sum()) for _, _, s in batches) / sum(s.numel() for _, _, s in batches)
     assert f"rows filled to {fill:.1%}" in train.report()
+    many = Conversations(records(24) * 10, TOKENIZER, 128, packed=False, batch_size=1)
+    assert "rows filled to about 100.0%" in many.report()  # of one conversation each
 
 
 # ---- the script -----------------------------------------------------------------------------------------------------
+
+@pytest.fixture(autouse=True, scope="module")
+def quick():
+    """The speed of this machine is not what is tested."""
+    measured, train_sft.matmul_peak = train_sft.matmul_peak, lambda *_: 1e10
+    yield
+    train_sft.matmul_peak = measured
+
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
@@ -300,14 +341,8 @@ def train(base, chats, out, *more):
 
 
 def run_rank(base, chats, out, more):
-    """One rank of a pool of processes that already joined: what torchrun would start."""
-    import torch.distributed as dist
-    rank, world = dist.get_rank(), dist.get_world_size()
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in (("RANK", rank), ("WORLD_SIZE", world), ("LOCAL_RANK", rank)):
-            patch.setenv(name, str(value))
-        patch.setattr(dist, "init_process_group", lambda *_, **__: None)
-        patch.setattr(dist, "destroy_process_group", lambda: None)
+    with as_torchrun() as patch:
+        patch.setattr(train_sft, "matmul_peak", lambda *_: 1e10)
         patch.chdir(out.parent)  # these processes began elsewhere
         return train(base, chats, out, *more)[0]
 
@@ -321,8 +356,9 @@ def reference(base, chats, tmp_path_factory):
 def test_a_whole_run_learns_and_leaves_a_chat_model(reference):
     out, losses, weights, events = reference
     assert losses[0] == pytest.approx(5.568, abs=0.01) and losses[-1] < losses[0] - 0.2  # ln 262: a new model
-    last = [e for e in events if "eval_loss" in e][-1]
-    assert last["step"] == 8 and 0 < last["eval_mean_token_accuracy"] < 1
+    trained = [e for e in events if "loss" in e]
+    assert [e["learning_rate"] for e in trained] == pytest.approx([3e-4 * step for step in range(1, 9)])  # of 10 warmup
+    assert [e["epoch"] for e in trained] == pytest.approx([8 * step / 36 for step in range(1, 9)])
     assert json.load(open(out / "final" / "config.json"))["chat_template"].startswith("<|bos|>")
 
 
@@ -334,9 +370,54 @@ def test_one_curve_however_the_step_is_computed(reference, base, chats, tmp_path
     assert losses == pytest.approx(reference[1], rel=1e-5)
 
 
-@pytest.mark.parametrize("stage", [0, 3])
+def assert_evaluated(out, events, chats):
+    """Loss, perplexity and accuracy of the last evaluation are those of one forward per held-out conversation, all of
+    whose turns count, under the model that the run left."""
+    model, *_ = load_model(str(out))
+    total = right = count = 0
+    for line in chats.read_text().splitlines()[36:]:
+        ids, mask = map(torch.tensor, truncate(TOKENIZER, *encode_chat(TOKENIZER, json.loads(line)["messages"]), 64))
+        logits, wanted, counts = model(ids[None, :-1])[0], ids[1:], mask[1:] > 0
+        total -= logits.log_softmax(-1).gather(-1, wanted[:, None])[counts].double().sum().item()
+        right, count = right + int((logits.argmax(-1) == wanted)[counts].sum()), count + int(counts.sum())
+    found = [e for e in events if "eval_loss" in e][-1]
+    assert found["eval_loss"] == pytest.approx(total / count, rel=1e-5) and found["step"] == 8
+    assert found["eval_perplexity"] == pytest.approx(math.exp(total / count), rel=1e-4)
+    assert found["eval_mean_token_accuracy"] == pytest.approx(right / count) and 0 < right < count
+
+
+def test_the_evaluation_is_one_forward_per_conversation(reference, chats):
+    assert_evaluated(reference[0], reference[3], chats)
+
+
+SHORT = ["--steps", "4", "--warmup_steps", "2", "--eval_prompts", "0"]
+
+
+@pytest.fixture(scope="module")
+def short(base, chats, tmp_path_factory):
+    return train(base, chats, tmp_path_factory.mktemp("short"), *SHORT)[1]
+
+
+@pytest.mark.parametrize("flags", [["--weight_decay", "0.5"], ["--betas", "0.5,0.9"], ["--eps", "1e-2"],
+                                   ["--clip", "0.01"], ["--seed", "2"], ["--warmup_steps", "4"], ["--min_lr", "1e-3"],
+                                   ["--decay", "flat-then-linear"], ["--batch_size", "7"], ["--val_fraction", "0.2"]],
+                         ids=" ".join)
+def test_every_flag_does_something(short, base, chats, tmp_path, flags):
+    """No flag is accepted and then ignored: the model becomes another one."""
+    _, weights, _ = train(base, chats, tmp_path, *SHORT, *flags)
+    assert any(not torch.equal(weights[name], short[name]) for name in weights)
+
+
+def test_validation_data_of_its_own(reference, base, chats, tmp_path):
+    """--val_data with the conversations that --val_fraction would have set aside: the same run, the same evaluation."""
+    losses, weights, events = train(base, chats, tmp_path, *split_by_hand(chats, 36))
+    assert losses == reference[1] and all(torch.equal(weights[name], reference[2][name]) for name in weights)
+    assert_evaluated(tmp_path, events, chats)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 3])
 def test_two_ranks_give_the_same_curve(reference, base, chats, tmp_path, stage):
-    losses, _ = ranks().run(2, run_rank, base, chats, tmp_path, ["--zero", str(stage)])
+    losses, _ = ranks().run(2, run_rank, base, chats, tmp_path, ["--zero", str(stage)], timeout=180)
     assert losses == pytest.approx(reference[1], rel=1e-5)
 
 
@@ -348,7 +429,8 @@ def test_resuming_is_bitwise_equal_to_not_stopping(reference, base, chats, tmp_p
 
 
 def test_text_is_rehearsed(base, chats, tmp_path, monkeypatch):
-    """--ptx: the text becomes likelier than in a run without it, by one curve however the step is split."""
+    """--ptx: the text becomes likelier than in a run without it, by one curve however the step is split; each step
+    reads the next windows, and its loss has the weight of --ptx."""
     monkeypatch.chdir(tmp_path)  # where its token files go
     (tmp_path / "text.txt").write_text("abc def gab " * 200)
     flags = ["--ptx", "1", "--ptx_data", "text.txt", "--ptx_rows", "3", "--eval_prompts", "0", "--lr", "2e-2"]
@@ -359,19 +441,24 @@ def test_text_is_rehearsed(base, chats, tmp_path, monkeypatch):
         ids = torch.tensor([TOKENIZER.encode("abc def gab " * 5)])
         return -model(ids[:, :-1], ids[:, 1:]).mean().item()
 
-    whole, with_text, events = train(base, chats, tmp_path / "a", *flags)
+    windows, backward = calls_of(monkeypatch, Windows, "batch"), calls_of(monkeypatch, Zero, "backward")
+    light, _, events = train(base, chats, tmp_path / "g", *flags, "--ptx", "0.5")
+    assert [step for _, step, *_ in windows] == list(range(8))
+    assert [loss.item() for _, loss in backward] == pytest.approx(
+        [x for e in events if "loss" in e for x in (e["loss"], 0.5 * e["loss/ptx_avg"])])
+    whole, with_text, events = train(base, chats, tmp_path / "a", *flags, "--save_every", "4")
+    assert light[1:] != pytest.approx(whole[1:], rel=1e-3)
     parts, *_ = train(base, chats, tmp_path / "b", *flags, "--micro_batch_size", "1")
-    sharded, _ = ranks().run(2, run_rank, base, chats, tmp_path / "c", [*flags, "--zero", "2"])
+    sharded, _ = ranks().run(2, run_rank, base, chats, tmp_path / "c", [*flags, "--zero", "2"], timeout=180)
     _, without, _ = train(base, chats, tmp_path / "d", *flags, "--ptx", "0")
     assert parts == pytest.approx(whole, rel=1e-4) and sharded == pytest.approx(whole, rel=1e-4)
     assert text_loss(with_text) < text_loss(without) - 0.3
     said = [event["loss/ptx_avg"] for event in events if "loss/ptx_avg" in event]
     assert said[0] == pytest.approx(math.log(TOKENIZER.vocab_size), abs=0.01) and said[-1] < said[0] - 0.3
-    (tmp_path / "f" / "x").mkdir(parents=True)
-    half, *_ = train(base, chats, tmp_path / "f" / "half", *flags, "--save_every", "4", "--steps", "8")
-    (tmp_path / "f" / "x" / "step-00000004").symlink_to(tmp_path / "f" / "half" / "step-00000004")
-    resumed, *_ = train(base, chats, tmp_path / "f" / "x", *flags, "--resume")
-    assert half == whole and resumed[-4:] == whole[-4:]
+    (tmp_path / "f").mkdir()
+    (tmp_path / "f" / "step-00000004").symlink_to(tmp_path / "a" / "step-00000004")
+    resumed, *_ = train(base, chats, tmp_path / "f", *flags, "--resume")
+    assert resumed[-4:] == whole[-4:]
     with pytest.raises(UserError, match="--ptx_data"):
         train(base, chats, tmp_path / "e", "--ptx", "1")
 
@@ -379,6 +466,7 @@ def test_text_is_rehearsed(base, chats, tmp_path, monkeypatch):
 def test_turns_change_what_is_trained(reference, base, chats, tmp_path):
     losses, _, events = train(base, chats, tmp_path, "--turns", "last")
     assert losses != pytest.approx(reference[1], rel=1e-3)
+    assert_evaluated(tmp_path, events, chats)  # on all turns, so that the ways can be compared
 
 
 def test_overfit_four_dialogues():

@@ -181,9 +181,51 @@ def test_replies_to_a_file(finished, tmp_path, capsys):
     assert [r.get("tag") for r in results[0]] == ["x", None, None]
     assert all(len(r["responses"]) == len(r["ended"]) == 3 and len(set(r["responses"])) == 3 for r in results[0])
     (tmp_path / "p.jsonl").write_text(json.dumps({"prompt": "a" * 40}) + "\n")
-    with pytest.raises(UserError, match="p.jsonl:1"):
+    with pytest.raises(UserError, match="p.jsonl"):
         sample.main(["--model", str(out), "--prompts", str(tmp_path / "p.jsonl"), "--out", str(tmp_path / "t.jsonl")])
     assert not (tmp_path / "t.jsonl").exists()
+
+
+@pytest.mark.parametrize("limit, length", [("0", 13), ("8", 8)])
+def test_prompts_that_leave_no_room_are_dropped(finished, tmp_path, capsys, monkeypatch, limit, length):
+    """In rows of 32 a prompt of 25 tokens has less than a quarter left, or than --max_new_tokens 8: it is dropped and
+    counted, the others are answered as without it; without a limit they get what the longest of them leaves."""
+    out, _, tokenizer = finished
+    prompts = [{"prompt": "a" * n} for n in (3, 21, 15)]
+    lengths = []
+    draw = sample.draw
+    monkeypatch.setattr(sample, "draw", lambda *args: lengths.append(args[5]) or draw(*args))
+    for name, some in (("s", prompts), ("t", [prompts[0], prompts[2]])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(p) + "\n" for p in some))
+        assert sample.main(["--model", str(out), "--prompts", str(tmp_path / f"{name}.jsonl"), "--k", "2",
+                            "--max_new_tokens", limit, "--out", str(tmp_path / f"{name}.out.jsonl")]) == 0
+    assert "4 replies to 2 prompts, 1 dropped (longer than 24 tokens)" in capsys.readouterr().out
+    found, without = ([json.loads(line) for line in open(tmp_path / f"{name}.out.jsonl")] for name in "st")
+    assert [line["prompt"] for line in found] == [line["prompt"] for line in without] == [asked("aaa"), asked(15 * "a")]
+    assert found[0] == without[0] and lengths == [length, length]
+
+
+FILTERS = [{"temperature": 0.5}, {"top_k": 2}, {"top_p": 0.3}, {"repetition_penalty": 4.0}, {"seed": 2}]
+
+
+@pytest.mark.parametrize("flags", FILTERS, ids=str)
+def test_every_way_to_sample_reaches_the_sampler(finished, tmp_path, flags):
+    """The file's replies are those of generate with the same options, and other ones than without."""
+    out, model, tokenizer = finished
+    (tmp_path / "p.jsonl").write_text(json.dumps({"prompt": "abc"}) + "\n")
+    assert sample.main(["--model", str(out), "--prompts", str(tmp_path / "p.jsonl"), "--out", str(tmp_path / "s.jsonl"),
+                        "--max_new_tokens", "8", "--k", "4", *(str(x) for name in flags for x in (
+                            f"--{name}", flags[name]))]) == 0
+    prompt, options = encode_prompt(tokenizer, asked("abc")), {"temperature": 0.8, "seed": 1}
+    replies = []
+    for changed in ({}, flags):
+        kwargs = options | changed
+        seed = kwargs.pop("seed") << 64
+        new = generate(model, [prompt] * 4, seeds=[seed + n for n in range(4)], max_new_tokens=8,
+                       eos_id=tokenizer.end_id, banned=tokenizer.specials_but_end, **kwargs)
+        replies.append([tokenizer.decode([i for i in ids if i != tokenizer.end_id]) for ids in new])
+    plain, expected = replies
+    assert json.loads((tmp_path / "s.jsonl").read_text())["responses"] == expected != plain
 
 
 def test_a_model_that_never_learned_to_chat_is_refused(finished, tmp_path):
