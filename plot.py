@@ -92,22 +92,24 @@ def losses(life: str, out: str) -> None:
 
 def rewards(life: str, out: str) -> None:
     """Over-optimisation: as PPO moves away from where it began, what it is paid rises; does the truth?"""
-    if not os.path.exists(os.path.join(life, "ppo", "rollouts.json")):
+    runs = [(name, text, colour) for name, text, colour in (
+        ("ppo", "PPO", BLUE), ("ppo-free", "without the KL penalty (beta 0)", RED))
+        if os.path.exists(os.path.join(life, name, "rollouts.json"))]
+    if not runs:
         return
-    rows = load(life, "ppo", "rollouts.json")
-    kl, some = [row["kl"] for row in rows], np.ones(1 + len(rows) // 12)
     figure, axes = plt.subplots(1, 2, figsize=(8, 3.2), layout="constrained", sharex=True)
-    for ax, name, title, unit in ((axes[0], "reward", "what PPO is paid", "mean score of the reward model"),
-                                  (axes[1], "gold", "what it is worth in truth", "mean gold")):
-        values = [row[name] for row in rows]
-        dots = ax.scatter(kl, values, c=[row["step"] for row in rows], s=12, cmap="viridis")
-        ax.plot(*(np.convolve(x, some / len(some), "valid") for x in (kl, values)), color=RED, label="running mean")
-        ax.set(title=title, xlabel="KL to the model before (nats per reply)", ylabel=unit)
-    held_out = load(life, "ppo", "metrics.jsonl")
-    axes[0].plot(column(held_out, "eval_kl")[1], column(held_out, "eval_score")[1], "s", color="white",
-                 markeredgecolor="black", markersize=5, label="held-out prompts")
+    for run_name, text, colour in runs:
+        rows = load(life, run_name, "rollouts.json")
+        kl, some = [row["kl"] for row in rows], np.ones(1 + len(rows) // 12)
+        for ax, name in zip(axes, ("reward", "gold")):
+            values = [row[name] for row in rows]
+            ax.scatter(kl, values, s=8, color=colour, alpha=0.35, linewidths=0)
+            ax.plot(*(np.convolve(x, some / len(some), "valid") for x in (kl, values)), color=colour, label=text)
+    axes[0].set(title="what PPO is paid", ylabel="mean score of the reward model")
+    axes[1].set(title="what it is worth in truth", ylabel="mean gold")
+    for ax in axes:
+        ax.set(xlabel="KL to the model before (nats per reply)")
     axes[0].legend()
-    figure.colorbar(dots, ax=axes, label="rollout", pad=0.01)
     save(figure, out, "rewards.png")
 
 

@@ -2,6 +2,7 @@
 # The first command of the README: the whole life of a language model, one printed command per stage.
 #   bash run.sh                   in the Village, a small world that is made here
 #   bash run.sh --quick           every stage at its smallest, under three minutes: shows that all works, learns little
+#   bash run.sh --hack            also PPO without its leash (beta 0): what reward hacking looks like
 #   bash run.sh my_text.txt       on a text of yours (or stdlib, which comes with Python): pretraining and a sample
 #   bash run.sh --data-from DIR   on your own files, as far as they reach: text.txt (or .jsonl) -> pretraining;
 #                                 chats.json (or .jsonl) -> SFT; preferences.json (or .jsonl) -> reward model, PPO,
@@ -21,8 +22,8 @@ pretrain="--tokenizer bpe --vocab_size 1184 --n_kv_head 2 --steps 1800 --lr 6e-3
 sft="--epochs 2 --lr 2e-3 $rehearse 1"
 sample="--k 8 --temperature 1 --batch_size 128"
 judge="--temperature 0.3"
-rm="--epochs 0.6 --lr 1e-3 --score_gap 0.3 --eval_every 0"
-ppo="--steps 70 --ppo_epochs 1 --lr 5e-4 --beta 0.2 --ptx 0.5 --ptx_data $world/pretrain.txt"
+rm="--epochs 1 --lr 1e-3 --score_gap 0.3 --eval_every 0"
+ppo="--steps 90 --ppo_epochs 1 --lr 5e-4 --beta 0.1 --ptx 0.5 --ptx_data $world/pretrain.txt"
 dpo="--lr 1e-3 --beta 0.4 $rehearse 1"
 card=""
 best_of="--best_of 16"
@@ -30,12 +31,13 @@ talks=dpo  # at the end
 
 again="${SEED:+SEED=$SEED }${NPROC:+NPROC=$NPROC }${ZERO:+ZERO=$ZERO }${OUT:+OUT=$OUT }bash run.sh"
 [ $# = 0 ] || again+=$(printf ' %q' "$@")
-quick="" show="" own="" text="" chats="" preferences="" prompts=""
+quick="" hack="" show="" own="" text="" chats="" preferences="" prompts=""
 refuse() { echo "error: $*" >&2; exit 2; }
 absolute() { if [ -e "$1" ]; then echo "$(cd "$(dirname "$1")" && pwd)/$(basename "$1")"; else echo "$1"; fi; }
 while [ $# -gt 0 ]; do
     case $1 in
         --quick) quick=yes ;;
+        --hack) hack=yes ;;
         --show) show=yes ;;
         --data-from)
             own=$(basename "${2:-}")
@@ -167,6 +169,13 @@ if [ ! "$own" ]; then
     done
     stage rollouts "PPO step by step: what the reward model thinks, and the truth" $out/ppo/rollouts.json \
         "last gold $out/ppo/rollouts.json" $python evaluate.py --village $world --rollouts $out/ppo/samples.jsonl
+    if [ "$hack" ]; then
+        stage ppo-free "PPO without the penalty for moving away" $out/ppo-free/final \
+            "last eval_score $out/ppo-free/metrics.jsonl" $launch train_ppo.py --data $prompts --init $out/sft \
+            --reward_model $out/rm $ppo --beta 0 --ptx 0 --ptx_data "" --out $out/ppo-free --resume ${ZERO:+--zero $ZERO}
+        stage rollouts-free "and where that led" $out/ppo-free/rollouts.json "last gold $out/ppo-free/rollouts.json" \
+            $python evaluate.py --village $world --rollouts $out/ppo-free/samples.jsonl
+    fi
     look scorecard "all of them side by side" $python evaluate.py --cards $out/sft,$out/ppo,$out/dpo
 elif [ "$chats" ]; then
     for name in $models; do

@@ -88,8 +88,8 @@ def scripts(commands: list[str]) -> list[str]:
     return [re.search(r"(\w+)\.py", command)[1] for command in commands]
 
 
-LIFE = ["village", "train_pretrain", "sample", "train_sft", "sample", "village", "sample", "village", "train_rm", "train_ppo", "train_dpo",
-        "evaluate", "evaluate", "evaluate", "evaluate", "evaluate", "plot", "sample"]
+LIFE = ["village", "train_pretrain", "sample", "train_sft", "sample", "village", "sample", "village", "train_rm",
+        "train_ppo", "train_dpo", *["evaluate"] * 5, "plot", "sample"]
 
 
 @pytest.mark.parametrize("quick", [[], ["--quick"]])
@@ -104,6 +104,15 @@ def test_the_life_in_the_village(quick, ranks):
         assert ("torchrun --standalone --nproc_per_node 2" in command) == ("--zero 3" in command) == \
             (training and bool(ranks)), command
         assert ("--resume" in command) == training
+
+
+def test_reward_hacking_in_one_command():
+    """`bash run.sh --hack` adds PPO without the KL penalty and what became of it; seeds reach every stage."""
+    commands = pipeline("--hack", SEED="2")
+    free = next(command for command in commands if "train_ppo" in command and "--beta 0" in command)
+    check(free)
+    assert any("--rollouts out/village-2/ppo-free/samples.jsonl" in command for command in commands)
+    assert all(re.search(r"--seed 2\b", command) for command in commands if re.search(r"train_|village.py", command))
 
 
 def test_the_life_on_files_of_ones_own(tmp_path):
