@@ -76,12 +76,14 @@ def save_checkpoint(out: str, step: int, models: dict[str, Zero], extra: dict, *
     return folder
 
 
-def load_checkpoint(out: str, models: dict[str, Zero], bitwise: dict | None = None) -> tuple[int, dict] | None:
+def load_checkpoint(out: str, models: dict[str, Zero], *, same: dict | None = None, numbers=(),
+                    bitwise: dict | None = None) -> tuple[int, dict] | None:
     """Restore the newest whole checkpoint of `out`; all ranks call it. Returns (step, extra), None if there is none.
 
     A damaged one is named in a warning and the one before it is taken; UserError if all are damaged, or the newest
-    whole one is of another model. bitwise: settings of this run (as micro_batch_size) that should equal those in extra,
-    or else, as with another world size, number of threads or PyTorch, a warning says that the last bits will differ.
+    whole one is of another model or lacks what this run needs of extra: the values of `same`, and numbers >= 0 under
+    the names in `numbers`. bitwise: settings of this run (as micro_batch_size) that should equal those in extra, or
+    else, as with another world size, number of threads or PyTorch, a warning says that the last bits will differ.
     """
     rank, world = rank_and_world()
     problem = None
@@ -96,14 +98,20 @@ def load_checkpoint(out: str, models: dict[str, Zero], bitwise: dict | None = No
             print(f"warning: {error}; trying the checkpoint before it", file=sys.stderr) if rank == 0 else None
             continue
         _check_layout(folder, meta["layout"], {key: layout(z) for key, z in models.items()})
+        extra, path = meta["extra"], os.path.join(folder, "meta.json")
+        for key, value in (same or {}).items():
+            _expect(extra.get(key) == value, f"{path}: is of a run with another {key}; choose another --out")
+        for key in numbers:
+            _expect(_is_number(extra.get(key)), f"{path}: expected a number as {key}")
         for key, z in models.items():
-            load_shards(z, _read_shards(folder, meta, key))
+            with _reading(folder):
+                load_shards(z, _read_shards(folder, meta, key))
         now = {"threads": torch.get_num_threads(), "torch": torch.__version__, "world": world, **(bitwise or {})}
-        changed = [f"{key} was {was} and is {value}" for key, value in now.items()
-                   if (was := meta.get(key, meta["extra"].get(key))) != value]
+        changed = [f"{key} was {was!r:.80} and is {value!r:.80}" for key, value in now.items()
+                   if (was := meta.get(key, extra.get(key))) != value]
         if changed and rank == 0:
             print(f"warning: {folder}: {', '.join(changed)}: going on, but the last bits will differ", file=sys.stderr)
-        return meta["step"], meta["extra"]
+        return meta["step"], extra
     _expect(not problem, f"{problem}; no checkpoint in {out} is whole: remove them, or start without --resume")
     return None
 
@@ -167,7 +175,8 @@ def load_shards(z: Zero, shards: list[dict]) -> None:
                     mine[first:last].copy_(piece[first - start:last - start])
                 start += piece.numel()
             found = start + unit.low
-            _expect(found == unit.length, f"{unit.name}: {key} has {found} elements, expected {unit.length}")
+            if found != unit.length:
+                raise ValueError(f"{unit.name}: {key} has {found} elements, expected {unit.length}")
         unit.publish()
     z.model.load_state_dict(shards[0]["buffers"])
     for key in SCALARS:
@@ -236,9 +245,10 @@ def load_final(folder: str) -> tuple[dict, dict[str, torch.Tensor]]:
     folder = final_folder(folder)
     config = _read_json(os.path.join(folder, "config.json"))
     path = os.path.join(folder, "model.pt")
-    _expect(isinstance(config, dict), f"{folder}/config.json: found {type(config).__name__}, expected an object")
-    if isinstance(config.get("files"), dict) and "model.pt" in config["files"]:  # a folder made by hand may lack it
-        _verify(folder, "model.pt", config["files"]["model.pt"])
+    files = config.setdefault("files", {})  # a folder made by hand may lack it
+    _expect(isinstance(files, dict), f"{folder}/config.json: expected 'files' to be of type dict")
+    if "model.pt" in files:
+        _verify(folder, "model.pt", files["model.pt"])
     state = _load(path)
     _expect(isinstance(state, dict) and all(isinstance(t, torch.Tensor) for t in state.values()) and
             all(isinstance(name, str) for name in state),
@@ -360,9 +370,11 @@ def _reading(path: str):
         raise UserError(f"{path}: cannot be read: {(str(error) or repr(error)).splitlines()[0]}") from None
 
 
-def _read_json(path: str):
+def _read_json(path: str) -> dict:
     with _reading(path), open(path, encoding="utf-8") as file:
-        return json.load(file)
+        content = json.load(file)
+    _expect(isinstance(content, dict), f"{path}: found {type(content).__name__}, expected an object")
+    return content
 
 
 def _expect(good: bool, otherwise: str) -> None:
@@ -370,11 +382,16 @@ def _expect(good: bool, otherwise: str) -> None:
         raise UserError(otherwise)
 
 
+def _is_number(x) -> bool:
+    """A finite one that is not negative: what counters, scales and coefficients are."""
+    return isinstance(x, (int, float)) and 0 <= x < 2**63
+
+
 def _examine(folder: str, part: slice) -> dict:
     """meta.json, after checking all of it that the loader relies on, and that part of the files it lists."""
     path = os.path.join(folder, "meta.json")
     meta = _read_json(path)
-    _expect(isinstance(meta, dict) and meta.pop("sha256", None) == _digest(meta),
+    _expect(meta.pop("sha256", None) == _digest(meta),
             f"{path}: its checksum is not its own; the file is damaged")
     _expect(meta.get("version") == VERSION,
             f"{path}: checkpoint version {ascii(meta.get('version'))[:40]}, this program reads {VERSION}")
@@ -384,7 +401,9 @@ def _examine(folder: str, part: slice) -> dict:
     for name in meta["files"]:  # names are looked for in this folder and nowhere else
         _expect(re.fullmatch(r"rank\d{3,}\.pt|config\.json|tokenizer\.json", name),
                 f"{path}: unexpected file {ascii(name)[:80]}")
-    _expect(sum(name.startswith("rank") for name in meta["files"]) == meta["world"],
+    _expect(meta["step"] >= 0, f"{path}: expected a step >= 0, found {meta['step']}")
+    _expect(sum(name.startswith("rank") for name in meta["files"]) == meta["world"] > 0 and
+            all(f"rank{r:03d}.pt" in meta["files"] for r in range(meta["world"])),
             f"{path}: a world of {meta['world']} should have as many rank files")
     for name, entry in sorted(meta["files"].items())[part]:
         _verify(folder, name, entry)
@@ -416,9 +435,10 @@ def _read_shards(folder: str, meta: dict, key: str) -> list[dict]:
         path = os.path.join(folder, f"rank{r:03d}.pt")
         with _reading(path):
             shard = _load(path)[key]
-            _expect(all(isinstance(shard["scalars"][name], (int, float)) for name in SCALARS) and
-                    all(vector.dim() == 1 and vector.is_contiguous()  # one number, shown a million times, is not
-                        for unit in meta["layout"][key] for vector in shard["units"][unit].values()),
+            vectors = [vector for unit in meta["layout"][key] for vector in shard["units"][unit].values()]
+            _expect(all(_is_number(shard["scalars"][name]) for name in SCALARS) and
+                    all(vector.dim() == 1 and vector.is_floating_point() and vector.is_contiguous()
+                        for vector in vectors),  # one number, shown a million times, is not contiguous
                     f"{path}: does not hold what meta.json says")
         shards.append(shard)
     return shards

@@ -36,6 +36,10 @@ import torch.distributed as dist
 class UserError(Exception):
     """Something the user can mend. One line: where, what was found, what was expected, what to change."""
 
+    def __str__(self) -> str:
+        """One line, of bearable length, and nothing that moves a cursor, whatever of a file's content it quotes."""
+        return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in super().__str__()[:1000])
+
 
 class LostRanks(UserError):
     """A collective failed: what this rank was told to do may be in order."""
@@ -202,6 +206,14 @@ class Env:
         if self.world > 1:
             with naming_lost_ranks("barrier"):
                 dist.barrier()
+
+    def main_first(self, action):
+        """action(), on rank 0 before all others: what it makes, as a file, the others find made."""
+        for turn in (True, False):
+            if self.is_main == turn:
+                result = action()
+            self.barrier()
+        return result
 
     def close(self) -> None:
         for number, handler in self.old_handlers.items():

@@ -164,7 +164,8 @@ class TokenFile:
         except OSError as error:
             raise UserError(f"{path}: cannot be read: {error.strerror}; delete its folder to make it again") from None
         _, _, width, self.vocab_size, fingerprint, count, self.n_targets, self.n_bytes, note, _ = HEADER.unpack(head)
-        self.fingerprint, self.note = (text.rstrip(b"\0").decode(errors="replace") for text in (fingerprint, note))
+        self.fingerprint, self.note = ("".join(c if c.isprintable() else "?" for c in text.rstrip(b"\0").decode(
+            errors="replace")) for text in (fingerprint, note))  # they are shown
         self.ids = np.frombuffer(self.map, DTYPES[width], count, HEADER.size)  # slices faster than np.memmap
         first_special = self.vocab_size - len(SPECIALS)  # they are the last ids of every vocabulary
         self.pad_id, self.bos_id = (first_special + SPECIALS.index(name) for name in ("<|pad|>", "<|bos|>"))

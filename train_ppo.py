@@ -442,7 +442,7 @@ def main(argv=None) -> int:
                         f"rows of {cfg.seq_len} tokens")
     val = val[:cfg.eval_prompts]
     if cfg.ptx:
-        text_path, *_ = prepare(cfg.ptx_data, tokenizer=tokenizer_path)
+        text_path, *_ = env.main_first(lambda: prepare(cfg.ptx_data, tokenizer=tokenizer_path))
         text = Windows(TokenFile(text_path, tokenizer), cfg.seq_len, batch_size=cfg.ptx_rows, seed=cfg.seed)
 
     def sharded(model: GPT, lr: float, frozen: bool = False) -> Zero:
@@ -473,13 +473,11 @@ def main(argv=None) -> int:
         "seed", "dtype", "attention")}
     should["betas"] = list(cfg.betas)  # as JSON gives it back
     start, skipped, beta = 0, 0, cfg.beta
-    found = load_checkpoint(cfg.out, {"actor": actor, "critic": critic}, bitwise=should) if cfg.resume else None
+    found = load_checkpoint(cfg.out, {"actor": actor, "critic": critic}, same=same,
+                            numbers=["skipped", "adapted_beta"], bitwise=should) if cfg.resume else None
     if found:
         start, extra = found
         skipped, beta = extra["skipped"], extra["adapted_beta"] if cfg.target_kl else cfg.beta
-        for name, value in same.items():
-            if extra[name] != value:
-                raise UserError(f"{cfg.out}: its checkpoint has another {name}; choose another --out")
         if start > cfg.steps:
             raise UserError(f"--steps {cfg.steps}: {cfg.out} is already at step {start}; give more steps")
 

@@ -117,12 +117,9 @@ def main(argv=None) -> int:
 
     # data: rank 0 makes the token files, then every rank finds them made
     given = os.path.join(final_folder(cfg.init), "tokenizer.json") if cfg.init else "bpe"
-    for turn in (True, False):
-        if env.is_main == turn:
-            train_path, val_path, tokenizer_path = prepare(
-                cfg.data, tokenizer=cfg.tokenizer or given, vocab_size=cfg.vocab_size, val_data=cfg.val_data,
-                val_fraction=cfg.val_fraction, cache=cfg.cache)
-        env.barrier()
+    train_path, val_path, tokenizer_path = env.main_first(lambda: prepare(
+        cfg.data, tokenizer=cfg.tokenizer or given, vocab_size=cfg.vocab_size, val_data=cfg.val_data,
+        val_fraction=cfg.val_fraction, cache=cfg.cache))
     tokenizer = Tokenizer.load(tokenizer_path)
     train_tokens, val_tokens = TokenFile(train_path, tokenizer), TokenFile(val_path, tokenizer)
     train = Windows(train_tokens, cfg.seq_len, batch_size=cfg.batch_size, mode=cfg.windows, seed=cfg.seed)
@@ -164,13 +161,11 @@ def main(argv=None) -> int:
         "betas", "eps", "clip", "seed", "dtype", "attention")}
     should["betas"] = list(cfg.betas)  # as JSON gives it back
     start, skipped = 0, 0
-    found = load_checkpoint(cfg.out, {"model": zero}, bitwise=should) if cfg.resume else None
+    found = load_checkpoint(cfg.out, {"model": zero}, same=same, numbers=["skipped"],
+                            bitwise=should) if cfg.resume else None
     if found:
         start, extra = found
         skipped = extra["skipped"]
-        for name, value in same.items():
-            if extra[name] != value:
-                raise UserError(f"{cfg.out}: its checkpoint has another {name}; choose another --out")
         if start > cfg.steps:
             raise UserError(f"--steps {cfg.steps}: {cfg.out} is already at step {start}; give more steps")
 

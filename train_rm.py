@@ -235,13 +235,11 @@ def main(argv=None) -> int:
         "decay", "weight_decay", "betas", "eps", "clip", "seed", "dtype", "attention")}
     should["betas"] = list(cfg.betas)  # as JSON gives it back
     start, skipped = 0, 0
-    found = load_checkpoint(cfg.out, {"model": zero}, bitwise=should) if cfg.resume else None
+    found = load_checkpoint(cfg.out, {"model": zero}, same=same, numbers=["skipped"],
+                            bitwise=should) if cfg.resume else None
     if found:
         start, extra = found
         skipped = extra["skipped"]
-        for name, value in same.items():
-            if extra[name] != value:
-                raise UserError(f"{cfg.out}: its checkpoint has another {name}; choose another --out")
         if start > cfg.steps:
             raise UserError(f"--steps {cfg.steps}: {cfg.out} is already at step {start}; give more steps")
 

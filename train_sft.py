@@ -156,7 +156,7 @@ def main(argv=None) -> int:
         require_positive(cfg, "ptx_rows")
         if not cfg.ptx_data:
             raise UserError("--ptx_data: found nothing, expected the text that --ptx mixes in")
-        text_path, *_ = prepare(cfg.ptx_data, tokenizer=tokenizer_path)
+        text_path, *_ = env.main_first(lambda: prepare(cfg.ptx_data, tokenizer=tokenizer_path))
         text = Windows(TokenFile(text_path, tokenizer), cfg.seq_len, batch_size=cfg.ptx_rows, seed=cfg.seed)
 
     parameters, flops = model.parameter_count(), model.flops_per_token(cfg.seq_len)
@@ -177,13 +177,11 @@ def main(argv=None) -> int:
         "betas", "eps", "clip", "ptx", "ptx_data", "ptx_rows", "seed", "dtype", "attention")}
     should["betas"] = list(cfg.betas)  # as JSON gives it back
     start, skipped = 0, 0
-    found = load_checkpoint(cfg.out, {"model": zero}, bitwise=should) if cfg.resume else None
+    found = load_checkpoint(cfg.out, {"model": zero}, same=same, numbers=["skipped"],
+                            bitwise=should) if cfg.resume else None
     if found:
         start, extra = found
         skipped = extra["skipped"]
-        for name, value in same.items():
-            if extra[name] != value:
-                raise UserError(f"{cfg.out}: its checkpoint has another {name}; choose another --out")
         if start > cfg.steps:
             raise UserError(f"--steps {cfg.steps}: {cfg.out} is already at step {start}; give more steps")
 

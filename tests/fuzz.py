@@ -231,8 +231,8 @@ def use_meta(folder: Path, r: random.Random) -> None:
     if r.random() < 0.5:
         checkpoint.consolidate(str(step))
     else:
-        settings = {"lr": 1.0, "betas": [0.9, 0.95]}
-        checkpoint.load_checkpoint(str(folder / "run"), {"model": small_zero()}, bitwise=settings)
+        checkpoint.load_checkpoint(str(folder / "run"), {"model": small_zero()}, same={"lr": 1.0}, numbers=["skipped"],
+                                   bitwise={"betas": [0.9, 0.95]})
 
 
 FORMS = {"chat": use_chat, "preference": use_preference, "text": use_text, "tokens": use_tokens,

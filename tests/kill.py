@@ -33,7 +33,7 @@ from pathlib import Path
 ROOT = str(Path(__file__).resolve().parent.parent)
 SCRIPTS = ("pretrain", "sft", "rm", "dpo", "ppo")
 KEEP = 2
-PATIENCE = 300  # seconds that a small run may take, on a machine that has other things to do
+PATIENCE = 900  # seconds that a small run may take, on a machine that has other things to do
 
 
 # ---- small runs -----------------------------------------------------------------------------------------------------

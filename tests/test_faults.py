@@ -540,19 +540,62 @@ def test_sizes_in_a_config_are_checked_before_memory_is_taken(tmp_path, claim_):
     assert time.process_time() - start < 2
 
 
+def forge(step: Path, change) -> int:
+    """change(what is in rank000.pt), with matching checksums. Returns its bytes."""
+    shard = torch.load(step / "rank000.pt", weights_only=True)
+    change(shard["model"])
+    (step / "rank000.pt").unlink()
+    entry = checkpoint._write(str(step / "rank000.pt"), shard)
+    meta = json.loads((step / "meta.json").read_text())
+    resign(step, files={**meta["files"], "rank000.pt": entry})
+    return entry["bytes"]
+
+
 def test_a_vector_that_is_larger_than_its_file_is_refused(tmp_path):
     """One number, shown 10^12 times by a stride of 0, in place of a shard (with matching checksums)."""
     step = make_models(tmp_path) / "step-00000001"
-    shard = torch.load(step / "rank000.pt", weights_only=True)
-    for unit in shard["model"]["units"].values():
-        unit["master"] = torch.zeros(1).expand(10**12)
-    (step / "rank000.pt").unlink()
-    entry = checkpoint._write(str(step / "rank000.pt"), shard)
-    assert entry["bytes"] < 100_000
-    meta = json.loads((step / "meta.json").read_text())
-    resign(step, files={**meta["files"], "rank000.pt": entry})
+    assert forge(step, lambda z: [u.update(master=torch.zeros(1).expand(10**12)) for u in z["units"].values()]) < 10**5
     with pytest.raises(UserError, match="rank000.pt: does not hold"):
         checkpoint.consolidate(str(step))
+
+
+@pytest.mark.parametrize("change", [
+    lambda z: z["units"]["blocks.0"].pop("exp_avg"), lambda z: z["units"].pop("blocks.0"), lambda z: z.pop("buffers"),
+    lambda z: z["units"]["blocks.0"].update(exp_avg_sq=torch.zeros(3)), lambda z: z.update(buffers={"x": 1}),
+    lambda z: z["units"]["blocks.0"].update(master=z["units"]["blocks.0"]["master"].to(torch.complex64).add(1j)),
+    lambda z: z.update(buffers=[]), lambda z: z["scalars"].update(updates=-1), lambda z: z["scalars"].pop("skipped"),
+    lambda z: z["scalars"].update(loss_scale=math.nan), lambda z: z["scalars"].update(updates=10**400),
+    lambda z: z.clear()])
+def test_a_forged_shard_is_refused_in_one_line(tmp_path, change):
+    """What the checksums cannot find: who wrote it meant it."""
+    from fuzz import small_zero
+    forge(make_models(tmp_path) / "step-00000001", change)
+    with pytest.raises(UserError, match="step-00000001"):
+        load_checkpoint(str(tmp_path), {"model": small_zero()})
+
+
+@pytest.mark.parametrize("changes, word", [
+    ({"extra": {}}, "another model"), ({"skipped": "x"}, "skipped"), ({"skipped": None}, "skipped"),
+    ({"skipped": -1}, "skipped"), ({"skipped": math.nan}, "skipped"), ({"model": [[]]}, "another model"),
+    ({"tokenizer": 1}, "another tokenizer"), ({"step": -4}, "step"), ({"world": 0, "files": {}}, "rank files"),
+    ({"files": {"rank001.pt": {}}}, "rank files"),
+    ({"data": {"\x1b[2J": "\n"}, "lr": None, "betas": "x" * 10**6}, "")])
+def test_a_forged_meta_is_refused_in_one_line(inputs, reference, tmp_path, changes, word):
+    """A real run, in whose meta.json something is missing, of another type, or no number that it could be; what decides
+    nothing is only shown, in a short line."""
+    reference("sft")
+    out = tmp_path / "out"
+    shutil.copytree(inputs.parent / "reference-sft", out)
+    for name in folders(out):
+        extra = json.loads((out / name / "meta.json").read_text())["extra"]
+        own = {key: value for key, value in changes.items() if key in ("extra", "step", "world", "files")}
+        resign(out / name, **(own or {"extra": {**extra, **changes}}))
+    job = Job("sft", arguments("sft", inputs, out))
+    if word:
+        assert len(refused(job, word, "meta.json")) < 1000
+    else:
+        assert job.wait() == 0 and "last bits will differ" in job.text() and "\x1b" not in job.text()
+        assert len(job.text()) < 10_000
 
 
 def test_a_gz_that_unpacks_to_too_much_is_refused(tmp_path, monkeypatch):
