@@ -472,14 +472,12 @@ def main(argv=None) -> int:
         "ptx_rows", "lr", "critic_lr", "min_lr", "warmup_steps", "decay", "weight_decay", "betas", "eps", "clip",
         "seed", "dtype", "attention")}
     should["betas"] = list(cfg.betas)  # as JSON gives it back
-    start, skipped, beta = 0, 0, cfg.beta
     found = load_checkpoint(cfg.out, {"actor": actor, "critic": critic}, same=same,
                             numbers=["skipped", "adapted_beta"], bitwise=should) if cfg.resume else None
-    if found:
-        start, extra = found
-        skipped, beta = extra["skipped"], extra["adapted_beta"] if cfg.target_kl else cfg.beta
-        if start > cfg.steps:
-            raise UserError(f"--steps {cfg.steps}: {cfg.out} is already at step {start}; give more steps")
+    start, extra = found or (0, {"skipped": 0, "adapted_beta": cfg.beta})
+    skipped, beta = extra["skipped"], extra["adapted_beta"] if cfg.target_kl else cfg.beta
+    if start > cfg.steps:
+        raise UserError(f"--steps {cfg.steps}: {cfg.out} is already at step {start}; give more steps")
 
     log = Log(cfg.out, env, steps=cfg.steps, start=start)
     log.say("parameters: " + ", ".join(f"{name} {n:,}" for name, n in zip(Models._fields, parameters)))

@@ -1,12 +1,15 @@
 """The floor: flags, the log, sums over ranks, errors as one line."""
 import json
+import os
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from typing import Literal
 
 import pytest
 import torch
+from ranks import ranks
 
 from common import Env, Log, UserError, matmul_peak, parse, require_positive, setup
 
@@ -96,6 +99,24 @@ def test_sum_of_one_rank_is_the_number_itself():
     env.close()
 
 
+def make_slowly(path):
+    """Whether the file was there already."""
+    def make():
+        found = os.path.exists(path)
+        if not found:
+            time.sleep(0.5)
+            open(path, "w").close()
+        return found
+
+    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    return Env(rank, world, rank, world, torch.device("cpu")).main_first(make)
+
+
+def test_main_first(tmp_path):
+    """Rank 0 makes the file, all others find it whole."""
+    assert ranks().run(3, make_slowly, str(tmp_path / "made")) == [False, True, True]
+
+
 def test_threads_are_shared_among_the_ranks_of_a_machine(monkeypatch):
     """torchrun sets OMP_NUM_THREADS=1; with 2 ranks on 8 cores each takes 4 threads, with more ranks than cores one."""
     before = torch.get_num_threads()
@@ -123,6 +144,7 @@ def test_run_turns_user_errors_into_exit_code_2():
     """UserError: one line on stderr and 2; an integer result is the exit code; other errors keep their traceback."""
     program = "from common import run, UserError\ndef main():\n    {}\nrun(main)"
     for body, code, said in (("raise UserError('found this')", 2, "error: found this\n"), ("return 130", 130, ""),
+                             (r"raise UserError('a\n\x1b[2Jb' + 'c' * 10**6)", 2, f"error: a\\n\\x1b[2Jb{'c' * 993}\n"),
                              ("pass", 0, ""), ("raise KeyError(1)", 1, "KeyError")):
         result = subprocess.run([sys.executable, "-c", program.format(body)], capture_output=True, text=True,
                                 cwd=__file__.rsplit("/", 2)[0])
