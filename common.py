@@ -342,7 +342,13 @@ def setup(device: str = "auto", timeout: float = 600.0, catch_signals: bool = Tr
         # not say who was lost. Waiting on the host turns that into an exception. The price is small: a kernel launch
         # or two later per unit.
         os.environ.setdefault("TORCH_NCCL_BLOCKING_WAIT", "1")
-        dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout))
+        patience = datetime.timedelta(seconds=timeout)
+        # torchrun's store outlives the ranks: restarted ones must not find the addresses and alarms of the dead in it.
+        # Several machines do not count restarts alike; docs/reliability.md says what they need.
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if local_world == world else "0"
+        store, *_ = next(dist.rendezvous("env://", timeout=patience))
+        store = dist.PrefixStore(f"attempt-{attempt}", store)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=patience)
     for number in (signal.SIGTERM, signal.SIGINT) if catch_signals else ():
         env.old_handlers[number] = signal.signal(number, env._on_signal)
     return env

@@ -11,7 +11,7 @@ import pytest
 import torch
 from ranks import ranks
 
-from common import Env, Log, UserError, matmul_peak, parse, require_positive, setup
+from common import Env, Log, RollCall, UserError, matmul_peak, parse, require_positive, setup
 
 
 @dataclass
@@ -115,6 +115,32 @@ def make_slowly(path):
 def test_main_first(tmp_path):
     """Rank 0 makes the file, all others find it whole."""
     assert ranks().run(3, make_slowly, str(tmp_path / "made")) == [False, True, True]
+
+
+def start_again(port):
+    """Ranks that torchrun restarts: its store is the same, and this time rank 0 is there long before rank 1."""
+    rank = torch.distributed.get_rank()
+    torch.distributed.destroy_process_group()
+    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1",
+             "MASTER_PORT": port, "TORCHELASTIC_USE_AGENT_STORE": True}
+    with pytest.MonkeyPatch.context() as patch:
+        for attempt in (0, 1):
+            for name, value in {**names, "TORCHELASTIC_RESTART_COUNT": attempt}.items():
+                patch.setenv(name, str(value))
+            time.sleep(2 * rank * attempt)
+            env = setup("cpu", timeout=30, catch_signals=False)
+            torch.set_num_threads(1)
+            total = env.sum(rank + 1)
+            if attempt == 0:
+                RollCall.stop()
+                torch.distributed.destroy_process_group()
+    return total
+
+
+def test_restarted_ranks_do_not_meet_the_dead():
+    """What the ranks of the first attempt left in torchrun's store, as their addresses, is not that of the second."""
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    assert ranks().run(2, start_again, store.port) == [[3.0], [3.0]]
 
 
 def test_threads_are_shared_among_the_ranks_of_a_machine(monkeypatch):

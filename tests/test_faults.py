@@ -216,8 +216,8 @@ def test_other_ranks_and_stages_follow_the_curve(inputs, reference, tmp_path, sc
     expected = [(line["step"], line["loss"]) for line in reference(script)["curve"] if "loss" in line]
     found = curve(out)
     assert [step for step, _ in found] == [step for step, _ in expected] == list(range(1, 11))
-    for (_, a), (_, b) in zip(found, expected):
-        assert a == pytest.approx(b, rel=1e-6)
+    for (_, a), (_, b) in zip(found, expected):  # DPO's falls to a hundredth, a small rest of large numbers
+        assert a == pytest.approx(b, rel=1e-6, abs=1e-6 * expected[0][1])
 
 
 def in_rollout(module):
