@@ -166,6 +166,10 @@ def test_peak_is_a_plausible_speed():
     assert 1e8 < matmul_peak(torch.device("cpu"), size=256) < 1e14
 
 
+def test_a_user_error_is_one_short_line_whatever_it_quotes():
+    assert str(UserError("a\n\x1b[2Jb 你" + "c" * 10**6)) == "a\\n\\x1b[2Jb 你" + "c" * 991
+
+
 def test_run_turns_user_errors_into_exit_code_2():
     """UserError: one line on stderr and 2; an integer result is the exit code; other errors keep their traceback."""
     program = "from common import run, UserError\ndef main():\n    {}\nrun(main)"

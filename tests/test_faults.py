@@ -369,13 +369,15 @@ def test_a_checkpoint_of_another_script(inputs, reference, tmp_path):
 # ---- numbers that are none ------------------------------------------------------------------------------------------
 
 def poisoned(module, steps):
-    """NaN in one block's gradient on the last rank, in so many steps from the third update on."""
+    """NaN in one number of a gradient on the last rank, in so many steps from the third update on. Sharded, that number
+    is the last rank's as well, so that all others have to be told."""
     original, left = Unit.reduce, [steps]
     step = Zero.step
 
     def reduce(self, gradients):
         if self.zero.updates == 2 and left[0] > 0 and self.name == "blocks.1" and os.environ.get("RANK", "1") == "1":
-            gradients = [torch.full_like(g, torch.nan) for g in gradients]
+            gradients = [*gradients[:-1], gradients[-1].clone()]
+            gradients[-1][-1] = torch.nan
         original(self, gradients)
 
     def count(self, *args):
