@@ -107,6 +107,7 @@ class Unit:
         memory, world, rank, stage = zero.memory, zero.comm.world, zero.comm.rank, zero.stage
         self.is_block = name.split(".")[-1].isdigit()  # a member of a ModuleList, not an embedding or a head
         self.numel, self.length = sum(slot.numel for slot in slots), aligned(slots[-1].start + slots[-1].numel)
+        self.ends = [*(slot.start for slot in slots), self.length]  # ends[n]: where the first n slots end
         self.S = aligned(-(-self.length // world))
         flat = memory.empty(self.S * world, zero.wide if trainable else zero.dtype).zero_()
         for view, value in zip(self.views(flat), values):
@@ -137,8 +138,7 @@ class Unit:
             return
 
         def owned(n_slots: int) -> int:  # elements of the first n_slots that lie in this rank's part
-            end = [*(slot.start for slot in slots), self.length][n_slots]
-            return min(max(end - self.low, 0), self.high - self.low)
+            return min(max(self.ends[n_slots] - self.low, 0), self.high - self.low)
 
         self.decay, self.end = owned(decaying), owned(trainable)
         self.exp_avg, self.exp_avg_sq = (memory.moment(self.end, zero.wide, host=self.offloaded) for _ in range(2))
