@@ -94,7 +94,8 @@ def flash_attention(q, k, v, *, causal=True, segment_ids=None, kv_segment_ids=No
                              f"expected integers {(x.shape[0], x.shape[2])}, for the queries and for the keys")
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     needs_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    if block is None and q.shape[2] == 1 and dtypes(q) == (q.dtype, q.dtype) and not needs_grad:
+    factors, total = dtypes(q)
+    if block is None and q.shape[2] == 1 and factors == total and not needs_grad:
         return one_query(q, k, v, segment_ids, kv_segment_ids, scale)
     if block is None:  # short rows and documents: small tiles waste less at their borders; GPUs: fewer, larger kernels
         rows = 64 if q.shape[2] <= 512 else 128 if q.shape[2] <= 1024 or segment_ids is not None else 256
@@ -105,12 +106,16 @@ def flash_attention(q, k, v, *, causal=True, segment_ids=None, kv_segment_ids=No
 def one_query(q, k, v, ids_q, ids_k, scale):
     """Tq = 1, as in decoding: a row of scores is smaller than the keys are, so tiles would only cost time."""
     B, H, _, D = q.shape
-    S = (q * scale).reshape(B, k.shape[1], -1, D) @ k.transpose(2, 3)  # (B, G, R, Tk), R = H/G queries share a key
+    _, total = dtypes(q)
+    q = (q.to(total) * scale).reshape(B, k.shape[1], -1, D)  # (B, G, R, D), R = H/G queries share a key
+    # Half-precision scores would be twice as far off, and a float32 copy of all keys would not fit the cache.
+    rows = B if k.dtype == total else max(1, 2**17 // max(1, k[:1].numel()))
+    S = torch.cat([a @ b.to(total).transpose(2, 3) for a, b in zip(q.split(rows), k.split(rows))])  # (B, G, R, Tk)
     if ids_q is None:
-        return (S.softmax(-1) @ v).view(B, H, 1, D)
+        return (S.softmax(-1).to(v.dtype) @ v).view(B, H, 1, D)
     hidden = ((ids_q != ids_k) | (ids_k < 0))[:, None, None]  # (B, 1, 1, Tk)
     P = S.masked_fill_(hidden, -math.inf).softmax(-1).masked_fill_(hidden, 0.0)  # all hidden: NaN, the answer is 0
-    return (P @ v).view(B, H, 1, D)
+    return (P.to(v.dtype) @ v).view(B, H, 1, D)
 
 
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:

@@ -113,6 +113,18 @@ def test_one_query_without_gradient(dtype):
             assert torch.allclose(found.double(), exact, atol=8 * torch.finfo(dtype).eps)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("large", [1, 10])
+def test_one_query_errors_no_larger_than_sdpa(dtype, large, monkeypatch):
+    """Decoding is at most twice as far from the truth as PyTorch's kernel, in half precision also where scores are
+    large; and no dtype takes the way of tiles, which would copy the whole cache at every token."""
+    monkeypatch.setattr(kernels, "tiled_attention", None)
+    q, k, v = (x.detach() for x in inputs(15, 4, 4, 2, 1, 300, 32, dtype)[0])
+    exact = naive_attention(large * q.double(), k.double(), v.double())
+    ours, sdpa = ((f(large * q, k, v) - exact).norm() for f in (flash_attention, sdpa_attention))
+    assert ours <= 2 * sdpa + torch.finfo(torch.float64).eps * exact.norm()
+
+
 @pytest.mark.parametrize("seed", range(6))
 def test_gradcheck(seed):
     """The gradient is the derivative: finite differences in float64, with every option somewhere."""
