@@ -316,6 +316,10 @@ class Zero:
         self.order = []  # overlap: units in the order of the first forward
         self.loss_scale = 2.0**16 if dtype == torch.float16 else 1.0
         self.updates = self.good_steps = self.skipped = 0  # all in all; since the scale changed; skipped in a row
+        if compile:  # to dynamo all blocks of all models are one function; beyond its limit of 8 variants it runs eager
+            config = torch._dynamo.config
+            limit = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"  # before torch 2.7
+            setattr(config, limit, max(64, getattr(config, limit)))
         self.units = []
         for name, module, parameters in zero_tools.group_parameters(model, units):
             if init is not None:
