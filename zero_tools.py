@@ -108,7 +108,7 @@ def plug(slots: list[Slot], weights: list[torch.Tensor] | None) -> None:
                 module.__dict__[key] = weights[i]
 
 
-def sum_of_squares(x: torch.Tensor, chunk: int = 1 << 18) -> torch.Tensor:
+def sum_of_squares(x: torch.Tensor, chunk: int = 1 << 17) -> torch.Tensor:
     """In float64, through a buffer that fits the cache: x.double() whole would double the gradient's memory."""
     total = torch.zeros((), dtype=torch.float64, device=x.device)
     buffer = torch.empty(min(chunk, x.numel()), dtype=torch.float64, device=x.device)
