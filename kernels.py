@@ -364,9 +364,9 @@ def target_logp(hidden, weight, targets, *, bias=None, temperature=1.0, with_sta
 
     hidden (N, C), weight (V, C), bias (V,), targets (N,) int64 -> logp (N,) float32 (float64 for float64), 0 where the
     target is -100. with_stats: also the entropy in nats (N,), differentiable, and whether the target was the argmax
-    (N,) bool. equal_weights: a hint that the loss weighs all trained tokens alike (pretraining, SFT). The gradients are
-    right either way; where it is true it saves a quarter of the FLOPs, where it is false (or where activation
-    checkpointing runs the forward pass twice) it costs as much. ValueError for shapes that do not fit.
+    (the first, of several) (N,) bool. equal_weights: a hint that the loss weighs all trained tokens alike (pretraining,
+    SFT). The gradients are right either way; where it is true it saves a quarter of the FLOPs, where it is false (or
+    where activation checkpointing runs the forward pass twice) it costs as much. ValueError for shapes that do not fit.
     """
     bias = weight.new_empty(0) if bias is None else bias
     shapes = [tuple(x.shape) for x in (hidden, weight, targets, bias)]
@@ -409,14 +409,18 @@ def logp_forward(hidden, weight, bias, targets, temperature, with_stats, ahead):
     correct = torch.zeros_like(targets, dtype=torch.bool)
     dh, dW, db = (lse.new_zeros(x.shape if ahead else 0) for x in (hidden, weight, bias))
     for rows, h, W, z in logits(hidden, weight, bias, targets, temperature):
-        m, t = z.amax(-1, keepdim=True), targets[rows, None]
+        t = targets[rows, None]
+        if with_stats:  # of several largest logits the first counts as the guess, as in greedy decoding
+            m, guess = z.max(-1, keepdim=True)
+            correct[rows] = (guess == t)[:, 0]
+        else:
+            m = z.amax(-1, keepdim=True)
         chosen = z.gather(1, t).sub_(m)
         # 2^-2000 is 0, and 0 * -2000 is not NaN, as 0 * -inf is
         p = z.sub_(m).clamp_(min=-2000.0).exp2() if with_stats else z.sub_(m).exp2_()
         l = p.sum(-1, keepdim=True)
         if with_stats:
             entropy[rows] = (l.log2() - z.mul_(p).sum(-1, keepdim=True) / l)[:, 0] / LOG2E
-            correct[rows] = chosen[:, 0] == 0
         lse[rows] = (m + l.log2())[:, 0]
         logp[rows] = (chosen - l.log2())[:, 0] / LOG2E
         if ahead:

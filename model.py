@@ -190,7 +190,7 @@ class GPT(nn.Module):
 
     forward(ids, targets, ...): ids, targets, segment_ids, positions (B, T) integers. Returns
       with targets: log p(target) under softmax(logits / temperature), (B, T) float32, 0 where the target is -100;
-        with_stats=True adds the entropy (B, T) and whether the target was the argmax (B, T) bool;
+        with_stats=True adds the entropy (B, T) and whether the target was the argmax (the first), (B, T) bool;
       without: logits / temperature (B, T, V); head="scalar": (B, T) float32.
     segment_ids tell documents apart inside a row: attention does not cross them and positions restart at each change
     (-1: padding). equal_weights: a promise that the loss weighs all trained tokens alike, which saves target_logp a
