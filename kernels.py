@@ -170,6 +170,8 @@ class Tiles:
         if causal:
             self.future = self.buffers.new_full((self.rows, self.rows), -math.inf).triu_(1)[:, None]  # (t, 1, key)
         self.packed = ids_q is not None
+        if self.packed and self.heads > self.G:  # whole rows of the batch: others have their borders elsewhere
+            self.heads -= self.heads % self.G
         if self.packed:  # padding gets two ids that never match
             last = torch.iinfo(torch.int64).max
             self.ids_q = ids_q.long().masked_fill(ids_q < 0, last).repeat_interleave(self.G, 0)  # (N, Tq)

@@ -277,6 +277,21 @@ def test_tiles_nobody_sees_are_not_computed(monkeypatch):
     assert scores_computed(monkeypatch, T, causal=False) == T * T
 
 
+def test_a_row_of_the_batch_does_not_pay_for_its_neighbours(monkeypatch):
+    """Room for a row and a third in a tile: rows with other borders between their documents are computed apart."""
+    count, product = [], kernels.product
+    monkeypatch.setattr(kernels, "SCORES_AT_ONCE", {"cpu": 4 * 64 * 256})
+    monkeypatch.setattr(kernels, "product", lambda a, b, s, out: count.append(out.numel()) or product(a, b, s, out))
+    ids = torch.stack([torch.arange(256) // border for border in (64, 128, 100)])
+    qkv = [torch.zeros(3, 3, 256, 1)] * 3
+    flash_attention(*qkv, segment_ids=ids)
+    together = sum(count)
+    count.clear()
+    for b in range(3):
+        flash_attention(*(x[b:b + 1] for x in qkv), segment_ids=ids[b:b + 1])
+    assert together == sum(count)
+
+
 def test_memory_grows_with_T_not_with_its_square():
     """Forward + backward at T = 4096 take a tenth of what one score matrix would, measured in a fresh process."""
     extra = bench.in_fresh_process(bench.attention_memory, "ours", (1, 4, 4096, 32))
