@@ -203,6 +203,14 @@ def test_extreme_scores(dtype):
                      8 * largest * torch.finfo(dtype).eps)
 
 
+def test_recomputed_probabilities_sum_to_one():
+    """Where scores are large, those that backward makes are rounded as those of the forward pass were, or 2^(S - L)
+    would be off by eps * S. With v's gradient for a unit matrix, P^T, seen directly."""
+    (q, k, v), _ = inputs(16, 1, 1, 1, 128, 128, 128, torch.float32)
+    P_t, = torch.autograd.grad(flash_attention(1000 * q, k, v), v, torch.eye(128)[None, None])
+    assert (P_t.sum(2) - 1).abs().max() < 3e-4  # eps * S is above 1e-3
+
+
 def test_maximum_that_rises_late():
     """The running maximum rises from -1e4 to +1e4 along the row, as in no random data: every tile must rescale."""
     qkv, g = inputs(5, 1, 1, 1, 64, 64, 4)
