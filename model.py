@@ -376,8 +376,10 @@ def generate(model, prompts, *, max_new_tokens, temperature=1.0, top_k=0, top_p=
     is exempt. return_logp: also a list of the drawn tokens' log-probabilities under softmax(logits / temperature),
     before any filter. on_token(row, id): called at every new token. UserError if prompt + max_new_tokens > max_seq_len.
     """
+    if not prompts:
+        return ([], []) if return_logp else []
     lengths = [len(p) for p in prompts]
-    if min(lengths, default=0) == 0:
+    if min(lengths) == 0:
         raise UserError("a prompt has no tokens; begin it with the tokenizer's bos_id")
     B, P = len(prompts), max(lengths)
     if P + max_new_tokens > model.config.max_seq_len:
