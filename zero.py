@@ -451,5 +451,9 @@ class Zero:
         return state | self.model.state_dict() if self.comm.rank == 0 else {}
 
     def report(self) -> str:
-        """A few lines for the log: bytes held by this rank, as counted and by formula; bytes sent; temporary peaks."""
+        """A few lines for the log: bytes held by this rank, as counted and by formula; bytes to send."""
         return zero_tools.report(self)
+
+    def counted(self) -> str:
+        """One line for the end of the log: bytes that this rank has sent so far, and the peak of its temporaries."""
+        return zero_tools.counted(self)

@@ -498,6 +498,17 @@ def test_bytes_held_and_sent_are_the_formulas(world):
     assert "formula" in Zero(gpt(), units=[]).report()
 
 
+def test_what_was_counted_is_told():
+    """The line at the end of a run: nothing before the first forward, then every counter that moved."""
+    model = gpt()
+    z = Zero(model, units=model.units(), stage=3)
+    assert z.counted() == "ZeRO, rank 0: nothing sent or gathered"
+    z.comm.sent.update(all_gather=3 << 20, reduce_scatter=1 << 20)
+    z.memory.temporary("gathered", 1 << 19, torch.float32)
+    assert z.counted() == ("ZeRO, rank 0: sent 4.0 MiB (all_gather 3.0, reduce_scatter 1.0); "
+                           "temporaries' peak 2.0 MiB (gathered 2.0)")
+
+
 def test_peak_of_gathered_weights():
     """At stage 3, alive at once are the root and one unit, with overlap two, with recomputation too. (On one rank,
     since gloo's worker thread may hold a finished gather a moment longer.)"""
