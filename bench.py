@@ -121,9 +121,9 @@ def attention_inputs(B, H, T, D, *, G=None, Tq=None, dtype=DTYPE, device=DEVICE,
     return [x.requires_grad_(grad) for x in (q, k, v)], g
 
 
-def attention_steps(peers: dict, *shape: int, grad=True, G=None, Tq=None, **options) -> dict:
+def attention_steps(peers: dict, *shape: int, grad=True, G=None, Tq=None, dtype=DTYPE, **options) -> dict:
     """{peer: a function that runs one forward and, if grad, one backward}, all on the same inputs."""
-    inputs, g = attention_inputs(*shape, G=G, Tq=Tq, grad=grad)
+    inputs, g = attention_inputs(*shape, G=G, Tq=Tq, dtype=dtype, grad=grad)
 
     def step(attention):
         out = attention(*inputs, **options)
@@ -157,9 +157,11 @@ def time_of_attention(args) -> list[Table]:
     columns = torch.arange(2048, device=DEVICE)
     padding = {"segment_ids": torch.zeros(16, 1, dtype=torch.long, device=DEVICE),
                "kv_segment_ids": torch.where(columns < 8 * columns[:16, None], -1, 0)}
-    for H, G, options in [(6, 6, {}), (6, 6, padding), (8, 2, {})]:
-        steps = attention_steps(PEERS, 16, H, 2048, 64, G=G, Tq=1, grad=False, **options)
-        table.compare(f"decode, B 16, Tk 2048, H {H}, G {G}{', left padding' if options else ''}, ours / sdpa",
+    for H, G, dtype, options in [(6, 6, DTYPE, {}), (6, 6, DTYPE, padding), (8, 2, DTYPE, {}),
+                                 (6, 6, torch.bfloat16, {}), (6, 6, torch.float16, {})]:
+        steps = attention_steps(PEERS, 16, H, 2048, 64, G=G, Tq=1, dtype=dtype, grad=False, **options)
+        what = f"decode, B 16, Tk 2048, H {H}, G {G}, {dtype}{', left padding' if options else ''}"
+        table.compare(f"{what}, ours / sdpa",
                       interleave(steps, 3 * args.repeats), "ours", "sdpa")
 
     documents = torch.arange(4096, device=DEVICE)[None] // 512

@@ -174,9 +174,9 @@ def load_shards(z: Zero, shards: list[dict]) -> None:
                 if first < last:
                     mine[first:last].copy_(piece[first - start:last - start])
                 start += piece.numel()
-            found = start + unit.low
-            if found != unit.length:
-                raise ValueError(f"{unit.name}: {key} has {found} elements, expected {unit.length}")
+            found, end = start + unit.low, unit.length if key == "master" else unit.ends[unit.trainable]
+            if found != end:
+                raise ValueError(f"{unit.name}: {key} has {found} elements, expected {end}")
         unit.publish()
     z.model.load_state_dict(shards[0]["buffers"])
     for key in SCALARS:

@@ -94,7 +94,8 @@ def flash_attention(q, k, v, *, causal=True, segment_ids=None, kv_segment_ids=No
                              f"expected integers {(x.shape[0], x.shape[2])}, for the queries and for the keys")
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     needs_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    if block is None and q.shape[2] == 1 and dtypes(q) == (q.dtype, q.dtype) and not needs_grad:
+    factors, total = dtypes(q)
+    if block is None and q.shape[2] == 1 and factors == total and not needs_grad:
         return one_query(q, k, v, segment_ids, kv_segment_ids, scale)
     if block is None:  # short rows and documents: small tiles waste less at their borders; GPUs: fewer, larger kernels
         rows = 64 if q.shape[2] <= 512 else 128 if q.shape[2] <= 1024 or segment_ids is not None else 256
@@ -105,12 +106,16 @@ def flash_attention(q, k, v, *, causal=True, segment_ids=None, kv_segment_ids=No
 def one_query(q, k, v, ids_q, ids_k, scale):
     """Tq = 1, as in decoding: a row of scores is smaller than the keys are, so tiles would only cost time."""
     B, H, _, D = q.shape
-    S = (q * scale).reshape(B, k.shape[1], -1, D) @ k.transpose(2, 3)  # (B, G, R, Tk), R = H/G queries share a key
+    _, total = dtypes(q)
+    q = (q.to(total) * scale).reshape(B, k.shape[1], -1, D)  # (B, G, R, D), R = H/G queries share a key
+    # Half-precision scores would be twice as far off, and a float32 copy of all keys would not fit the cache.
+    rows = B if k.dtype == total else max(1, 2**17 // max(1, k[:1].numel()))
+    S = torch.cat([a @ b.to(total).transpose(2, 3) for a, b in zip(q.split(rows), k.split(rows))])  # (B, G, R, Tk)
     if ids_q is None:
-        return (S.softmax(-1) @ v).view(B, H, 1, D)
+        return (S.softmax(-1).to(v.dtype) @ v).view(B, H, 1, D)
     hidden = ((ids_q != ids_k) | (ids_k < 0))[:, None, None]  # (B, 1, 1, Tk)
     P = S.masked_fill_(hidden, -math.inf).softmax(-1).masked_fill_(hidden, 0.0)  # all hidden: NaN, the answer is 0
-    return (P @ v).view(B, H, 1, D)
+    return (P.to(v.dtype) @ v).view(B, H, 1, D)
 
 
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -165,6 +170,8 @@ class Tiles:
         if causal:
             self.future = self.buffers.new_full((self.rows, self.rows), -math.inf).triu_(1)[:, None]  # (t, 1, key)
         self.packed = ids_q is not None
+        if self.packed and self.heads > self.G:  # whole rows of the batch: others have their borders elsewhere
+            self.heads -= self.heads % self.G
         if self.packed:  # padding gets two ids that never match
             last = torch.iinfo(torch.int64).max
             self.ids_q = ids_q.long().masked_fill(ids_q < 0, last).repeat_interleave(self.G, 0)  # (N, Tq)
@@ -359,9 +366,9 @@ def target_logp(hidden, weight, targets, *, bias=None, temperature=1.0, with_sta
 
     hidden (N, C), weight (V, C), bias (V,), targets (N,) int64 -> logp (N,) float32 (float64 for float64), 0 where the
     target is -100. with_stats: also the entropy in nats (N,), differentiable, and whether the target was the argmax
-    (N,) bool. equal_weights: a hint that the loss weighs all trained tokens alike (pretraining, SFT). The gradients are
-    right either way; where it is true it saves a quarter of the FLOPs, where it is false (or where activation
-    checkpointing runs the forward pass twice) it costs as much. ValueError for shapes that do not fit.
+    (the first, of several) (N,) bool. equal_weights: a hint that the loss weighs all trained tokens alike (pretraining,
+    SFT). The gradients are right either way; where it is true it saves a quarter of the FLOPs, where it is false (or
+    where activation checkpointing runs the forward pass twice) it costs as much. ValueError for shapes that do not fit.
     """
     bias = weight.new_empty(0) if bias is None else bias
     shapes = [tuple(x.shape) for x in (hidden, weight, targets, bias)]
@@ -404,14 +411,18 @@ def logp_forward(hidden, weight, bias, targets, temperature, with_stats, ahead):
     correct = torch.zeros_like(targets, dtype=torch.bool)
     dh, dW, db = (lse.new_zeros(x.shape if ahead else 0) for x in (hidden, weight, bias))
     for rows, h, W, z in logits(hidden, weight, bias, targets, temperature):
-        m, t = z.amax(-1, keepdim=True), targets[rows, None]
+        t = targets[rows, None]
+        if with_stats:  # of several largest logits the first counts as the guess, as in greedy decoding
+            m, guess = z.max(-1, keepdim=True)
+            correct[rows] = (guess == t)[:, 0]
+        else:
+            m = z.amax(-1, keepdim=True)
         chosen = z.gather(1, t).sub_(m)
         # 2^-2000 is 0, and 0 * -2000 is not NaN, as 0 * -inf is
         p = z.sub_(m).clamp_(min=-2000.0).exp2() if with_stats else z.sub_(m).exp2_()
         l = p.sum(-1, keepdim=True)
         if with_stats:
             entropy[rows] = (l.log2() - z.mul_(p).sum(-1, keepdim=True) / l)[:, 0] / LOG2E
-            correct[rows] = chosen[:, 0] == 0
         lse[rows] = (m + l.log2())[:, 0]
         logp[rows] = (chosen - l.log2())[:, 0] / LOG2E
         if ahead:

@@ -190,7 +190,7 @@ class GPT(nn.Module):
 
     forward(ids, targets, ...): ids, targets, segment_ids, positions (B, T) integers. Returns
       with targets: log p(target) under softmax(logits / temperature), (B, T) float32, 0 where the target is -100;
-        with_stats=True adds the entropy (B, T) and whether the target was the argmax (B, T) bool;
+        with_stats=True adds the entropy (B, T) and whether the target was the argmax (the first), (B, T) bool;
       without: logits / temperature (B, T, V); head="scalar": (B, T) float32.
     segment_ids tell documents apart inside a row: attention does not cross them and positions restart at each change
     (-1: padding). equal_weights: a promise that the loss weighs all trained tokens alike, which saves target_logp a
@@ -376,8 +376,10 @@ def generate(model, prompts, *, max_new_tokens, temperature=1.0, top_k=0, top_p=
     is exempt. return_logp: also a list of the drawn tokens' log-probabilities under softmax(logits / temperature),
     before any filter. on_token(row, id): called at every new token. UserError if prompt + max_new_tokens > max_seq_len.
     """
+    if not prompts:
+        return ([], []) if return_logp else []
     lengths = [len(p) for p in prompts]
-    if min(lengths, default=0) == 0:
+    if min(lengths) == 0:
         raise UserError("a prompt has no tokens; begin it with the tokenizer's bos_id")
     B, P = len(prompts), max(lengths)
     if P + max_new_tokens > model.config.max_seq_len:

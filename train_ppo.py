@@ -612,6 +612,7 @@ def main(argv=None) -> int:
         weights = actor.full_state_dict()
         if env.is_main:
             save_final(cfg.out, weights, config, tokenizer_path)
+        log.say(f"actor: {actor.counted()}\ncritic: {critic.counted()}")
         log.say(f"finished: {cfg.out}/final")
     env.close()
     return env.exit_code

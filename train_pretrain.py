@@ -228,6 +228,7 @@ def main(argv=None) -> int:
         weights = zero.full_state_dict()
         if env.is_main:
             save_final(cfg.out, weights, config, tokenizer_path)
+        log.say(zero.counted())
         log.say(f"finished: {cfg.out}/final")
     env.close()
     return env.exit_code

@@ -310,6 +310,7 @@ def main(argv=None) -> int:
             normalise(weights, mean, max(std, 1e-8) if cfg.unit_scale else 1.0)
             scale = {"reward_std": 1.0 if cfg.unit_scale else std, "reference": cfg.reference}
             save_final(cfg.out, weights, {**config, **scale}, tokenizer_path)
+        log.say(zero.counted())
         log.say(f"finished: {cfg.out}/final, mean reward 0 over the {cfg.reference} replies of {len(known)} prompts")
     env.close()
     return env.exit_code

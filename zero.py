@@ -107,6 +107,7 @@ class Unit:
         memory, world, rank, stage = zero.memory, zero.comm.world, zero.comm.rank, zero.stage
         self.is_block = name.split(".")[-1].isdigit()  # a member of a ModuleList, not an embedding or a head
         self.numel, self.length = sum(slot.numel for slot in slots), aligned(slots[-1].start + slots[-1].numel)
+        self.ends = [*(slot.start for slot in slots), self.length]  # ends[n]: where the first n slots end
         self.S = aligned(-(-self.length // world))
         flat = memory.empty(self.S * world, zero.wide if trainable else zero.dtype).zero_()
         for view, value in zip(self.views(flat), values):
@@ -137,8 +138,7 @@ class Unit:
             return
 
         def owned(n_slots: int) -> int:  # elements of the first n_slots that lie in this rank's part
-            end = [*(slot.start for slot in slots), self.length][n_slots]
-            return min(max(end - self.low, 0), self.high - self.low)
+            return min(max(self.ends[n_slots] - self.low, 0), self.high - self.low)
 
         self.decay, self.end = owned(decaying), owned(trainable)
         self.exp_avg, self.exp_avg_sq = (memory.moment(self.end, zero.wide, host=self.offloaded) for _ in range(2))
@@ -316,6 +316,10 @@ class Zero:
         self.order = []  # overlap: units in the order of the first forward
         self.loss_scale = 2.0**16 if dtype == torch.float16 else 1.0
         self.updates = self.good_steps = self.skipped = 0  # all in all; since the scale changed; skipped in a row
+        if compile:  # to dynamo all blocks of all models are one function; beyond its limit of 8 variants it runs eager
+            config = torch._dynamo.config
+            limit = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"  # before torch 2.7
+            setattr(config, limit, max(64, getattr(config, limit)))
         self.units = []
         for name, module, parameters in zero_tools.group_parameters(model, units):
             if init is not None:
@@ -447,5 +451,9 @@ class Zero:
         return state | self.model.state_dict() if self.comm.rank == 0 else {}
 
     def report(self) -> str:
-        """A few lines for the log: bytes held by this rank, as counted and by formula; bytes sent; temporary peaks."""
+        """A few lines for the log: bytes held by this rank, as counted and by formula; bytes to send."""
         return zero_tools.report(self)
+
+    def counted(self) -> str:
+        """One line for the end of the log: bytes that this rank has sent so far, and the peak of its temporaries."""
+        return zero_tools.counted(self)

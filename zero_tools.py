@@ -3,7 +3,7 @@
     group_parameters(), take_out(), Slot    a module's parameters as one flat vector
     Comm      the three collectives over torch.distributed, counted
     Memory    device, host or disk: where tensors live, temporaries being watched, activations parked in host memory
-    report()  bytes per rank, as counted and by formula
+    report(), counted()   bytes per rank: before training, counted and by formula; what came to be
 """
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def plug(slots: list[Slot], weights: list[torch.Tensor] | None) -> None:
                 module.__dict__[key] = weights[i]
 
 
-def sum_of_squares(x: torch.Tensor, chunk: int = 1 << 18) -> torch.Tensor:
+def sum_of_squares(x: torch.Tensor, chunk: int = 1 << 17) -> torch.Tensor:
     """In float64, through a buffer that fits the cache: x.double() whole would double the gradient's memory."""
     total = torch.zeros((), dtype=torch.float64, device=x.device)
     buffer = torch.empty(min(chunk, x.numel()), dtype=torch.float64, device=x.device)
@@ -350,22 +350,28 @@ def sent_by_formula(z, micro_batches: int = 1) -> dict[str, int]:
     return {kind: n_bytes for kind, n_bytes in sent.items() if n_bytes}
 
 
-def report(z) -> str:
-    """A few lines: bytes held by this rank, as counted and by formula; bytes sent; peaks of temporaries."""
-    def mib(table) -> str:
-        return f"{sum(table.values()) / 2**20:.1f} MiB (" \
-            + ", ".join(f"{kind} {n_bytes / 2**20:.1f}" for kind, n_bytes in table.items()) + ")"
+def mib(table: dict[str, int]) -> str:
+    return f"{sum(table.values()) / 2**20:.1f} MiB (" \
+        + ", ".join(f"{kind} {n_bytes / 2**20:.1f}" for kind, n_bytes in table.items()) + ")"
 
+
+def report(z) -> str:
+    """A few lines: bytes held by this rank, as counted and by formula; bytes to send."""
     lines = [f"ZeRO stage {z.stage}, rank {z.comm.rank} of {z.comm.world}, {str(z.dtype).removeprefix('torch.')}: "
              f"{sum(unit.numel for unit in z.units):,} parameters in {len(z.units)} units"
              + (f", offload {','.join(z.memory.offload)}" if z.memory.offload else ""),
              f"model states held: {mib(held(z))}; by formula {sum(held_by_formula(z).values()) / 2**20:.1f} MiB"]
     if z.trained and z.comm.world > 1:
         lines.append(f"to send per step of one micro-batch: {mib(sent_by_formula(z))}")
-    so_far = {"sent so far": z.comm.sent, "moved so far": z.memory.moved, "temporaries, peak": z.memory.peak}
-    lines += [f"{name}: {mib(table)}" for name, table in so_far.items() if table]
+    return "\n".join(lines)
+
+
+def counted(z) -> str:
+    """One line: bytes that this rank has sent and moved to and from the host, peaks of temporaries and allocator."""
+    tables = {"sent": z.comm.sent, "moved": z.memory.moved, "temporaries' peak": z.memory.peak}
+    parts = [f"{name} {mib(table)}" for name, table in tables.items() if table]
     if z.device.type == "cuda":
         used, reserved = torch.cuda.memory_allocated(z.device), torch.cuda.memory_reserved(z.device)
         peak = torch.cuda.max_memory_allocated(z.device)
-        lines.append("allocator: " + mib({"in use": used, "slack": reserved - used}) + f", peak {peak / 2**20:.1f} MiB")
-    return "\n".join(lines)
+        parts.append("allocator " + mib({"in use": used, "slack": reserved - used}) + f", peak {peak / 2**20:.1f} MiB")
+    return f"ZeRO, rank {z.comm.rank}: {'; '.join(parts) or 'nothing sent or gathered'}"

@@ -113,6 +113,18 @@ def test_one_query_without_gradient(dtype):
             assert torch.allclose(found.double(), exact, atol=8 * torch.finfo(dtype).eps)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("large", [1, 10])
+def test_one_query_errors_no_larger_than_sdpa(dtype, large, monkeypatch):
+    """Decoding is at most twice as far from the truth as PyTorch's kernel, in half precision also where scores are
+    large; and no dtype takes the way of tiles, which would copy the whole cache at every token."""
+    monkeypatch.setattr(kernels, "tiled_attention", None)
+    q, k, v = (x.detach() for x in inputs(15, 4, 4, 2, 1, 300, 32, dtype)[0])
+    exact = naive_attention(large * q.double(), k.double(), v.double())
+    ours, sdpa = ((f(large * q, k, v) - exact).norm() for f in (flash_attention, sdpa_attention))
+    assert ours <= 2 * sdpa + torch.finfo(torch.float64).eps * exact.norm()
+
+
 @pytest.mark.parametrize("seed", range(6))
 def test_gradcheck(seed):
     """The gradient is the derivative: finite differences in float64, with every option somewhere."""
@@ -191,6 +203,14 @@ def test_extreme_scores(dtype):
                      8 * largest * torch.finfo(dtype).eps)
 
 
+def test_recomputed_probabilities_sum_to_one():
+    """Where scores are large, those that backward makes are rounded as those of the forward pass were, or 2^(S - L)
+    would be off by eps * S. With v's gradient for a unit matrix, P^T, seen directly."""
+    (q, k, v), _ = inputs(16, 1, 1, 1, 128, 128, 128, torch.float32)
+    P_t, = torch.autograd.grad(flash_attention(1000 * q, k, v), v, torch.eye(128)[None, None])
+    assert (P_t.sum(2) - 1).abs().max() < 3e-4  # eps * S is above 1e-3
+
+
 def test_maximum_that_rises_late():
     """The running maximum rises from -1e4 to +1e4 along the row, as in no random data: every tile must rescale."""
     qkv, g = inputs(5, 1, 1, 1, 64, 64, 4)
@@ -263,6 +283,21 @@ def test_tiles_nobody_sees_are_not_computed(monkeypatch):
     torn = torch.tensor([0, 1, 0, 1]).repeat_interleave(1024)  # each document in two pieces, the other one between them
     assert scores_computed(monkeypatch, T, segment_ids=torn[None]) <= 0.65 * one
     assert scores_computed(monkeypatch, T, causal=False) == T * T
+
+
+def test_a_row_of_the_batch_does_not_pay_for_its_neighbours(monkeypatch):
+    """Room for a row and a third in a tile: rows with other borders between their documents are computed apart."""
+    count, product = [], kernels.product
+    monkeypatch.setattr(kernels, "SCORES_AT_ONCE", {"cpu": 4 * 64 * 256})
+    monkeypatch.setattr(kernels, "product", lambda a, b, s, out: count.append(out.numel()) or product(a, b, s, out))
+    ids = torch.stack([torch.arange(256) // border for border in (64, 128, 100)])
+    qkv = [torch.zeros(3, 3, 256, 1)] * 3
+    flash_attention(*qkv, segment_ids=ids)
+    together = sum(count)
+    count.clear()
+    for b in range(3):
+        flash_attention(*(x[b:b + 1] for x in qkv), segment_ids=ids[b:b + 1])
+    assert together == sum(count)
 
 
 def test_memory_grows_with_T_not_with_its_square():

@@ -15,7 +15,8 @@ from unittest import mock
 import pytest
 import torch
 from ranks import RankFailed, ranks
-from test_zero import CLIP, DECAY, LR, assert_equal, gpt, loss_of, near
+from test_zero import CLIP, DECAY, LR, assert_equal, loss_of, near
+from test_zero import make as make_model
 
 import checkpoint
 from checkpoint import consolidate, load_checkpoint, load_final, save_checkpoint, save_final, steps
@@ -26,15 +27,15 @@ from zero import Zero
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
-def training(stage, tied=True, **options):
-    model = gpt(tied)
+def training(stage, kind="tied", **options):
+    model = make_model(kind)
     return Zero(model, units=model.units(), stage=stage, lr=LR, weight_decay=DECAY, **options)
 
 
 def train(z, first, last):
     """Steps first+1..last of a run whose data do not depend on the number of ranks: 6 rows a step."""
-    for step in range(first + 1, last + 1):
-        ids = torch.randint(0, 33, (6, 13), generator=torch.Generator().manual_seed(step))
+    for z.model.step in range(first + 1, last + 1):
+        ids = torch.randint(0, 33, (6, 13), generator=torch.Generator().manual_seed(z.model.step))
         z.backward(loss_of(z.model, ids[z.comm.rank::z.comm.world], 72))
         z.step(LR, CLIP)
 
@@ -55,25 +56,26 @@ def moments(z):
     return whole
 
 
-def run_part(out, stage, first, last, save=True):
+def run_part(out, stage, first, last, kind="tied"):
     """Resume `out` if it holds anything, train to `last`, save. Returns (step it began with, weights, optimizer
     state)."""
-    z = training(stage)
+    z = training(stage, kind)
     found = load_checkpoint(out, {"model": z})
     at_load = moments(z)
     assert (found[0] if found else 0) == first
     train(z, first, last)
-    if save:
-        save_checkpoint(out, last, {"model": z}, {"seen": 6 * last})
+    save_checkpoint(out, last, {"model": z}, {"seen": 6 * last})
     return found, z.full_state_dict(), at_load, moments(z)
 
 
-def test_reshard_at_any_world_size_and_stage(tmp_path):
+@pytest.mark.parametrize("kind", ["tied", "odd"])
+def test_reshard_at_any_world_size_and_stage(tmp_path, kind):
     """2 -> 3 -> 1 -> 2 ranks at stages 3, 2, 0, 1: the optimizer state right after each load is bitwise what was
-    saved, and the end is that of an uninterrupted run to 1e-6; extra comes back."""
+    saved, and the end is that of an uninterrupted run to 1e-5; extra comes back. Also of units that are frozen, partly
+    or wholly: they have fewer moments than weights, or none."""
     out, saved = str(tmp_path), None
     for world, stage, first, last in ((2, 3, 0, 2), (3, 2, 2, 4), (1, 0, 4, 6), (2, 1, 6, 8)):
-        part = ranks().run(world, run_part, out, stage, first, last)[0]
+        part = ranks().run(world, run_part, out, stage, first, last, kind)[0]
         found, state, at_load, at_end = part
         if saved:
             assert found == (first, {"seen": 6 * first})
@@ -81,21 +83,31 @@ def test_reshard_at_any_world_size_and_stage(tmp_path):
                 n = min(vector.numel(), at_load[key].numel())
                 assert torch.equal(vector[:n], at_load[key][:n]), key
         saved = at_end
-    z = training(0)
+    z = training(0, kind)
     train(z, 0, 8)
     expected = z.full_state_dict()
     assert near(state, expected, 1e-5)
 
 
-@pytest.mark.parametrize("stage", [0, 3])
-def test_resume_is_bitwise(tmp_path, stage):
+@pytest.mark.parametrize("world, stage, kind", [(1, 0, "tied"), (1, 3, "odd"), (2, 0, "tied"), (2, 3, "tied")])
+def test_resume_is_bitwise(tmp_path, world, stage, kind):
     """Stopping and going on at the same world size ends in the same bits, also where stage 0 resumes as stage 3."""
-    out = str(tmp_path)
-    run_part(out, stage, 0, 3)
-    _, state, _, _ = run_part(out, 3 - stage, 3, 6)
-    z = training(0)
-    train(z, 0, 6)
-    assert_equal(state, z.full_state_dict())
+    out, at_once = str(tmp_path / "out"), str(tmp_path / "at once")
+    ranks().run(world, run_part, out, stage, 0, 3, kind)
+    _, state, *_ = ranks().run(world, run_part, out, 3 - stage, 3, 6, kind)[0]
+    _, expected, *_ = ranks().run(world, run_part, at_once, stage, 0, 6, kind)[0]
+    assert_equal(state, expected)
+
+
+def test_the_loss_scale_and_its_counts_come_back(tmp_path):
+    """A float16 run goes on with the scale it had found and with the counts of good and of skipped steps."""
+    for numbers in ((0, 1.0, 0, 0), (7, 2.0**9, 5, 3)):  # the second load has something to change
+        saved, loaded = (training(0, dtype=torch.float16) for _ in range(2))
+        for key, number in zip(checkpoint.SCALARS, numbers):
+            setattr(saved, key, number)
+        save_checkpoint(str(tmp_path), 1, {"model": saved}, {})
+        load_checkpoint(str(tmp_path), {"model": loaded})
+        assert (loaded.updates, loaded.loss_scale, loaded.good_steps, loaded.skipped) == numbers
 
 
 def test_consolidate_equals_full_state_dict(tmp_path):

@@ -85,6 +85,14 @@ def test_nothing_to_train():
             assert not any(g.any() for g in torch.autograd.grad(out.sum(), parameters))
 
 
+def test_of_equal_logits_the_first_is_the_guess():
+    """A newborn model, whose logits are all 0, guesses token 0 everywhere, as greedy decoding does: it is not right
+    everywhere."""
+    targets = torch.tensor([3, 0, 1, -100, 0])
+    *_, correct = target_logp(normal(0, 5, 3), torch.zeros(4, 3, dtype=torch.float64), targets, with_stats=True)
+    assert correct.tolist() == [False, True, False, False, True]
+
+
 def test_gradient_of_an_untrained_row_is_ignored():
     """Whatever gradient arrives where the target is -100, even NaN, nothing comes of it."""
     parameters, targets = inputs(13, 12, 3, 5)

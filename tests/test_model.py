@@ -167,6 +167,13 @@ def test_generation_refuses_what_does_not_fit():
         model(some_ids(1, 49))
 
 
+def test_no_prompts_no_replies():
+    """What a filter left empty is not a prompt without tokens."""
+    model = lively(dtype=torch.float32)
+    assert generate(model, [], max_new_tokens=3) == []
+    assert generate(model, [], max_new_tokens=3, return_logp=True) == ([], [])
+
+
 def test_rotary_scores_depend_on_distance_alone():
     """RoPE: <rotate(q, m), rotate(k, n)> depends on m - n only, and lengths are kept (Su et al. 2021, section 3.2)."""
     model = GPT(GPTConfig(**SMALL))

@@ -278,6 +278,7 @@ def test_resuming_another_run_is_refused_or_said(reference, text, tmp_path, capf
     train(text, tmp_path / "copy", "--steps", "20", "--resume", "--seed", "7")  # nothing left to do: only evaluates
     shown = capfd.readouterr()
     assert "seed was 1 and is 7" in shown.err and "eval_loss" in shown.out
+    assert "ZeRO, rank 0: nothing sent or gathered\nfinished" in shown.out
 
 
 def test_a_full_disk_under_the_log_is_one_clear_line(text, tmp_path):

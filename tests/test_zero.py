@@ -236,18 +236,43 @@ def many_with_small_parking(cases):
         return many(cases)
 
 
-def test_compiled_blocks():
-    """torch.compile of the blocks (here without its code generator) computes the same, at stages 0 and 3."""
+def compiled(backend, function, *args):
+    """function(*args) with a torch.compile that has no code generator: `backend` runs PyTorch's own kernels."""
     torch._dynamo.reset()
     real = torch.compile
-    with mock.patch.object(torch, "compile", lambda f: real(f, backend="aot_eager")):
-        for stage in (0, 3):
-            for recompute in (False, True):
-                options = {"compile": True, "activation_checkpointing": recompute}
-                got, norms, _ = sharded("untied", batches(1, 2), stage, **options)
-                expected, expected_norms = one_process("untied", batches(1, 2), 1)
-                assert norms == pytest.approx(expected_norms, rel=1e-4)
-                assert near(got, expected, 1e-4)
+    with mock.patch.object(torch, "compile", lambda f: real(f, backend=backend)):
+        return function(*args)
+
+
+def test_compiled_blocks():
+    """torch.compile of the blocks (here without its code generator) changes no bit, on one rank and on two."""
+    cases = [(("untied", batches(world, 2), stage), {"compile": True, "activation_checkpointing": recompute})
+             for world, stage, recompute in ((1, 0, False), (1, 0, True), (1, 3, False), (1, 3, True), (2, 3, True))]
+    answers = compiled("aot_eager", many, cases[:4]) + ranks().run(2, compiled, "aot_eager", many, cases[4:])[0]
+    for ((kind, data, stage), options), (state, norms, _) in zip(cases, answers):
+        expected, expected_norms = one_process(kind, data, 2)
+        assert norms == pytest.approx(expected_norms, rel=1e-12)
+        assert_equal(state, expected, (len(data[0]), stage, options))
+
+
+def use_two_models():
+    """Blocks of two widths, trained and evaluated, with rows of two lengths, plain and packed."""
+    for width in (16, 32):
+        model = GPT(GPTConfig(vocab_size=33, n_layer=1, n_head=2, n_embd=width, max_seq_len=12))
+        z = Zero(model, units=model.units(), compile=True)
+        for ids in (torch.ones(2, 12, dtype=torch.long), torch.ones(2, 9, dtype=torch.long)):
+            for segment_ids in (None, (torch.arange(ids.shape[1]) // 5).expand_as(ids)):
+                z.backward(model(ids, ids, segment_ids=segment_ids).sum())
+                with torch.no_grad():
+                    model(ids, ids, segment_ids=segment_ids)
+    return dict(torch._dynamo.utils.counters["frames"])
+
+
+def test_all_models_of_a_script_stay_compiled():
+    """The blocks of several models are one function to torch.compile: none runs uncompiled because the others have
+    used up its variants."""
+    frames = compiled("eager", use_two_models)
+    assert frames["total"] == frames["ok"] > 8
 
 
 def test_compile_compiles_the_blocks_and_them_alone():
@@ -471,6 +496,17 @@ def test_bytes_held_and_sent_are_the_formulas(world):
         assert sent_formula == expected, label
         assert alive == [], label
     assert "formula" in Zero(gpt(), units=[]).report()
+
+
+def test_what_was_counted_is_told():
+    """The line at the end of a run: nothing before the first forward, then every counter that moved."""
+    model = gpt()
+    z = Zero(model, units=model.units(), stage=3)
+    assert z.counted() == "ZeRO, rank 0: nothing sent or gathered"
+    z.comm.sent.update(all_gather=3 << 20, reduce_scatter=1 << 20)
+    z.memory.temporary("gathered", 1 << 19, torch.float32)
+    assert z.counted() == ("ZeRO, rank 0: sent 4.0 MiB (all_gather 3.0, reduce_scatter 1.0); "
+                           "temporaries' peak 2.0 MiB (gathered 2.0)")
 
 
 def test_peak_of_gathered_weights():
