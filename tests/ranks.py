@@ -29,6 +29,8 @@ def as_torchrun():
         for name, value in (("RANK", dist.get_rank()), ("WORLD_SIZE", dist.get_world_size()),
                             ("LOCAL_RANK", dist.get_rank())):
             patch.setenv(name, str(value))
+        store = dist.distributed_c10d._get_default_store()
+        patch.setattr(dist, "rendezvous", lambda *_, **__: iter([(store, dist.get_rank(), dist.get_world_size())]))
         patch.setattr(dist, "init_process_group", lambda *_, **__: None)
         patch.setattr(dist, "destroy_process_group", lambda: None)
         yield patch
