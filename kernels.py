@@ -108,9 +108,11 @@ def one_query(q, k, v, ids_q, ids_k, scale):
     B, H, _, D = q.shape
     _, total = dtypes(q)
     q = (q.to(total) * scale).reshape(B, k.shape[1], -1, D)  # (B, G, R, D), R = H/G queries share a key
-    # Half-precision scores would be twice as far off, and a float32 copy of all keys would not fit the cache.
-    rows = B if k.dtype == total else max(1, 2**17 // max(1, k[:1].numel()))
-    S = torch.cat([a @ b.to(total).transpose(2, 3) for a, b in zip(q.split(rows), k.split(rows))])  # (B, G, R, Tk)
+    if k.dtype == total:
+        S = q @ k.transpose(2, 3)  # (B, G, R, Tk)
+    else:  # half-precision scores would be twice as far off, and a float32 copy of all keys would not fit the cache
+        rows = max(1, 2**17 // max(1, k[:1].numel()))
+        S = torch.cat([a @ b.to(total).transpose(2, 3) for a, b in zip(q.split(rows), k.split(rows))])
     if ids_q is None:
         return (S.softmax(-1).to(v.dtype) @ v).view(B, H, 1, D)
     hidden = ((ids_q != ids_k) | (ids_k < 0))[:, None, None]  # (B, 1, 1, Tk)
