@@ -243,12 +243,14 @@ def main(argv=None) -> int:
         "min_lr", "warmup_steps", "decay", "weight_decay", "betas", "eps", "clip", "ptx", "ptx_data", "ptx_rows",
         "seed", "dtype", "attention")}
     should["betas"] = list(cfg.betas)  # as JSON gives it back
+    # [copy: resume]
     found = load_checkpoint(cfg.out, {"model": zero}, same=same, numbers=["skipped"],
                             bitwise=should) if cfg.resume else None
     start, extra = found or (0, {"skipped": 0})
     skipped = extra["skipped"]
     if start > cfg.steps:
         raise UserError(f"--steps {cfg.steps}: {cfg.out} is already at step {start}; give more steps")
+    # [end copy]
 
     micro = cfg.micro_batch_size  # pairs per forward
     log = Log(cfg.out, env, steps=cfg.steps, start=start, flops_per_token=flops,
