@@ -20,6 +20,7 @@ import dataclasses
 import itertools
 import math
 import os
+import random
 from dataclasses import dataclass
 from typing import Literal
 
@@ -29,7 +30,7 @@ import torch.nn.functional as F
 from checkpoint import claim, final_folder, load_checkpoint, load_model, save_checkpoint, save_final
 from common import Log, UserError, matmul_peak, parse, require_positive, run, setup
 from data import CHAT_TEMPLATE, Replies
-from records import read_preferences, split_prompts
+from records import Record, read_preferences, split_prompts
 from zero import Zero
 
 
@@ -41,6 +42,7 @@ class Config:
     val_fraction: float = 0.1  # of the prompts
     pack: bool = True  # several replies in a row; off: one, padded
     seq_len: int = 0  # tokens in a row (T); 0: the longest the model was made for
+    negatives: int = 0  # times each best reply is also compared with the best reply to another prompt; 0: never
     # reward
     margin: float = 0.0  # by how much a better reply's reward should be above a worse one's; 0: off
     centre: float = 0.0  # weight of (r_i + r_j)^2, which keeps rewards near 0 (0.01 is usual); 0: off
@@ -94,6 +96,18 @@ def lr_at(step: int, cfg: Config) -> float:
         left = min(1.0, (1 - done) / 0.6)  # flat for the first 40 %
     return cfg.min_lr + (cfg.lr - cfg.min_lr) * left
 # [end copy]
+
+
+def random_negatives(records: list[Record], n: int, seed: int) -> list[Record]:
+    """Each prompt n times more: its best reply above the best reply to another prompt, which is good, but not here.
+
+    Rankings compare what one model said to one prompt, and say nothing of what it did not say; there PPO looks for
+    reward (docs/ppo.md). Negatives from other prompts are usual in retrieval (Karpukhin et al. 2020, section 3.2).
+    """
+    rng = random.Random(seed)
+    return [dataclasses.replace(record, responses=[record.responses[0], other.responses[0]], tags=[], scores=[])
+            for record in records for other in rng.choices(records, k=n)
+            if other.messages != record.messages and other.responses[0] not in record.responses]
 
 
 def ranked_pairs(group_sizes: list[int]) -> torch.Tensor:
@@ -211,9 +225,10 @@ def main(argv=None) -> int:
         raise UserError(f"--seq_len {cfg.seq_len}: the model's rows end at {model.config.max_seq_len}; lower it")
 
     # data: read and encoded by every rank, since conversations are small
+    ranked, held_out = split_prompts(read_preferences(cfg.data), cfg.val_fraction,
+                                     read_preferences(cfg.val_data) if cfg.val_data else None)
     train, val = (Replies(part, tokenizer, cfg.seq_len, packed=cfg.pack, batch_size=cfg.batch_size, seed=cfg.seed)
-                  for part in split_prompts(read_preferences(cfg.data), cfg.val_fraction,
-                                            read_preferences(cfg.val_data) if cfg.val_data else None))
+                  for part in (ranked + random_negatives(ranked, cfg.negatives, cfg.seed), held_out))
     cfg.steps = cfg.steps or math.ceil(cfg.epochs * len(train) / cfg.batch_size)
     require_positive(cfg, "steps")
 
@@ -301,7 +316,7 @@ def main(argv=None) -> int:
             break
         # [end copy]
     else:
-        known = range(min(len(train), cfg.reference_prompts or len(train)))
+        known = range(min(len(train), len(ranked), cfg.reference_prompts or len(ranked)))  # they come before negatives
         rewards = all_rewards(model, train, known, micro or 16, env)  # (n,)
         best = [0, *itertools.accumulate(train.sizes(known))][:-1]  # each group's first reply
         mean = (rewards[best] if cfg.reference == "best" else rewards).mean().item()

@@ -1,4 +1,5 @@
 """The reward model: its loss against an explicit loop, where it is read, its zero and scale, reports, whole runs."""
+import dataclasses
 import itertools
 import json
 import math
@@ -35,6 +36,7 @@ from train_rm import (
     evaluate,
     normalise,
     pair_metrics,
+    random_negatives,
     read_rewards,
     rm_loss,
     wins,
@@ -327,6 +329,20 @@ def test_r11_no_prompt_on_both_sides():
         split_prompts(records[:1], 0.3, records)
 
 
+def test_random_negatives():
+    """Best reply above another prompt's best one: never a reply of its own, never one to the same prompt, n times."""
+    def record(prompt, *responses):
+        return Record("f:1", [{"role": "user", "content": prompt}], list(responses), "kind", ["good", "bad"], [1., 0.])
+    records = [record("a", "A", "x"), record("a", "AA", "y"), record("b", "B", "A"), record("c", "C", "z")]
+    found = random_negatives(records, 50, seed=1)
+    pairs = {(r.messages[0]["content"], *r.responses) for r in found}
+    assert pairs == {("a", "A", "B"), ("a", "A", "C"), ("a", "AA", "B"), ("a", "AA", "C"), ("b", "B", "AA"),
+                     ("b", "B", "C"), ("c", "C", "A"), ("c", "C", "AA"), ("c", "C", "B")}
+    assert all(r.tags == r.scores == [] and r.tag == "kind" for r in found)
+    assert 60 < len(found) < 160 and found == random_negatives(records, 50, seed=1) != random_negatives(records, 50, 2)
+    assert random_negatives(records, 0, seed=1) == random_negatives(records[:2], 5, seed=1) == []
+
+
 # ---- whole runs ---------------------------------------------------------------------------------------------------
 
 FLAGS = ["--batch_size", "7", "--lr", "3e-3", "--warmup_steps", "3", "--eval_every", "0", "--save_every", "0",
@@ -430,6 +446,24 @@ def test_how_it_is_computed_does_not_matter(files, reference, tmp_path, more):
     same_metrics(reference[0], tmp_path, 1e-4)
 
 
+def test_negatives_teach_what_no_ranking_says(files, tmp_path):
+    """Replies name their topic, and every prompt ranks its own alone: only --negatives tells that a good reply to
+    another prompt is a bad one here. They count as prompts, and not among the references."""
+    own = read_preferences(files[0])
+    others = [dataclasses.replace(record, responses=[record.responses[0], other.responses[0]], tags=[], scores=[])
+              for record in own for other in own if other is not record]
+    mixed, accuracy = Replies(others, TOKENIZER, 96), {}
+    for n in (0, 4):
+        out = tmp_path / str(n)
+        train(files, out, "--steps", "60", "--lr", "1e-2", "--negatives", str(n), "--reference", "all")
+        model, _, config = load_model(str(out))
+        accuracy[n] = pair_metrics(all_rewards(model, mixed, range(len(mixed)), 0, OneRank), [2] * len(mixed))["accuracy"]
+        known = Replies(split_prompts(own, 0.1)[0], TOKENIZER, 96)
+        assert abs(all_rewards(model, known, range(len(known)), 0, OneRank).mean()) < 1e-5
+        assert metrics(out)[0]["epoch"] == pytest.approx(7 / (10 if n == 0 else 50), rel=0.15)
+    assert accuracy[4] > 0.75 > 0.6 > accuracy[0], accuracy
+
+
 def test_two_processes_at_stage_3_give_the_same_curve(files, reference, tmp_path):
     """7 prompts a step on 2 ranks, one at a time, so that the second rank's last forward is padding: the same log and
     final model."""
@@ -469,8 +503,8 @@ def test_low_precision_and_offload_train(files, reference, tmp_path, more):
 
 @pytest.mark.parametrize("more", [["--margin", "0.5"], ["--centre", "0.5"], ["--seed", "2"], ["--weight_decay", "0.5"],
                                   ["--clip", "0.001"], ["--min_lr", "1e-3"], ["--val_fraction", "0.5"],
-                                  ["--betas", "0.5,0.9"], ["--eps", "1e-2"], ["--decay", "flat-then-linear"]],
-                         ids=" ".join)
+                                  ["--betas", "0.5,0.9"], ["--eps", "1e-2"], ["--decay", "flat-then-linear"],
+                                  ["--negatives", "1"]], ids=" ".join)
 def test_every_flag_does_something(files, reference, tmp_path, more):
     """The curve of a run with the flag is another one."""
     found = train(files, tmp_path, "--steps", "6", *more)
