@@ -42,7 +42,7 @@ class Config:
     val_fraction: float = 0.1  # of the prompts
     pack: bool = True  # several replies in a row; off: one, padded
     seq_len: int = 0  # tokens in a row (T); 0: the longest the model was made for
-    negatives: int = 0  # times each best reply is also compared with the best reply to another prompt; 0: never
+    negatives: int = 0  # times each best reply is also compared with a random one to another prompt; 0: never
     # reward
     margin: float = 0.0  # by how much a better reply's reward should be above a worse one's; 0: off
     centre: float = 0.0  # weight of (r_i + r_j)^2, which keeps rewards near 0 (0.01 is usual); 0: off
@@ -99,15 +99,15 @@ def lr_at(step: int, cfg: Config) -> float:
 
 
 def random_negatives(records: list[Record], n: int, seed: int) -> list[Record]:
-    """Each prompt n times more: its best reply above the best reply to another prompt, which is good, but not here.
+    """Each prompt n times more, as a pair: its best reply above a reply to another prompt.
 
     Rankings compare what one model said to one prompt, and say nothing of what it did not say; there PPO looks for
     reward (docs/ppo.md). Negatives from other prompts are usual in retrieval (Karpukhin et al. 2020, section 3.2).
     """
     rng = random.Random(seed)
-    return [dataclasses.replace(record, responses=[record.responses[0], other.responses[0]], tags=[], scores=[])
-            for record in records for other in rng.choices(records, k=n)
-            if other.messages != record.messages and other.responses[0] not in record.responses]
+    drawn = [(record, other, rng.choice(other.responses)) for record in records for other in rng.choices(records, k=n)]
+    return [dataclasses.replace(record, responses=[record.responses[0], reply], tags=[], scores=[])
+            for record, other, reply in drawn if other.messages != record.messages and reply not in record.responses]
 
 
 def ranked_pairs(group_sizes: list[int]) -> torch.Tensor:

@@ -330,16 +330,19 @@ def test_r11_no_prompt_on_both_sides():
 
 
 def test_random_negatives():
-    """Best reply above another prompt's best one: never a reply of its own, never one to the same prompt, n times."""
+    """Best reply above any reply to another prompt: never one of its own, never one to the same prompt, n times."""
     def record(prompt, *responses):
         return Record("f:1", [{"role": "user", "content": prompt}], list(responses), "kind", ["good", "bad"], [1., 0.])
     records = [record("a", "A", "x"), record("a", "AA", "y"), record("b", "B", "A"), record("c", "C", "z")]
-    found = random_negatives(records, 50, seed=1)
+    found = random_negatives(records, 200, seed=1)
     pairs = {(r.messages[0]["content"], *r.responses) for r in found}
-    assert pairs == {("a", "A", "B"), ("a", "A", "C"), ("a", "AA", "B"), ("a", "AA", "C"), ("b", "B", "AA"),
-                     ("b", "B", "C"), ("c", "C", "A"), ("c", "C", "AA"), ("c", "C", "B")}
+    assert pairs == {("a", "A", "B"), ("a", "A", "C"), ("a", "A", "z"), ("a", "AA", "B"), ("a", "AA", "A"),
+                     ("a", "AA", "C"), ("a", "AA", "z"), ("b", "B", "x"), ("b", "B", "AA"), ("b", "B", "y"),
+                     ("b", "B", "C"), ("b", "B", "z"), ("c", "C", "A"), ("c", "C", "x"), ("c", "C", "AA"),
+                     ("c", "C", "y"), ("c", "C", "B")}
     assert all(r.tags == r.scores == [] and r.tag == "kind" for r in found)
-    assert 60 < len(found) < 160 and found == random_negatives(records, 50, seed=1) != random_negatives(records, 50, 2)
+    assert 400 < len(found) < 600 and found == random_negatives(records, 200, seed=1)
+    assert found != random_negatives(records, 200, seed=2)
     assert random_negatives(records, 0, seed=1) == random_negatives(records[:2], 5, seed=1) == []
 
 
