@@ -14,6 +14,7 @@ import gzip
 import itertools
 import json
 import os
+import random
 import re
 import zlib
 from collections.abc import Iterator
@@ -290,3 +291,15 @@ def split_prompts(records: list[Record], val_fraction: float, val_records: list[
     if not by_prompt:
         raise UserError("--val_data: found every prompt of --data in it, expected others")
     return list(itertools.chain(*by_prompt.values())), val_records
+
+
+def random_negatives(records: list[Record], n: int, seed: int) -> list[Record]:
+    """Each prompt n times more, as a pair: its best reply above a reply to another prompt.
+
+    Rankings compare what one model said to one prompt, and say nothing of what it never said there; that is where PPO
+    looks for reward (docs/rm.md). Usual in retrieval (Karpukhin et al. 2020, section 3.2).
+    """
+    rng = random.Random(seed)
+    drawn = [(record, other, rng.choice(other.responses)) for record in records for other in rng.choices(records, k=n)]
+    return [dataclasses.replace(record, responses=[record.responses[0], reply], tags=[], scores=[])
+            for record, other, reply in drawn if other.messages != record.messages and reply not in record.responses]

@@ -20,7 +20,6 @@ import dataclasses
 import itertools
 import math
 import os
-import random
 from dataclasses import dataclass
 from typing import Literal
 
@@ -30,7 +29,7 @@ import torch.nn.functional as F
 from checkpoint import claim, final_folder, load_checkpoint, load_model, save_checkpoint, save_final
 from common import Log, UserError, matmul_peak, parse, require_positive, run, setup
 from data import CHAT_TEMPLATE, Replies
-from records import Record, read_preferences, split_prompts
+from records import random_negatives, read_preferences, split_prompts
 from zero import Zero
 
 
@@ -96,18 +95,6 @@ def lr_at(step: int, cfg: Config) -> float:
         left = min(1.0, (1 - done) / 0.6)  # flat for the first 40 %
     return cfg.min_lr + (cfg.lr - cfg.min_lr) * left
 # [end copy]
-
-
-def random_negatives(records: list[Record], n: int, seed: int) -> list[Record]:
-    """Each prompt n times more, as a pair: its best reply above a reply to another prompt.
-
-    Rankings compare what one model said to one prompt, and say nothing of what it did not say; there PPO looks for
-    reward (docs/ppo.md). Negatives from other prompts are usual in retrieval (Karpukhin et al. 2020, section 3.2).
-    """
-    rng = random.Random(seed)
-    drawn = [(record, other, rng.choice(other.responses)) for record in records for other in rng.choices(records, k=n)]
-    return [dataclasses.replace(record, responses=[record.responses[0], reply], tags=[], scores=[])
-            for record, other, reply in drawn if other.messages != record.messages and reply not in record.responses]
 
 
 def ranked_pairs(group_sizes: list[int]) -> torch.Tensor:

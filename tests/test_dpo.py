@@ -435,7 +435,8 @@ def test_the_reference_is_freed_once_it_is_read(files, tmp_path, monkeypatch, mo
 
 @pytest.mark.parametrize("more", [["--beta", "0.5"], ["--seed", "2"], ["--weight_decay", "0.5"], ["--clip", "0.001"],
                                   ["--val_fraction", "0.5"], ["--betas", "0.5,0.9"], ["--eps", "1e-2"],
-                                  ["--min_lr", "1e-3"], ["--decay", "flat-then-linear"]], ids=" ".join)
+                                  ["--min_lr", "1e-3"], ["--decay", "flat-then-linear"], ["--negatives", "1"]],
+                         ids=" ".join)
 def test_every_flag_does_something(files, reference, tmp_path, more):
     """The curve of a run with the flag is another one."""
     found = train(files, tmp_path, "--steps", "6", *more)

@@ -27,7 +27,7 @@ import train_rm
 from checkpoint import load_final, load_model
 from common import UserError, parse
 from data import Replies, encode_prompt
-from records import Record, read_preferences, split_prompts
+from records import Record, random_negatives, read_preferences, split_prompts
 from tokenizer import make_tokenizer
 from train_rm import (
     Config,
@@ -36,7 +36,6 @@ from train_rm import (
     evaluate,
     normalise,
     pair_metrics,
-    random_negatives,
     read_rewards,
     rm_loss,
     wins,
@@ -460,7 +459,8 @@ def test_negatives_teach_what_no_ranking_says(files, tmp_path):
         out = tmp_path / str(n)
         train(files, out, "--steps", "60", "--lr", "1e-2", "--negatives", str(n), "--reference", "all")
         model, _, config = load_model(str(out))
-        accuracy[n] = pair_metrics(all_rewards(model, mixed, range(len(mixed)), 0, OneRank), [2] * len(mixed))["accuracy"]
+        rewards = all_rewards(model, mixed, range(len(mixed)), 0, OneRank)
+        accuracy[n] = pair_metrics(rewards, mixed.sizes(range(len(mixed))))["accuracy"]
         known = Replies(split_prompts(own, 0.1)[0], TOKENIZER, 96)
         assert abs(all_rewards(model, known, range(len(known)), 0, OneRank).mean()) < 1e-5
         assert metrics(out)[0]["epoch"] == pytest.approx(7 / (10 if n == 0 else 50), rel=0.15)
