@@ -175,7 +175,49 @@ def test_run_turns_user_errors_into_exit_code_2():
     program = "from common import run, UserError\ndef main():\n    {}\nrun(main)"
     for body, code, said in (("raise UserError('found this')", 2, "error: found this\n"), ("return 130", 130, ""),
                              (r"raise UserError('a\n\x1b[2Jb' + 'c' * 10**6)", 2, f"error: a\\n\\x1b[2Jb{'c' * 993}\n"),
+                             ("raise OSError(28, 'No space left on device')", 2, "error: No space left on device\n"),
+                             ("open('no/such')", 2, "error: no/such: No such file or directory\n"),
                              ("pass", 0, ""), ("raise KeyError(1)", 1, "KeyError")):
         result = subprocess.run([sys.executable, "-c", program.format(body)], capture_output=True, text=True,
                                 cwd=__file__.rsplit("/", 2)[0])
         assert result.returncode == code and (said in result.stderr if code == 1 else said == result.stderr)
+
+
+@pytest.mark.parametrize("flush", [True, False])
+def test_a_full_disk_under_what_is_printed_is_one_line(flush):
+    """python train_...py > log, where the log's disk is full: at a print, or only at the end."""
+    program = f"from common import run\nrun(lambda: print('x', flush={flush}))"
+    with open("/dev/full", "w") as full:
+        result = subprocess.run([sys.executable, "-c", program], stdout=full, stderr=subprocess.PIPE, text=True,
+                                cwd=__file__.rsplit("/", 2)[0])
+    assert (result.returncode, result.stderr) == (2, "error: No space left on device\n")
+
+
+PIPED = """
+import os, signal, sys
+from common import Log, run, setup
+def main():
+    env = setup("cpu")
+    log = Log(sys.argv[1], env, steps=2)
+    sys.stdin.read()  # until the reader of our output has gone
+    if sys.argv[2] == "asked":
+        os.kill(os.getpid(), signal.SIGINT)
+    log.event(1, loss=1.0)
+    open(os.path.join(sys.argv[1], "saved"), "w").close()
+    log.say("saved")
+    env.close()
+    return env.exit_code
+run(main)
+"""
+
+
+@pytest.mark.parametrize("asked, code, left", [("asked", 130, ["metrics.jsonl", "saved"]),
+                                               ("not asked", 141, ["metrics.jsonl"])])
+def test_what_reads_our_output_dies_of_the_same_ctrl_c(tmp_path, asked, code, left):
+    """`python train_...py 2>&1 | tee log`: Ctrl-C ends tee as well, and what we then print has no reader. The run goes
+    on to its save. A reader that leaves by itself, as head, ends the run as ever."""
+    process = subprocess.Popen([sys.executable, "-c", PIPED, str(tmp_path), asked], stdin=subprocess.PIPE,
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=__file__.rsplit("/", 2)[0])
+    process.stdout.close()
+    process.stdin.close()
+    assert process.wait(60) == code and sorted(os.listdir(tmp_path)) == left

@@ -126,6 +126,28 @@ def test_a_signal_saves_at_the_end_of_the_step_it_comes_in(inputs, reference, tm
         assert not difference(outcome(out), reference(script))
 
 
+def without_a_reader(module):
+    """The pipe that all output goes to is closed at its other end just before Ctrl-C comes."""
+    signalled(module, signal.SIGINT, updates=3, rank=0)
+    step = Zero.step
+
+    def close_and_step(self, *args):
+        if self.updates == 3:
+            reader, writer = os.pipe()
+            os.dup2(writer, 1)
+            os.dup2(writer, 2)
+            os.close(reader)
+        return step(self, *args)
+
+    Zero.step = close_and_step
+
+
+def test_ctrl_c_that_also_ends_the_reader_of_our_output(inputs, tmp_path):
+    """... | tee log: both get Ctrl-C. The run still saves."""
+    job = Job("pretrain", arguments("pretrain", inputs, tmp_path / "out", "--save_every", "0"), 1, without_a_reader)
+    assert job.wait() == 130 and folders(tmp_path / "out") == ["step-00000004"], job.text()
+
+
 def test_a_second_signal_later_means_it():
     """Within a second it is an echo of the first; after that it stops the program at once."""
     env = Env(1, 2, 0, 1, torch.device("cpu"))
