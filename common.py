@@ -75,6 +75,7 @@ def replacing(path: Path) -> Iterator[Path]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
+        sync(temporary)  # or a loss of power could leave the name with nothing behind it
         os.replace(temporary, path)
     except OSError as error:
         if not (temporary.is_dir() and path.is_dir()):  # else another process made the same folder meanwhile
@@ -84,6 +85,15 @@ def replacing(path: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)  # if it is a folder
         with contextlib.suppress(OSError):
             temporary.unlink()
+
+
+def sync(path) -> None:
+    """Force a file, or which files a folder holds, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def keep_lines(path: str, last: int) -> None:

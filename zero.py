@@ -399,7 +399,7 @@ class Zero:
             self.skipped, self.good_steps = self.skipped + 1, 0
             if self.dtype == torch.float16:
                 self.loss_scale = max(1.0, self.loss_scale / 2)
-            if self.skipped == 20:
+            if self.skipped >= 20:  # a checkpoint may bring more
                 bad = [unit.name for unit, square in zip(self.trained, squares.tolist()) if not math.isfinite(square)]
                 raise UserError(f"20 steps in a row had a gradient that is not finite, first in {bad[0]}; lower --lr, "
                                 "or use --dtype bfloat16 or float32")

@@ -601,6 +601,7 @@ def test_a_vector_that_is_larger_than_its_file_is_refused(tmp_path):
     lambda z: z["units"]["blocks.0"].update(master=z["units"]["blocks.0"]["master"].to(torch.complex64).add(1j)),
     lambda z: z.update(buffers=[]), lambda z: z["scalars"].update(updates=-1), lambda z: z["scalars"].pop("skipped"),
     lambda z: z["scalars"].update(loss_scale=math.nan), lambda z: z["scalars"].update(updates=10**400),
+    lambda z: z["scalars"].update(loss_scale=0.0),
     lambda z: z.clear()])
 def test_a_forged_shard_is_refused_in_one_line(tmp_path, change):
     """What the checksums cannot find: who wrote it meant it."""
