@@ -103,6 +103,8 @@ def evaluate(model, tokens: TokenFile, rows: int, cfg: Config, env) -> dict:
         loss += pretrain_loss(model(ids, targets, segment_ids=segment_ids))
         count += int((targets >= 0).sum())
     loss, count = env.sum(loss, count)
+    if not count:
+        raise UserError(f"{tokens.path}: found nothing to predict; give another --val_data, or raise --eval_rows")
     mean = loss / count
     if not math.isfinite(mean):
         raise UserError(f"the validation loss is {mean}; lower --lr, or use --dtype float32 or bfloat16")
