@@ -421,6 +421,14 @@ class Log:
             keep_lines(self.path, start)
         self.restart_clock()
 
+    def lacks_evaluation(self, step: int) -> bool:
+        """Whether the curve has none of this step: asked to stop there, a run saves and leaves. All ranks call it."""
+        found = False
+        if self.env.is_main:
+            with open(self.path, encoding="utf-8") as file:
+                found = any('"eval_' in line and json.loads(line)["step"] == step for line in file)
+        return step > 0 and not self.env.sum(found)[0]
+
     @staticmethod
     @contextlib.contextmanager
     def writing(path: str):

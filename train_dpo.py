@@ -287,8 +287,9 @@ def main(argv=None) -> int:
 
     # the loop: exactly cfg.steps updates, numbered from 1; evaluation and checkpoint also at the last
     log.restart_clock()
-    if start == cfg.steps:
-        evaluate_and_show(start)  # finished before: say how it went
+    if start == cfg.steps or (cfg.eval_every and start % cfg.eval_every == 0 and log.lacks_evaluation(start)):
+        evaluate_and_show(start)  # finished before: say how it went; or stopped there before it was evaluated
+        log.restart_clock()
     for step in range(start + 1, cfg.steps + 1):
         chosen = train.of_step(step - 1)  # batch_size pairs: ONE denominator, whatever the split
         logps, ref_logps = torch.zeros(2 * len(chosen)), torch.zeros(2 * len(chosen))
@@ -319,7 +320,7 @@ def main(argv=None) -> int:
                       learning_rate=lr_at(step, cfg), epoch=step * cfg.batch_size / len(train),
                       **({"loss/ptx_avg": ptx_sum} if cfg.ptx else {}), **({"skipped": skipped} if skipped else {}))
         # [copy: evaluate_and_save]
-        if last or (cfg.eval_every and step % cfg.eval_every == 0):
+        if not stop and (last or (cfg.eval_every and step % cfg.eval_every == 0)):  # asked to stop, save at once
             evaluate_and_show(step)
             log.restart_clock()
         if last or stop or (cfg.save_every and step % cfg.save_every == 0):

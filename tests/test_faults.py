@@ -126,6 +126,33 @@ def test_a_signal_saves_at_the_end_of_the_step_it_comes_in(inputs, reference, tm
         assert not difference(outcome(out), reference(script))
 
 
+def signalled_before_an_endless_evaluation(module, updates):
+    """SIGTERM in the middle of the step; an evaluation after that would not end (here it ends the process at once)."""
+    signalled(module, signal.SIGTERM, updates, rank=0)
+    evaluate, asked = module.evaluate, []
+    ask, Env._on_signal = Env._on_signal, lambda *args: (asked.append(1), ask(*args))
+    module.evaluate = lambda *args: os._exit(7) if asked else evaluate(*args)
+
+
+@pytest.mark.parametrize("script, at", [("pretrain", "middle"), ("ppo", "middle"), ("sft", "end"), *(
+    slow(script, at) for script in SCRIPTS for at in ("middle", "end"))])
+def test_a_signal_on_a_step_that_is_evaluated(inputs, tmp_path, script, at):
+    """A preemption leaves 30 s and an evaluation may take minutes: saved without it. The resumed run evaluates first,
+    and the curve is that of a run that was never stopped, point for point."""
+    steps, updates = (6, 4) if script == "ppo" else (10, 1)  # PPO: of 4 updates a step
+    more = ["--save_every", "0", "--eval_every", str(steps // 2)]
+    step = steps if at == "end" else steps // 2
+    assert Job(script, arguments(script, inputs, tmp_path / "unbroken", *more)).wait() == 0
+    before = functools.partial(signalled_before_an_endless_evaluation, updates=(step - 1) * updates)
+    job = Job(script, arguments(script, inputs, tmp_path / "out", *more), 1, before)
+    assert job.wait() == 0 and folders(tmp_path / "out") == [f"step-{step:08d}"], job.text()
+    assert Job(script, arguments(script, inputs, tmp_path / "out", *more)).wait() == 0
+    expected = outcome(tmp_path / "unbroken")
+    assert any("eval" in key for line in expected["curve"] for key in line)
+    assert outcome(tmp_path / "out")["curve"] == expected["curve"]
+    assert not difference(outcome(tmp_path / "out"), expected)
+
+
 def without_a_reader(module):
     """The pipe that all output goes to is closed at its other end just before Ctrl-C comes."""
     signalled(module, signal.SIGINT, updates=3, rank=0)
