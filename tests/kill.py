@@ -118,7 +118,8 @@ def job(script: str, argv: list[str], world: int, port: int, log: str, before) -
         children.append(child)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a signal to the group is for the ranks
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    os._exit(max(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children))
+    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    os._exit(max(code if code >= 0 else 128 - code for code in codes))  # killed: as a shell says it
 
 
 def free_port() -> int:

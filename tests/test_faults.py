@@ -704,6 +704,15 @@ def test_a_second_run_in_the_same_folder_is_refused(inputs, tmp_path):
     claim(str(out), resume=True).close()
 
 
+def dead_at_once(module):
+    module.main = lambda argv: os.kill(os.getpid(), signal.SIGKILL) if os.environ["RANK"] == "1" else 0
+
+
+def test_a_rank_that_a_signal_killed_is_no_success(inputs, tmp_path):
+    """What the tests above rely on: the exit code of a job in which one rank was killed is not that of the other."""
+    assert Job("pretrain", arguments("pretrain", inputs, tmp_path / "out"), 2, dead_at_once).wait() == 128 + 9
+
+
 def test_the_folders_of_the_small_runs(inputs, reference):
     """What the tests above rely on: a checkpoint after each step, of which keep are left."""
     reference("sft")
