@@ -238,7 +238,8 @@ def main(argv=None) -> int:
               "run": dataclasses.asdict(cfg)}
     # What a resumed run must share with the one it continues, and what it should, or else its curve bends:
     same = {"model": {**config["model"], "attention": ""}, "tokenizer": tokenizer.fingerprint}
-    should = {"data": train.fingerprint(), "ref": cfg.ref or cfg.init} | {name: getattr(cfg, name) for name in (
+    read = ref_born["files"].get("model.pt", {}).get("sha256")  # not its path: it may have been trained again
+    should = {"data": train.fingerprint(), "ref": read} | {name: getattr(cfg, name) for name in (
         "pack", "seq_len", "beta", "loss_type", "label_smoothing", "average", "batch_size", "micro_batch_size", "lr",
         "min_lr", "warmup_steps", "decay", "weight_decay", "betas", "eps", "clip", "ptx", "ptx_data", "ptx_rows",
         "seed", "dtype", "attention")}
