@@ -11,7 +11,7 @@ import pytest
 import torch
 from ranks import ranks
 
-from common import Env, Log, RollCall, UserError, matmul_peak, parse, require_positive, setup
+from common import Env, Log, RollCall, UserError, keep_lines, matmul_peak, parse, replacing, require_positive, setup
 
 
 @dataclass
@@ -94,6 +94,21 @@ def test_log_knows_which_evaluation_is_missing(tmp_path):
     log.event(2, loss=1.0)
     for start, missing in ((2, True), (1, False), (0, False)):
         assert Log(str(tmp_path), env, steps=4, start=start).lacks_evaluation(start) is missing
+
+
+def test_replaced_files_are_on_the_disk_before_they_get_their_name(tmp_path, monkeypatch):
+    """Renamed first, a loss of power could leave the new name with nothing behind it, and the old file gone."""
+    calls, fsync, replace = [], os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda d: (calls.append(os.path.basename(os.readlink(f"/proc/self/fd/{d}"))),
+                                                fsync(d)))
+    monkeypatch.setattr(os, "replace", lambda old, new: (calls.append("replaced"), replace(old, new)))
+    for name in ("file", "folder"):
+        with replacing(tmp_path / name) as temporary:
+            temporary.mkdir() if name == "folder" else temporary.write_text("text")
+        assert calls == [temporary.name, "replaced"] and (tmp_path / name).exists()
+        calls.clear()
+    keep_lines(str(tmp_path / "metrics.jsonl"), 1)
+    assert len(calls) == 2
 
 
 def test_other_ranks_write_nothing(tmp_path, capsys):

@@ -374,7 +374,8 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(inputs, refer
     assert not difference(outcome(out), expected) and sorted(folders(out)) == [older, newest]
     for name in folders(out):
         damage(out / name, how)
-    refused(Job(script, arguments(script, inputs, out)), f"{older}/rank000.pt", "no checkpoint")
+    refused(Job(script, arguments(script, inputs, out)), f"{older}/rank000.pt", "no checkpoint",
+            "choose another --out")
 
 
 @pytest.mark.parametrize("change, words", [({"version": 2}, "version 2, this program reads 1"),
