@@ -224,9 +224,10 @@ def test_torchrun_goes_on_by_itself(inputs, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("everyone", [False, True])
-def test_torchrun_passes_the_signal_on(inputs, tmp_path, everyone):
-    """SIGTERM to torchrun, or to torchrun and its ranks: saved once, said so, torchrun itself ends with an error."""
+@pytest.mark.parametrize("number, everyone", [(signal.SIGTERM, False), (signal.SIGTERM, True), (signal.SIGINT, False),
+                                              (signal.SIGINT, True)])
+def test_torchrun_passes_the_signal_on(inputs, tmp_path, number, everyone):
+    """To torchrun, or to torchrun and its ranks, as Ctrl-C: saved once, said so, torchrun itself ends with an error."""
     command = torchrun(tmp_path, "pass", "--max_restarts", "0",
                        *arguments("pretrain", inputs, tmp_path / "out", "--steps", "100000", "--save_every", "0"))
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -238,7 +239,7 @@ def test_torchrun_passes_the_signal_on(inputs, tmp_path, everyone):
         children = subprocess.run(["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True)
         for pid in [*(map(int, children.stdout.split()) if everyone else ()), process.pid]:
             with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGTERM)
+                os.kill(pid, number)
         output, errors = process.communicate(timeout=PATIENCE)
     finally:
         process.kill()
