@@ -426,8 +426,8 @@ def _verify(folder: str, name: str, expected: dict) -> None:
 
 
 def _load(path: str):
-    """torch.load that runs no code from the file (weights_only) and takes no memory before it is used (mmap); nor more
-    then than the file has, but that of a tied tensor twice."""
+    """torch.load that runs no code from the file (weights_only) and takes no memory before it is used (mmap), nor then
+    more than twice the file's size: a tied tensor stands under two names."""
     with _reading(path):
         size = os.path.getsize(path)
         with zipfile.ZipFile(path) as records:

@@ -233,7 +233,7 @@ def wait_for(job: Job, moment: tuple, out: Path) -> None:
         if kind == "at" and time.monotonic() - start >= amount:
             return
         if kind == "in save":
-            seen |= {name for name in folders(out) if name.startswith("tmp-") and "old" not in name}
+            seen |= {name for name in folders(out) if re.fullmatch(r"tmp-\d+", name)}
             if len(seen) >= amount:
                 time.sleep(late[0])
                 return

@@ -209,7 +209,6 @@ def torchrun(tmp_path, fault, *argv):
             str(tmp_path / "script.py"), *argv[2:]]
 
 
-@pytest.mark.slow
 def test_torchrun_goes_on_by_itself(inputs, tmp_path):
     """torchrun --max_restarts with --resume: rank 1 is killed in step 6, both start again from the newest checkpoint,
     and the end is that of the unbroken run on 2 ranks, to the last bit."""
