@@ -18,11 +18,12 @@ import os
 import re
 import shutil
 import sys
+import zipfile
 from functools import partial
 
 import torch
 
-from common import LostRanks, UserError, run, together
+from common import LostRanks, UserError, run, sync, together
 from model import GPT, GPTConfig
 from tokenizer import Tokenizer
 from zero import Zero
@@ -43,7 +44,7 @@ def save_checkpoint(out: str, step: int, models: dict[str, Zero], extra: dict, *
     @_explaining(folder)
     def prepare():
         for name in os.listdir(out) if os.path.isdir(out) else []:
-            if re.fullmatch(r"tmp-(old-step-)?\d{8}", name):  # of a save that was killed
+            if re.fullmatch(r"tmp-((old|gone)-step-)?\d{8}", name):  # of a save that was killed
                 shutil.rmtree(os.path.join(out, name))
         os.makedirs(tmp)
 
@@ -63,7 +64,7 @@ def save_checkpoint(out: str, step: int, models: dict[str, Zero], extra: dict, *
         saved = steps(out)
         here = saved.index(os.path.basename(folder))
         for name in saved[:here] + saved[here + keep:]:  # later ones: damaged, or this run had begun with them
-            shutil.rmtree(_hide_folder(os.path.join(out, name)))
+            shutil.rmtree(_hide_folder(os.path.join(out, name), "gone"))
 
     try:
         together(prepare if rank == 0 else None)
@@ -112,7 +113,7 @@ def load_checkpoint(out: str, models: dict[str, Zero], *, same: dict | None = No
         if changed and rank == 0:
             print(f"warning: {folder}: {', '.join(changed)}: going on, but the last bits will differ", file=sys.stderr)
         return meta["step"], extra
-    _expect(not problem, f"{problem}; no checkpoint in {out} is whole: remove them, or start without --resume")
+    _expect(not problem, f"{problem}; no checkpoint in {out} is whole: remove them, or choose another --out")
     return None
 
 
@@ -190,8 +191,8 @@ def load_shards(z: Zero, shards: list[dict]) -> None:
 def save_final(out: str, state_dict: dict[str, torch.Tensor], config: dict, tokenizer_path: str) -> str:
     """Write out/final; called by rank 0 alone. Returns the folder.
 
-    config: JSON-able, enough to build the model. Added to it: "tied", the groups of names that share one tensor, and
-    "files", sizes and checksums.
+    config: JSON-able, enough to build the model. Added to it: "tied", the groups of names that share one tensor,
+    "files", sizes and checksums, and "sha256", its own.
     """
     folder, tmp = os.path.join(out, "final"), os.path.join(out, "tmp-final")
     storages = {}
@@ -203,7 +204,7 @@ def save_final(out: str, state_dict: dict[str, torch.Tensor], config: dict, toke
             shutil.rmtree(tmp, ignore_errors=True)
             os.makedirs(tmp)
             config["files"] = _write_all(tmp, {"model.pt": state_dict, "tokenizer.json": tokenizer_path})
-            _write_all(tmp, {"config.json": config})
+            _write_all(tmp, {"config.json": {**config, "sha256": _digest(config)}})
             _replace_folder(tmp, folder)
     finally:
         shutil.rmtree(tmp, ignore_errors=True)
@@ -244,15 +245,16 @@ def load_final(folder: str) -> tuple[dict, dict[str, torch.Tensor]]:
     """(config, {name: tensor}) of a folder that save_final wrote, or of the run's; tensors are read when used."""
     folder = final_folder(folder)
     config = _read_json(os.path.join(folder, "config.json"))
-    path = os.path.join(folder, "model.pt")
-    files = config.setdefault("files", {})  # a folder made by hand may lack it
+    own = config.pop("sha256", None)  # a folder made by hand may lack it, and "files"
+    _expect(own in (None, _digest(config)), f"{folder}/config.json: its checksum is not its own; the file is damaged")
+    files = config.setdefault("files", {})
     _expect(isinstance(files, dict), f"{folder}/config.json: expected 'files' to be of type dict")
-    if "model.pt" in files:
-        _verify(folder, "model.pt", files["model.pt"])
-    state = _load(path)
+    for name in {"model.pt", "tokenizer.json"} & files.keys():
+        _verify(folder, name, files[name])
+    state = _load(os.path.join(folder, "model.pt"))
     _expect(isinstance(state, dict) and all(isinstance(t, torch.Tensor) for t in state.values()) and
             all(isinstance(name, str) for name in state),
-            f"{path}: expected a plain {{name: tensor}} dictionary")
+            f"{folder}/model.pt: expected a plain {{name: tensor}} dictionary")
     return config, state
 
 
@@ -269,16 +271,19 @@ def claim(out: str, resume: bool):
         os.makedirs(out, exist_ok=True)
         file = open(path, "a+")
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        for old in [name for name in os.listdir(out) if re.fullmatch(r"tmp-old-(step-\d{8}|final)", name)]:
+            hidden, folder = (os.path.join(out, name) for name in (old, old.removeprefix("tmp-old-")))
+            shutil.rmtree(hidden) if os.path.isdir(folder) else os.rename(hidden, folder)
+        newest = "".join(steps(out)[:1])
+        _expect(resume or not newest, f"{out}: holds a run ({newest}); go on by --resume, or choose another --out")
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
     except BlockingIOError:
         file.seek(0)
         raise UserError(f"{out}: in use by process {file.read().strip()}; choose another --out") from None
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; choose another --out") from None
-    newest = "".join(steps(out)[:1])
-    _expect(resume or not newest, f"{out}: holds a run ({newest}); go on with it by --resume, or choose another --out")
-    file.truncate(0)
-    file.write(str(os.getpid()))
-    file.flush()
     return file
 
 
@@ -290,27 +295,23 @@ def steps(out: str) -> list[str]:
 
 def _replace_folder(tmp: str, folder: str) -> None:
     """Rename tmp to folder, for good even if the power goes."""
-    _sync_folder(tmp)
-    gone = _hide_folder(folder) if os.path.isdir(folder) else None
+    sync(tmp)
+    old = _hide_folder(folder, "old") if os.path.isdir(folder) else None
     os.rename(tmp, folder)
-    _sync_folder(os.path.dirname(folder))
-    if gone:
-        shutil.rmtree(gone)
+    sync(os.path.dirname(folder))
+    if old:
+        shutil.rmtree(old)
 
 
-def _hide_folder(folder: str) -> str:
-    """Out of sight before it goes off the disk: killed in the middle, no half of it stands under its name."""
+def _hide_folder(folder: str, why: str) -> str:
+    """Out of sight before it goes off the disk: killed in the middle, no half of it stands under its name.
+
+    why: "gone", or "old" of one that claim() gives its name back if it is killed before the new one has it."""
     out, name = os.path.split(folder)
-    gone = os.path.join(out, f"tmp-old-{name}")
-    shutil.rmtree(gone, ignore_errors=True)
-    os.rename(folder, gone)
-    return gone
-
-
-def _sync_folder(folder: str) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
+    hidden = os.path.join(out, f"tmp-{why}-{name}")
+    shutil.rmtree(hidden, ignore_errors=True)
+    os.rename(folder, hidden)
+    return hidden
 
 
 # ---- files ----------------------------------------------------------------------------------------------------------
@@ -361,6 +362,8 @@ def _explaining(folder: str):
 def _reading(path: str):
     """Whatever a missing, damaged or hostile file makes its reader raise becomes one line that names it."""
     try:
+        if not (os.path.isfile(path) or os.path.isdir(path)):  # to open a pipe could wait for ever
+            raise FileNotFoundError
         yield
     except UserError:
         raise
@@ -423,9 +426,29 @@ def _verify(folder: str, name: str, expected: dict) -> None:
 
 
 def _load(path: str):
-    """torch.load that runs no code from the file (weights_only) and takes no memory before it is used (mmap)."""
+    """torch.load that runs no code from the file (weights_only) and takes no memory before it is used (mmap), nor then
+    more than twice the file's size: a tied tensor stands under two names."""
     with _reading(path):
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        size = os.path.getsize(path)
+        with zipfile.ZipFile(path) as records:
+            _expect(all(record.compress_type == zipfile.ZIP_STORED for record in records.infolist()) and
+                    sum(record.file_size for record in records.infolist()) <= size,
+                    f"{path}: is packed, or its parts are larger than the file; expected what torch.save writes")
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        tensors = list(_tensors(content))
+        _expect(all(x.device.type == "cpu" and x.layout == torch.strided and x.is_contiguous() for x in tensors) and
+                sum(x.nbytes for x in tensors) <= 2 * size,
+                f"{path}: does not hold plain tensors that are as large as they claim")
+        return content
+
+
+def _tensors(content):
+    """All tensors in nested dicts."""
+    if isinstance(content, dict):
+        for value in content.values():
+            yield from _tensors(value)
+    elif isinstance(content, torch.Tensor):
+        yield content
 
 
 def _read_shards(folder: str, meta: dict, key: str) -> list[dict]:
@@ -436,9 +459,8 @@ def _read_shards(folder: str, meta: dict, key: str) -> list[dict]:
         with _reading(path):
             shard = _load(path)[key]
             vectors = [vector for unit in meta["layout"][key] for vector in shard["units"][unit].values()]
-            _expect(all(_is_number(shard["scalars"][name]) for name in SCALARS) and
-                    all(vector.dim() == 1 and vector.is_floating_point() and vector.is_contiguous()
-                        for vector in vectors),  # one number, shown a million times, is not contiguous
+            _expect(all(_is_number(shard["scalars"][name]) for name in SCALARS) and shard["scalars"]["loss_scale"] > 0
+                    and all(vector.dim() == 1 and vector.is_floating_point() for vector in vectors),
                     f"{path}: does not hold what meta.json says")
         shards.append(shard)
     return shards

@@ -49,16 +49,20 @@ def run(main) -> None:
     """Run `main()` as a program: UserError -> one line and exit 2; an integer result is the exit code."""
     try:
         code = main()
+        sys.stdout.flush()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        code = 2
+        code, said = 2, f"error: {error}"
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr, flush=True)
-        code = 130
+        code, said = 130, "interrupted"
     except BrokenPipeError:
-        code = 141  # as a shell has it: whoever read our output has gone
+        code, said = 141, ""  # as a shell has it: whoever read our output has gone
+    except OSError as error:  # where nobody has foreseen it, as a full disk under our own output
+        where = f"{error.filename}: " if error.filename else ""
+        code, said = 2, f"error: {UserError(where + (error.strerror or str(error)))}"
     else:
         sys.exit(code or 0)
+    with contextlib.suppress(OSError):
+        print(said, end="\n" if said else "", file=sys.stderr, flush=True)
     os._exit(code)  # not sys.exit: other ranks may wait in a collective, and a clean shutdown would wait for them
 
 
@@ -71,6 +75,7 @@ def replacing(path: Path) -> Iterator[Path]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
+        sync(temporary)  # or a loss of power could leave the name with nothing behind it
         os.replace(temporary, path)
     except OSError as error:
         if not (temporary.is_dir() and path.is_dir()):  # else another process made the same folder meanwhile
@@ -80,6 +85,15 @@ def replacing(path: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)  # if it is a folder
         with contextlib.suppress(OSError):
             temporary.unlink()
+
+
+def sync(path) -> None:
+    """Force a file, or which files a folder holds, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def keep_lines(path: str, last: int) -> None:
@@ -230,7 +244,16 @@ class Env:
             raise KeyboardInterrupt  # the second one means it
         self.stop_signal, self.stop_time = number, time.monotonic()
         if self.is_main:
-            print("\nstopping after this step; once more to stop at once", file=sys.stderr, flush=True)
+            self.tell("\nstopping after this step; once more to stop at once", sys.stderr)
+
+    def tell(self, text: str, stream, end: str = "\n") -> None:
+        """Print. Where the same Ctrl-C that asks us to stop has ended our reader, as tee, the save must still come."""
+        try:
+            print(text, end=end, file=stream, flush=True)
+        except OSError:
+            if not self.stop_signal:
+                raise
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 class RollCall(threading.Thread):
@@ -398,6 +421,14 @@ class Log:
             keep_lines(self.path, start)
         self.restart_clock()
 
+    def lacks_evaluation(self, step: int) -> bool:
+        """Whether the curve has none of this step: asked to stop there, a run saves and leaves. All ranks call it."""
+        found = False
+        if self.env.is_main:
+            with open(self.path, encoding="utf-8") as file:
+                found = any('"eval_' in line and json.loads(line)["step"] == step for line in file)
+        return step > 0 and not self.env.sum(found)[0]
+
     @staticmethod
     @contextlib.contextmanager
     def writing(path: str):
@@ -447,4 +478,4 @@ class Log:
     def say(self, text: str, live: bool = False) -> None:
         """Print for the person at the screen (rank 0 only); not written to metrics.jsonl."""
         if self.env.is_main:
-            print(f"\r\033[K{text}" if self.live else text, end="" if self.live and live else "\n", flush=True)
+            self.env.tell(f"\r\033[K{text}" if self.live else text, sys.stdout, "" if self.live and live else "\n")

@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import ast
+import errno
 import hashlib
 import http.client
 import json
@@ -25,6 +26,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
+import tiktoken
 
 from common import UserError, replacing
 from records import check_text, read_records, read_text
@@ -157,6 +159,8 @@ class TokenFile:
     def __init__(self, path, tokenizer: Tokenizer | None = None):
         self.path = path
         try:
+            if not os.path.isfile(path):  # to open a pipe could wait for ever
+                raise OSError(errno.ENOENT, "found no such file")
             with open(path, "rb") as file:
                 head = file.read(HEADER.size)
                 self._check(head, os.fstat(file.fileno()).st_size)
@@ -177,7 +181,8 @@ class TokenFile:
         """Nothing in the header is believed before it is known to be whole and to fit the file."""
         if not head.startswith(MAGIC):
             raise UserError(f"{self.path}: found {head[:8]!r}, expected a token file ({MAGIC!r}) as data.py makes them")
-        _, version, width, vocab_size, _, count, *_, crc = HEADER.unpack(head.ljust(HEADER.size, b"\0"))
+        _, version, width, vocab_size, _, count, n_targets, n_bytes, _, crc = HEADER.unpack(
+            head.ljust(HEADER.size, b"\0"))
         if version != VERSION:
             problem = f"found version {version}, expected {VERSION}"
         elif crc != zlib.crc32(head[:-4]):
@@ -186,6 +191,8 @@ class TokenFile:
             problem = f"found {count} ids of {width} bytes for {vocab_size} tokens, expected two or more that fit"
         elif size != HEADER.size + count * width:
             problem = f"found {size} bytes, expected {HEADER.size + count * width} for {count} ids"
+        elif not 0 < n_targets <= count or n_bytes == 0:  # a mean per id and one per byte are taken
+            problem = f"found {n_targets} to predict of {count} ids, of {n_bytes} bytes of text, expected some"
         else:
             return
         raise UserError(f"{self.path}: {problem}; delete its folder to make it again")
@@ -258,6 +265,8 @@ def prepare(data: str, *, tokenizer="bpe", vocab_size=4096, val_data="", val_fra
     if not val_data and not 0 < val_fraction < 1:
         raise UserError(f"--val_fraction: found {val_fraction}, expected a number between 0 and 1")
     spec = Tokenizer.load(tokenizer).fingerprint if os.path.isfile(tokenizer) else tokenizer
+    if spec in tiktoken.list_encoding_names():
+        make_tokenizer(spec)  # named by the user, so fetched if need be: the tokenizer.json below fetches none
     decides = [VERSION, identity(data), identity(val_data) if val_data else val_fraction, spec, vocab_size]
     key = hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:12]
     folder = Path(cache) / f"{Path(data).name.split('.')[0]}-{Path(tokenizer).stem}-{key}"

@@ -23,6 +23,7 @@ never come from text: who types "<|end|>" types seven characters, or else could 
 """
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import heapq
@@ -187,9 +188,27 @@ def build_encoding(content: dict) -> tiktoken.Encoding:
     return tiktoken.Encoding(kind, pat_str=pattern, mergeable_ranks=ranks, special_tokens=specials)
 
 
+@contextlib.contextmanager
+def without_network(path: str):
+    """What tiktoken needs it takes from its cache: a file from anybody must not make this program call anywhere."""
+    def refuse(*_):
+        raise FileNotFoundError
+
+    fetch, tiktoken.load.read_file = tiktoken.load.read_file, refuse
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    finally:
+        tiktoken.load.read_file = fetch
+
+
 def fetch_encoding(name: str) -> tiktoken.Encoding:
     try:
         return tiktoken.get_encoding(name)
+    except FileNotFoundError:  # without_network
+        raise UserError(f"the tokenizer {name!r} is not in tiktoken's cache, and a file may not fetch it; if you trust "
+                        f"the file, run python tokenizer.py --show text --tokenizer {name}") from None
     except Exception as error:  # no network, a proxy's page instead of the file, an unwritable cache: all the same here
         command = f"TIKTOKEN_CACHE_DIR=tiktoken-cache python -c \"import tiktoken; tiktoken.get_encoding('{name}')\""
         raise UserError(f"tokenizer {name!r} could not be fetched ({type(error).__name__}); where there is a network, "
@@ -302,7 +321,8 @@ class Tokenizer:
         except (ValueError, RecursionError) as error:
             raise UserError(f"{path}: found no valid JSON ({error}), {EXPECTED}") from None
         check_content(content, path)
-        return Tokenizer(content["kind"], **{key: content[key] for key in LEARNED_KEYS.get(content["kind"], [])})
+        with without_network(path):
+            return Tokenizer(content["kind"], **{key: content[key] for key in LEARNED_KEYS.get(content["kind"], [])})
 
 
 def make_tokenizer(spec: str, text_or_documents: str | Iterable[str] = "", vocab_size: int = 4096) -> Tokenizer:

@@ -240,7 +240,8 @@ def main(argv=None) -> int:
               "run": dataclasses.asdict(cfg)}
     # What a resumed run must share with the one it continues, and what it should, or else its curve bends:
     same = {"model": {**config["model"], "attention": ""}, "tokenizer": tokenizer.fingerprint}
-    should = {"data": train.fingerprint(), "ref": cfg.ref or cfg.init} | {name: getattr(cfg, name) for name in (
+    read = ref_born["files"].get("model.pt", {}).get("sha256")  # not its path: it may have been trained again
+    should = {"data": train.fingerprint(), "ref": read} | {name: getattr(cfg, name) for name in (
         "pack", "seq_len", "beta", "loss_type", "label_smoothing", "average", "batch_size", "micro_batch_size", "lr",
         "min_lr", "warmup_steps", "decay", "weight_decay", "betas", "eps", "clip", "ptx", "ptx_data", "ptx_rows",
         "seed", "dtype", "attention")}
@@ -289,8 +290,9 @@ def main(argv=None) -> int:
 
     # the loop: exactly cfg.steps updates, numbered from 1; evaluation and checkpoint also at the last
     log.restart_clock()
-    if start == cfg.steps:
-        evaluate_and_show(start)  # finished before: say how it went
+    if start == cfg.steps or (cfg.eval_every and start % cfg.eval_every == 0 and log.lacks_evaluation(start)):
+        evaluate_and_show(start)  # finished before: say how it went; or stopped there before it was evaluated
+        log.restart_clock()
     for step in range(start + 1, cfg.steps + 1):
         chosen = train.of_step(step - 1)  # batch_size pairs: ONE denominator, whatever the split
         logps, ref_logps = torch.zeros(2 * len(chosen)), torch.zeros(2 * len(chosen))
@@ -321,7 +323,7 @@ def main(argv=None) -> int:
                       learning_rate=lr_at(step, cfg), epoch=step * cfg.batch_size / len(train),
                       **({"loss/ptx_avg": ptx_sum} if cfg.ptx else {}), **({"skipped": skipped} if skipped else {}))
         # [copy: evaluate_and_save]
-        if last or (cfg.eval_every and step % cfg.eval_every == 0):
+        if not stop and (last or (cfg.eval_every and step % cfg.eval_every == 0)):  # asked to stop, save at once
             evaluate_and_show(step)
             log.restart_clock()
         if last or stop or (cfg.save_every and step % cfg.save_every == 0):

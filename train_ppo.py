@@ -507,8 +507,8 @@ def main(argv=None) -> int:
         log.restart_clock()
 
     # the loop: exactly cfg.steps rollouts, numbered from 1; evaluation and checkpoint also at the last
-    if start in (0, cfg.steps):
-        evaluate_and_show(start)  # where it begins, or, finished before, how it went
+    if start in (0, cfg.steps) or (cfg.eval_every and start % cfg.eval_every == 0 and log.lacks_evaluation(start)):
+        evaluate_and_show(start)  # where it begins; how it went, if finished before; or stopped before it was evaluated
     for step in range(start + 1, cfg.steps + 1):
         # rollout
         clock = [time.perf_counter()]
@@ -600,9 +600,10 @@ def main(argv=None) -> int:
                                                                   clock[1:])},
                 **({"skipped": skipped} if skipped else {})})
         beta = adapted(beta, masked(kl, mask).sum().item() / N, cfg.target_kl, N, cfg.kl_horizon)
-        if last or (cfg.eval_every and step % cfg.eval_every == 0):
-            evaluate_and_show(step)
         stop, = env.sum(env.stop_signal != 0)
+        if not stop and (last or (cfg.eval_every and step % cfg.eval_every == 0)):  # asked to stop, save at once
+            evaluate_and_show(step)
+            stop, = env.sum(env.stop_signal != 0)
         if last or stop or (cfg.save_every and step % cfg.save_every == 0):
             save(step)
         if stop:

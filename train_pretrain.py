@@ -103,6 +103,8 @@ def evaluate(model, tokens: TokenFile, rows: int, cfg: Config, env) -> dict:
         loss += pretrain_loss(model(ids, targets, segment_ids=segment_ids))
         count += int((targets >= 0).sum())
     loss, count = env.sum(loss, count)
+    if not count:
+        raise UserError(f"{tokens.path}: found nothing to predict; give another --val_data, or raise --eval_rows")
     mean = loss / count
     if not math.isfinite(mean):
         raise UserError(f"the validation loss is {mean}; lower --lr, or use --dtype float32 or bfloat16")
@@ -193,8 +195,9 @@ def main(argv=None) -> int:
                     log.say("    " + tokenizer.decode(new[0]).replace("\n", "\n    "))
 
     # the loop: exactly cfg.steps updates, numbered from 1; evaluation and checkpoint also at the last
-    if start == cfg.steps:
-        evaluate_and_show(start)  # finished before: say how it went
+    if start == cfg.steps or (cfg.eval_every and start % cfg.eval_every == 0 and log.lacks_evaluation(start)):
+        evaluate_and_show(start)  # finished before: say how it went; or stopped there before it was evaluated
+        log.restart_clock()
     for step in range(start + 1, cfg.steps + 1):
         batch = train.batch(step - 1, env.rank, env.world)
         ids, targets, segment_ids = (part.to(env.device) for part in batch)  # (b, T) each
@@ -215,7 +218,7 @@ def main(argv=None) -> int:
             log.train(step, loss=loss_sum, grad_norm=info.norm, learning_rate=lr_at(step, cfg),
                       **({"skipped": skipped} if skipped else {}))
         # [copy: evaluate_and_save]
-        if last or (cfg.eval_every and step % cfg.eval_every == 0):
+        if not stop and (last or (cfg.eval_every and step % cfg.eval_every == 0)):  # asked to stop, save at once
             evaluate_and_show(step)
             log.restart_clock()
         if last or stop or (cfg.save_every and step % cfg.save_every == 0):

@@ -209,8 +209,9 @@ def main(argv=None) -> int:
                         log.say(f"    {tokenizer.decode(prompt + reply)!r}")
 
     # the loop: exactly cfg.steps updates, numbered from 1; evaluation and checkpoint also at the last
-    if start == cfg.steps:
-        evaluate_and_show(start)  # finished before: say how it went
+    if start == cfg.steps or (cfg.eval_every and start % cfg.eval_every == 0 and log.lacks_evaluation(start)):
+        evaluate_and_show(start)  # finished before: say how it went; or stopped there before it was evaluated
+        log.restart_clock()
     for step in range(start + 1, cfg.steps + 1):
         batch = train.rows(train.of_step(step - 1), env.rank, env.world)
         ids, targets, segment_ids = (part.to(env.device) for part in batch)  # (b, T) each
@@ -234,7 +235,7 @@ def main(argv=None) -> int:
                       epoch=step * cfg.batch_size / len(train), **({"loss/ptx_avg": ptx_sum} if cfg.ptx else {}),
                       **({"skipped": skipped} if skipped else {}))
         # [copy: evaluate_and_save]
-        if last or (cfg.eval_every and step % cfg.eval_every == 0):
+        if not stop and (last or (cfg.eval_every and step % cfg.eval_every == 0)):  # asked to stop, save at once
             evaluate_and_show(step)
             log.restart_clock()
         if last or stop or (cfg.save_every and step % cfg.save_every == 0):

@@ -399,10 +399,10 @@ class Zero:
             self.skipped, self.good_steps = self.skipped + 1, 0
             if self.dtype == torch.float16:
                 self.loss_scale = max(1.0, self.loss_scale / 2)
-            if self.skipped == 20:
+            if self.skipped >= 20:  # a checkpoint may bring some
                 bad = [unit.name for unit, square in zip(self.trained, squares.tolist()) if not math.isfinite(square)]
-                raise UserError(f"20 steps in a row had a gradient that is not finite, first in {bad[0]}; lower --lr, "
-                                "or use --dtype bfloat16 or float32")
+                raise UserError(f"{self.skipped} steps in a row had a gradient that is not finite, first in {bad[0]}; "
+                                "lower --lr, or use --dtype bfloat16 or float32")
             return StepInfo(norm, True, scale)
         # AdamW divides while it reads the gradient anyway: a pass of our own would take a quarter of its time.
         divisor = scale * max(1.0, (norm + 1e-6) / clip if clip else 1.0)

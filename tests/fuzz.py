@@ -24,20 +24,23 @@ import time
 import traceback
 import zlib
 from pathlib import Path
+from unittest import mock
 
 ROOT = str(Path(__file__).resolve().parent.parent)
 if __name__ == "__main__":
     sys.path[:0] = [ROOT, os.path.join(ROOT, "tests")]
 
+import tiktoken  # noqa: E402
 import torch  # noqa: E402
 
 import checkpoint  # noqa: E402
 import corpus  # noqa: E402
-from common import UserError  # noqa: E402
+import train_pretrain  # noqa: E402
+from common import Env, UserError  # noqa: E402
 from data import Conversations, Replies, Windows  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
 from records import read_chats, read_preferences, read_prompts  # noqa: E402
-from tokenizer import Tokenizer, fingerprint, make_tokenizer  # noqa: E402
+from tokenizer import FORMAT, SPECIALS, Tokenizer, fingerprint, make_tokenizer  # noqa: E402
 from zero import Zero  # noqa: E402
 
 SECONDS, HANG = 5, 120  # of computing, so that a busy machine is no failure; and of waiting for something
@@ -98,7 +101,7 @@ def mutate_content(content, r: random.Random) -> bytes:
     return json.dumps(content).encode()
 
 
-# ---- the forms: each is (a valid file and its mutation, and what the program does with the file) --------------------
+# ---- the forms: each writes a mutated file, yields, and does with it what the program does --------------------------
 
 USER, REPLY = {"role": "user", "content": "Hi 你好"}, {"role": "assistant", "content": "Hello 🙂"}
 CHATS = [{"messages": [{"role": "system", "content": "S"}, USER, REPLY, USER, REPLY], "tag": "t"},
@@ -133,8 +136,9 @@ def records_file(folder: Path, records: list, r: random.Random) -> Path:
     return path
 
 
-def use_chat(folder: Path, r: random.Random) -> None:
+def use_chat(folder: Path, r: random.Random):
     path = records_file(folder, CHATS, r)
+    yield
     records = (read_prompts if r.random() < 0.2 else read_chats)(path)
     if records[0].messages[-1]["role"] == "assistant":
         chats = Conversations(records, BYTES, 48, turns=r.choice(("all", "last", "each")), batch_size=2)
@@ -142,14 +146,15 @@ def use_chat(folder: Path, r: random.Random) -> None:
         chats.rows(chats.of_step(0))
 
 
-def use_preference(folder: Path, r: random.Random) -> None:
-    pairs = Replies(read_preferences(records_file(folder, PREFERENCES, r)), BYTES, 48, batch_size=2,
-                    pairs=r.choice(("none", "best-worst", "all")))
+def use_preference(folder: Path, r: random.Random):
+    path = records_file(folder, PREFERENCES, r)
+    yield
+    pairs = Replies(read_preferences(path), BYTES, 48, batch_size=2, pairs=r.choice(("none", "best-worst", "all")))
     pairs.report()
     list(pairs.batches(pairs.of_step(0)))
 
 
-def use_text(folder: Path, r: random.Random) -> None:
+def use_text(folder: Path, r: random.Random):
     if r.random() < 0.5:
         path = records_file(folder, TEXTS, r)
     else:
@@ -157,6 +162,7 @@ def use_text(folder: Path, r: random.Random) -> None:
         if r.random() < 0.2:
             path, data = folder / "file.txt.gz", mutate_bytes(gzip.compress(data, 1, mtime=0), r)
         path.write_bytes(data)
+    yield
     cache = folder / "cache"
     try:
         train, *_, tokenizer = corpus.prepare(str(path), tokenizer=r.choice(("byte", "char", "bpe")), vocab_size=280,
@@ -168,7 +174,7 @@ def use_text(folder: Path, r: random.Random) -> None:
             cache.rmdir()
 
 
-def use_tokens(folder: Path, r: random.Random) -> None:
+def use_tokens(folder: Path, r: random.Random):
     path = folder / "file.bin"
     corpus.write_token_file(path, iter([torch.arange(40).numpy() % 256]), BYTES, 40, "note")
     data = path.read_bytes()
@@ -184,11 +190,14 @@ def use_tokens(folder: Path, r: random.Random) -> None:
     else:
         data = mutate_bytes(data, r)
     path.write_bytes(data)
+    yield
     tokens = corpus.TokenFile(path, BYTES if r.random() < 0.5 else None)
     Windows(tokens, 8, batch_size=4).batch(0)
+    train_pretrain.evaluate(lambda ids, *_, **__: torch.zeros(ids.shape), tokens, 4, train_pretrain.Config(seq_len=8),
+                            Env(0, 1, 0, 1, torch.device("cpu")))
 
 
-def use_tokenizer(folder: Path, r: random.Random) -> None:
+def use_tokenizer(folder: Path, r: random.Random):
     path = folder / "file.json"
     content = json.loads(r.choice(TOKENIZERS))
     if r.random() < 0.5:
@@ -199,36 +208,36 @@ def use_tokenizer(folder: Path, r: random.Random) -> None:
     else:
         data = mutate_bytes(json.dumps(content).encode(), r)
     path.write_bytes(data)
-    tokenizer = Tokenizer.load(str(path))
+    yield
+    with mock.patch.object(tiktoken.load, "read_file", network), mock.patch.dict(
+            os.environ, TIKTOKEN_CACHE_DIR=str(folder / "none")), mock.patch.dict(tiktoken.registry.ENCODINGS):
+        tiktoken.registry.ENCODINGS.clear()
+        tokenizer = Tokenizer.load(str(path))
     ids = tokenizer.encode("ab")
     tokenizer.decode([*ids, tokenizer.vocab_size - 1])
 
 
-def use_meta(folder: Path, r: random.Random) -> None:
-    """A run's folder: meta.json mutated, nine times in ten with the right checksum, or config.json of final/."""
+def use_meta(folder: Path, r: random.Random):
+    """A run's folder: meta.json or config.json of final/ mutated, nine times in ten with the right checksum."""
     shutil.copytree(MODELS, folder / "run", copy_function=os.link)  # rank files are read, never written
-    if r.random() < 0.2:
-        path = folder / "run" / "final" / "config.json"
-        content = json.loads(path.read_bytes())
-        path.unlink()
-        data = mutate_content(content, r) if r.random() < 0.7 else mutate_bytes(json.dumps(content).encode(), r)
-        path.write_bytes(data)
-        checkpoint.load_model(str(folder / "run"))
-        return
-    step = folder / "run" / "step-00000001"
-    meta = json.loads((step / "meta.json").read_bytes())
-    (step / "meta.json").unlink()
-    meta.pop("sha256")
-    data = mutate_content(meta, r) if r.random() < 0.7 else mutate_bytes(json.dumps(meta).encode(), r)
+    final, step = r.random() < 0.2, folder / "run" / "step-00000001"
+    path = folder / "run" / "final" / "config.json" if final else step / "meta.json"
+    content = json.loads(path.read_bytes())
+    path.unlink()
+    content.pop("sha256")
+    data = mutate_content(content, r) if r.random() < 0.7 else mutate_bytes(json.dumps(content).encode(), r)
     if r.random() < 0.9:
         try:
-            meta = json.loads(data)
-            meta.pop("sha256", None)
-            data = json.dumps({**meta, "sha256": checkpoint._digest(meta)}).encode()
+            content = json.loads(data)
+            content.pop("sha256", None)
+            data = json.dumps({**content, "sha256": checkpoint._digest(content)}).encode()
         except (ValueError, RecursionError, AttributeError, TypeError):
             pass  # no object any more
-    (step / "meta.json").write_bytes(data)
-    if r.random() < 0.5:
+    path.write_bytes(data)
+    yield
+    if final:
+        checkpoint.load_model(str(folder / "run"))
+    elif r.random() < 0.5:
         checkpoint.consolidate(str(step))
     else:
         checkpoint.load_checkpoint(str(folder / "run"), {"model": small_zero()}, same={"lr": 1.0}, numbers=["skipped"],
@@ -244,6 +253,8 @@ FORMS = {"chat": use_chat, "preference": use_preference, "text": use_text, "toke
 BYTES = make_tokenizer("byte")
 TOKENIZERS = [json.dumps({**t.content, "fingerprint": t.fingerprint})
               for t in (BYTES, make_tokenizer("char", "abc é中"), make_tokenizer("bpe", "abab abc abcabc " * 9, 266))]
+GPT2 = {"format": FORMAT, "kind": "gpt2", "specials": list(SPECIALS)}
+TOKENIZERS.append(json.dumps({**GPT2, "fingerprint": fingerprint(GPT2)}))
 MODELS = None
 
 
@@ -264,8 +275,20 @@ def make_models(folder: Path) -> Path:
 
 # ---- the loop -------------------------------------------------------------------------------------------------------
 
+class Failure(BaseException):
+    """No Exception: that, a reader could take for the fault of the file and turn into a UserError."""
+
+
 def too_slow(number, _):
-    raise TimeoutError("it waits" if number == signal.SIGALRM else f"more than {SECONDS} s")
+    raise Failure("it waits" if number == signal.SIGALRM else f"more than {SECONDS} s")
+
+
+def network(url):
+    raise Failure(f"a file made the program call {url}")
+
+
+def listing(folder: Path) -> list[str]:
+    return sorted(str(path) for path in folder.rglob("*"))
 
 
 def attempt(form: str, seed: int, folder: Path) -> tuple[str, str]:
@@ -276,20 +299,22 @@ def attempt(form: str, seed: int, folder: Path) -> tuple[str, str]:
         signal.signal(number, too_slow)
         signal.setitimer(timer, seconds)
     try:
-        FORMS[form](folder, random.Random(f"{form} {seed}"))
+        use = FORMS[form](folder, random.Random(f"{form} {seed}"))
+        next(use)
+        before = listing(folder)
+        next(use, None)
         answer = "read", ""
     except UserError as error:
         message = str(error)
         clear = message.isprintable() and len(message) < 1500 and (str(folder) in message or "--" in message)
         answer = ("refused" if clear else "failed"), message
-    except Exception:
+    except (Exception, Failure):
         answer = "failed", traceback.format_exc()
     finally:
         for timer in timers:
             signal.setitimer(timer, 0)
-    left = [name for name in os.listdir(folder) if not name.startswith("file.") and name != "run"]
-    if left:
-        answer = "failed", f"left behind: {left}"
+    if (after := listing(folder)) != before:
+        answer = "failed", f"left behind or removed: {set(before) ^ set(after)}"
     shutil.rmtree(folder)
     return answer
 
@@ -322,7 +347,7 @@ def main() -> int:
     failed = 0
     for form in FORMS if args.form == "all" else [args.form]:
         counts = fuzz(form, args.n, args.seed)
-        failed += counts["failed"]
+        failed += counts["failed"] + (counts["slowest"] >= SECONDS)
         print(f"{form}: {args.n} mutations, {counts['read']} read, {counts['refused']} refused in one line, "
               f"{counts['failed']} failed; the slowest took {counts['slowest']:.2f} s", flush=True)
     return 1 if failed else 0

@@ -118,7 +118,8 @@ def job(script: str, argv: list[str], world: int, port: int, log: str, before) -
         children.append(child)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a signal to the group is for the ranks
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    os._exit(max(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children))
+    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    os._exit(max(code if code >= 0 else 128 - code for code in codes))  # killed: as a shell says it
 
 
 def free_port() -> int:
@@ -232,7 +233,7 @@ def wait_for(job: Job, moment: tuple, out: Path) -> None:
         if kind == "at" and time.monotonic() - start >= amount:
             return
         if kind == "in save":
-            seen |= {name for name in folders(out) if name.startswith("tmp-") and "old" not in name}
+            seen |= {name for name in folders(out) if re.fullmatch(r"tmp-\d+", name)}
             if len(seen) >= amount:
                 time.sleep(late[0])
                 return

@@ -2,6 +2,7 @@
 import contextlib
 import errno
 import json
+import multiprocessing
 import os
 import pickle
 import random
@@ -10,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import zipfile
 from unittest import mock
 
 import pytest
@@ -194,6 +196,56 @@ def test_killed_inside_a_save(tmp_path, rank, point):
         assert all(name.startswith("step-") for name in os.listdir(out))  # leftovers are gone after the next save
 
 
+def save_and_die_at(out, what, renames):
+    """Save step 1 or final/ a second time, killed before the rename with this number."""
+    z, left, rename = training(0), [renames], os.rename
+
+    def counted(old, new):
+        if left[0] == 0:
+            os._exit(9)
+        left[0] -= 1
+        rename(old, new)
+
+    os.rename = counted
+    train(z, 0, 1)
+    if what == "final":
+        save_final(out, z.full_state_dict(), {}, __file__)
+    else:
+        save_checkpoint(out, 1, {"model": z}, {})
+
+
+@pytest.mark.parametrize("what", ["final", "step-00000001"])
+def test_killed_between_two_renames(tmp_path, what):
+    """The same step, or final/, saved again replaces a folder by two renames. A kill between them leaves none under its
+    name; claim() gives the old one its name back, and a later save leaves nothing hidden."""
+    z, out = training(0), str(tmp_path / "out")
+    save_checkpoint(out, 1, {"model": z}, {})
+    save_final(out, {"a": torch.zeros(3)}, {}, __file__)
+    child = multiprocessing.get_context("fork").Process(target=save_and_die_at, args=(out, what, 1))
+    child.start()
+    child.join(60)
+    assert child.exitcode == 9 and not os.path.exists(os.path.join(out, what))
+    checkpoint.claim(out, resume=True).close()
+    assert load_checkpoint(out, {"model": z})[0] == 1 and load_final(out)[1].keys() == {"a"}
+    assert not [name for name in os.listdir(out) if "old" in name]
+    shutil.copytree(os.path.join(out, what), os.path.join(out, f"tmp-old-{what}"))  # killed a moment later
+    checkpoint.claim(out, resume=True).close()
+    assert not [name for name in os.listdir(out) if "old" in name]
+
+
+def test_a_folder_killed_while_it_is_thrown_away_does_not_come_back(tmp_path):
+    """What --keep drops is hidden, then removed; half removed, it must not get its name back."""
+    z, out = training(0), str(tmp_path)
+    save_checkpoint(out, 1, {"model": z}, {})
+    with mock.patch.object(shutil, "rmtree"):
+        save_checkpoint(out, 2, {"model": z}, {}, keep=1)
+    assert len(os.listdir(out)) == 2
+    checkpoint.claim(out, resume=True).close()
+    assert steps(out) == ["step-00000002"]
+    save_checkpoint(out, 3, {"model": z}, {}, keep=1)
+    assert sorted(os.listdir(out)) == ["lock", "step-00000003"]
+
+
 def save_with_a_bug(out):
     """A save in which rank 1 meets an error that nobody foresaw."""
     z = training(3)
@@ -232,6 +284,19 @@ def test_no_space_left(tmp_path):
         with mock.patch.object(os, "fsync", full), pytest.raises(UserError, match="step-00000002.*No space left"):
             save_checkpoint(out, 2, {"model": z}, {})
         assert os.listdir(out) == ["step-00000001"] and load_checkpoint(out, {"model": z})[0] == 1
+
+
+def test_a_full_disk_under_the_lock(tmp_path):
+    """The pid that cannot be written: one line with the file."""
+    class Full:
+        def __getattr__(self, name):
+            if name in ("truncate", "write", "flush"):
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return getattr(file, name)
+
+    with open(tmp_path / "lock", "a+") as file, mock.patch("checkpoint.open", lambda *_: Full(), create=True), \
+            pytest.raises(UserError, match="lock: No space left"):
+        checkpoint.claim(str(tmp_path), resume=False)
 
 
 def limited_save(out):
@@ -335,6 +400,80 @@ def torch_saved(value):
     return file.getvalue()
 
 
+HOSTILE = {
+    "one number shown 10^12 times": lambda: {"a": torch.zeros(1).expand(10**12)},
+    "one storage under many names": lambda: dict.fromkeys(map(str, range(100)), torch.zeros(10_000)),
+    "no memory behind it": lambda: {"a": torch.zeros(10**12, device="meta")},
+    "sparse": lambda: {"a": torch.zeros(3, 3).to_sparse()},
+}
+
+
+@pytest.mark.parametrize("what", HOSTILE)
+def test_tensors_that_are_larger_than_their_file_are_refused(two_saved, tmp_path, what):
+    """In place of model.pt, and of a shard (with matching checksums): one line, before memory is taken."""
+    final = tmp_path / "final"
+    final.mkdir()
+    (final / "config.json").write_text("{}")
+    torch.save(HOSTILE[what](), final / "model.pt")
+    with pytest.raises(UserError, match="final/model.pt: does not hold"):
+        load_final(str(final))
+    put_shard(two_saved / "step-00000002", {"model": {"units": {}, "buffers": HOSTILE[what](), "scalars": {}}})
+    with pytest.raises(UserError, match="rank000.pt: does not hold"):
+        consolidate(str(two_saved / "step-00000002"))
+
+
+def put_shard(folder, shard: dict | bytes) -> None:
+    """In place of rank000.pt, with matching checksums."""
+    (folder / "rank000.pt").write_bytes(shard if isinstance(shard, bytes) else torch_saved(shard))
+    meta = json.loads((folder / "meta.json").read_text())
+    meta.pop("sha256")
+    meta["files"]["rank000.pt"] = checkpoint._size_and_hash(str(folder / "rank000.pt"))
+    (folder / "meta.json").write_text(json.dumps({**meta, "sha256": checkpoint._digest(meta)}))
+
+
+def packed_again(content: bytes) -> bytes:
+    """The same records, deflated, with a pickle behind which a gigabyte of nothing follows."""
+    import io
+    file = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(content)) as old, zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as new:
+        for name in old.namelist():
+            new.writestr(name, old.read(name) + bytes(10**9 * name.endswith("data.pkl")))
+    return file.getvalue()
+
+
+def test_a_zip_bomb_is_refused(two_saved, tmp_path):
+    """A .pt is a zip; ours are never packed. A megabyte that unpacks to a gigabyte: one line, no memory taken."""
+    content = packed_again(torch_saved({"a": torch.zeros(3)}))
+    assert len(content) < 2**20
+    final = tmp_path / "final"
+    final.mkdir()
+    (final / "config.json").write_text("{}")
+    (final / "model.pt").write_bytes(content)
+    put_shard(two_saved / "step-00000002", content)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(UserError, match="final/model.pt: .*packed"):
+        load_final(str(final))
+    with pytest.raises(UserError, match="rank000.pt: .*packed"):
+        consolidate(str(two_saved / "step-00000002"))
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200 * 1024
+
+
+@pytest.mark.parametrize("name", ["meta.json", "rank000.pt", "config.json", "model.pt"])
+def test_a_pipe_in_place_of_a_file_is_refused(two_saved, tmp_path, name):
+    """To open one waits until somebody writes; that may be never."""
+    (tmp_path / "tokenizer.json").write_text("{}")
+    save_final(str(tmp_path), {"a": torch.zeros(3)}, {}, str(tmp_path / "tokenizer.json"))
+    folder = two_saved / "step-00000002" if name in ("meta.json", "rank000.pt") else tmp_path / "final"
+    (folder / name).unlink()
+    os.mkfifo(folder / name)
+    signal.signal(signal.SIGALRM, lambda *_: os._exit(99))
+    signal.alarm(20)
+    with pytest.raises(UserError, match=f"{name}: no such file"):
+        load_final(str(tmp_path))
+        consolidate(str(folder))
+    signal.alarm(0)
+
+
 @pytest.mark.parametrize("change, words", [
     ({"n_embd": 32}, r"qkv.weight is \(48, 16\) there and \(96, 32\) here"),
     ({"n_layer": 3}, "blocks.2.*missing there"),
@@ -417,6 +556,7 @@ def test_final_round_trip(tmp_path):
     state = z.full_state_dict()
     for n in (1, 2):
         save_final(str(tmp_path), state, {"model": {"n": n}}, str(tokenizer))
+    assert json.loads((tmp_path / "final" / "config.json").read_text()).keys() == {"model", "tied", "files", "sha256"}
     config, loaded = load_final(str(tmp_path))
     assert config.pop("files").keys() == {"model.pt", "tokenizer.json"}
     assert config == {"model": {"n": 2}, "tied": [["embed.weight", "head.weight"]]}
@@ -425,6 +565,18 @@ def test_final_round_trip(tmp_path):
     assert_equal(load_final(str(tmp_path / "final"))[1], torch.load(tmp_path / "final" / "model.pt", weights_only=True))
     assert sorted(os.listdir(tmp_path)) == ["final", "tokenizer.json"]
     assert sorted(os.listdir(tmp_path / "final")) == ["config.json", "model.pt", "tokenizer.json"]
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.pt"])
+def test_a_digit_that_changed_in_a_final_folder_is_noticed(tmp_path, name):
+    """Still JSON, and could be true: only a checksum says that it is not."""
+    (tmp_path / "tokenizer.json").write_text('{"a": 1}')
+    save_final(str(tmp_path), {"a": torch.ones(300)}, {"a": 1}, str(tmp_path / "tokenizer.json"))
+    load_final(str(tmp_path))
+    path = tmp_path / "final" / name
+    path.write_bytes(path.read_bytes().replace(b'"a": 1', b'"a": 2').replace(b"\0\0\x80\x3f" * 9, b"\1\0\x80\x3f" * 9))
+    with pytest.raises(UserError, match=f"final/{name}: .*damaged"):
+        load_final(str(tmp_path))
 
 
 @pytest.mark.parametrize("name, content, words", [

@@ -11,7 +11,7 @@ import pytest
 import torch
 from ranks import ranks
 
-from common import Env, Log, RollCall, UserError, matmul_peak, parse, require_positive, setup
+from common import Env, Log, RollCall, UserError, keep_lines, matmul_peak, parse, replacing, require_positive, setup
 
 
 @dataclass
@@ -84,6 +84,31 @@ def test_log_keeps_one_curve_over_a_resume(tmp_path, capsys):
     rate = events[0]["tokens_per_second"]
     assert rate > 0 and events[0]["mfu"] == pytest.approx(rate * 1e6 / 1e9) and events[0]["memory"] > 2**20
     assert "step 1/4 | loss 1.0000" in capsys.readouterr().out
+
+
+def test_log_knows_which_evaluation_is_missing(tmp_path):
+    """One that was written down is not made again by a run that resumes there; before the first step none is due."""
+    env = Env(0, 1, 0, 1, torch.device("cpu"))
+    log = Log(str(tmp_path), env, steps=4)
+    log.event(1, loss=1.0, eval_loss=2.0)
+    log.event(2, loss=1.0)
+    for start, missing in ((2, True), (1, False), (0, False)):
+        assert Log(str(tmp_path), env, steps=4, start=start).lacks_evaluation(start) is missing
+
+
+def test_replaced_files_are_on_the_disk_before_they_get_their_name(tmp_path, monkeypatch):
+    """Renamed first, a loss of power could leave the new name with nothing behind it, and the old file gone."""
+    calls, fsync, replace = [], os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda d: (calls.append(os.path.basename(os.readlink(f"/proc/self/fd/{d}"))),
+                                                fsync(d)))
+    monkeypatch.setattr(os, "replace", lambda old, new: (calls.append("replaced"), replace(old, new)))
+    for name in ("file", "folder"):
+        with replacing(tmp_path / name) as temporary:
+            temporary.mkdir() if name == "folder" else temporary.write_text("text")
+        assert calls == [temporary.name, "replaced"] and (tmp_path / name).exists()
+        calls.clear()
+    keep_lines(str(tmp_path / "metrics.jsonl"), 1)
+    assert len(calls) == 2
 
 
 def test_other_ranks_write_nothing(tmp_path, capsys):
@@ -175,7 +200,49 @@ def test_run_turns_user_errors_into_exit_code_2():
     program = "from common import run, UserError\ndef main():\n    {}\nrun(main)"
     for body, code, said in (("raise UserError('found this')", 2, "error: found this\n"), ("return 130", 130, ""),
                              (r"raise UserError('a\n\x1b[2Jb' + 'c' * 10**6)", 2, f"error: a\\n\\x1b[2Jb{'c' * 993}\n"),
+                             ("raise OSError(28, 'No space left on device')", 2, "error: No space left on device\n"),
+                             ("open('no/such')", 2, "error: no/such: No such file or directory\n"),
                              ("pass", 0, ""), ("raise KeyError(1)", 1, "KeyError")):
         result = subprocess.run([sys.executable, "-c", program.format(body)], capture_output=True, text=True,
                                 cwd=__file__.rsplit("/", 2)[0])
         assert result.returncode == code and (said in result.stderr if code == 1 else said == result.stderr)
+
+
+@pytest.mark.parametrize("flush", [True, False])
+def test_a_full_disk_under_what_is_printed_is_one_line(flush):
+    """python train_...py > log, where the log's disk is full: at a print, or only at the end."""
+    program = f"from common import run\nrun(lambda: print('x', flush={flush}))"
+    with open("/dev/full", "w") as full:
+        result = subprocess.run([sys.executable, "-c", program], stdout=full, stderr=subprocess.PIPE, text=True,
+                                cwd=__file__.rsplit("/", 2)[0])
+    assert (result.returncode, result.stderr) == (2, "error: No space left on device\n")
+
+
+PIPED = """
+import os, signal, sys
+from common import Log, run, setup
+def main():
+    env = setup("cpu")
+    log = Log(sys.argv[1], env, steps=2)
+    sys.stdin.read()  # until the reader of our output has gone
+    if sys.argv[2] == "asked":
+        os.kill(os.getpid(), signal.SIGINT)
+    log.event(1, loss=1.0)
+    open(os.path.join(sys.argv[1], "saved"), "w").close()
+    log.say("saved")
+    env.close()
+    return env.exit_code
+run(main)
+"""
+
+
+@pytest.mark.parametrize("asked, code, left", [("asked", 130, ["metrics.jsonl", "saved"]),
+                                               ("not asked", 141, ["metrics.jsonl"])])
+def test_what_reads_our_output_dies_of_the_same_ctrl_c(tmp_path, asked, code, left):
+    """`python train_...py 2>&1 | tee log`: Ctrl-C ends tee as well, and what we then print has no reader. The run goes
+    on to its save. A reader that leaves by itself, as head, ends the run as ever."""
+    process = subprocess.Popen([sys.executable, "-c", PIPED, str(tmp_path), asked], stdin=subprocess.PIPE,
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=__file__.rsplit("/", 2)[0])
+    process.stdout.close()
+    process.stdin.close()
+    assert process.wait(60) == code and sorted(os.listdir(tmp_path)) == left

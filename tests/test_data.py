@@ -1,4 +1,5 @@
 """Text, token files and pretraining batches: what data.py promises, each against a plain oracle."""
+import base64
 import gzip
 import hashlib
 import io
@@ -422,6 +423,21 @@ def test_long_texts_are_encoded_in_pieces_without_a_trace(kind):
     assert len(list(corpus.pieces("你好。\n" * 9, size=2))) == 9, "a script without spaces is cut at its lines"
 
 
+def test_a_named_encoding_is_fetched_again_where_its_files_are_found_made(tmp_path, monkeypatch):
+    """The second start finds token files and tokenizer.json, but tiktoken's cache has been emptied. The user has named
+    the encoding, so it may be fetched; the tokenizer.json alone could not."""
+    asked = []
+    ranks_file = b"".join(base64.b64encode(bytes([i])) + b" %d\n" % i for i in range(256))
+    (tmp_path / "text.txt").write_text("a b c d e f g")
+    monkeypatch.setattr("tiktoken.load.check_hash", lambda *_: True)
+    monkeypatch.setattr("tiktoken.load.read_file", lambda url: asked.append(url) or ranks_file)
+    for start in ("1", "2"):
+        monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path / start))
+        monkeypatch.setattr("tiktoken.registry.ENCODINGS", {})
+        *_, path = prepare(str(tmp_path / "text.txt"), tokenizer="cl100k_base", val_fraction=0.3, cache=str(tmp_path))
+        assert Tokenizer.load(path).kind == "cl100k_base" and len(asked) == int(start)
+
+
 def test_pieces_hold_for_the_patterns_of_tiktoken(monkeypatch):
     """Each named encoding splits the pieces as it splits the whole (its pattern alone: the ranks need a download)."""
     import tiktoken_ext.openai_public as named
@@ -481,7 +497,8 @@ def test_any_changed_header_field_is_noticed(tmp_path, field, value, word):
     ("width", 3, "3 bytes"), ("width", 0, "0 bytes"), ("width", 4, "expected 296"),
     ("vocab_size", 70_000, "70000"), ("vocab_size", 6, "for 6 tokens"),
     ("count", 9, "expected 274"), ("count", 11, "expected 278"), ("count", 0, "0 ids"), ("count", 1, "1 ids"),
-    ("count", 1 << 60, "expected"), ("count", (1 << 64) - 1, "expected")])
+    ("count", 1 << 60, "expected"), ("count", (1 << 64) - 1, "expected"),
+    ("n_bytes", 0, "0 bytes of text"), ("n_targets", 0, "0 to predict"), ("n_targets", 11, "11 to predict")])
 def test_header_that_does_not_fit_the_file_is_refused(tmp_path, field, value, word):
     """Also when its checksum is right: sizes are compared before anything is mapped."""
     path = Path(token_file(tmp_path, range(10)).path)
@@ -501,7 +518,8 @@ def test_token_file_of_another_length_is_refused(tmp_path, size):
 
 
 def test_token_file_missing_or_folder(tmp_path):
-    for path in (tmp_path / "none.bin", tmp_path):
+    os.mkfifo(tmp_path / "pipe.bin")  # opening it would wait for ever
+    for path in (tmp_path / "none.bin", tmp_path, tmp_path / "pipe.bin"):
         with pytest.raises(UserError, match="cannot be read"):
             TokenFile(path)
 

@@ -3,6 +3,7 @@ import dataclasses
 import gc
 import itertools
 import math
+import shutil
 
 import pytest
 import torch
@@ -408,6 +409,18 @@ def test_resuming_is_bitwise_equal_to_not_stopping(files, reference, tmp_path, m
     assert train(files, tmp_path, "--steps", "6", "--save_every", "3", "--resume") == reference[1]
     expected, found = (load_final(str(out))[1] for out in (reference[0], tmp_path))
     assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_a_reference_that_was_trained_again_is_noticed(files, tmp_path, capfd):
+    """Under the same path stands another model: a resumed run says so. The same one elsewhere is no matter."""
+    ref, copy = save_chat_model(tmp_path / "ref", seed=3), tmp_path / "copy"
+    shutil.copytree(ref, copy)
+    train(files, tmp_path / "out", "--steps", "1", "--ref", ref)
+    train(files, tmp_path / "out", "--steps", "2", "--ref", str(copy), "--resume")
+    assert "ref was" not in capfd.readouterr().err
+    save_chat_model(ref, seed=4)
+    train(files, tmp_path / "out", "--steps", "3", "--ref", ref, "--resume")
+    assert "ref was" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("more", [["--dtype", "bfloat16"], ["--dtype", "float16"], ["--offload", "optim,acts"]],

@@ -8,13 +8,16 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 import torch
 
 import train_pretrain
 from checkpoint import load_checkpoint
-from common import UserError, parse
+from common import Env, UserError, parse
+from corpus import TokenFile, write_token_file
 from model import GPT, GPTConfig
+from tokenizer import make_tokenizer
 from train_pretrain import Config, lr_at
 from zero import Zero
 
@@ -304,6 +307,17 @@ def test_a_loss_that_blew_up_is_not_saved(text, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="--lr"):
         train_pretrain.main(arguments(text, tmp_path, "--steps", "3"))
     assert not (tmp_path / "final").exists()
+
+
+def test_a_validation_text_without_anything_to_predict(tmp_path):
+    """A token file of document starts alone, whose header says otherwise: one line, not a division by zero."""
+    tokenizer = make_tokenizer("byte")
+    write_token_file(tmp_path / "val.bin", [np.array([1, 2] + [tokenizer.bos_id] * 20)], tokenizer, n_bytes=20)
+    tokens = TokenFile(tmp_path / "val.bin")
+    tokens.ids = tokens.ids[2:]
+    env = Env(0, 1, 0, 1, torch.device("cpu"))
+    with pytest.raises(UserError, match="val.bin: found nothing to predict"):
+        train_pretrain.evaluate(lambda ids, *_, **__: torch.zeros(ids.shape), tokens, 2, Config(seq_len=4), env)
 
 
 def test_an_occupied_folder_is_not_overwritten(reference, text):

@@ -1,4 +1,5 @@
 """tokenizer.py against slow and obvious versions: merges, cuts, round trips, and every way to hand it nonsense."""
+import base64
 import json
 import os
 import pathlib
@@ -16,7 +17,17 @@ import tiktoken
 
 import tokenizer as tokenizer_module
 from common import UserError
-from tokenizer import SPECIALS, WORD_PATTERN, Tokenizer, main, make_tokenizer, merge_pairs, train_bpe
+from tokenizer import (
+    FORMAT,
+    SPECIALS,
+    WORD_PATTERN,
+    Tokenizer,
+    fingerprint,
+    main,
+    make_tokenizer,
+    merge_pairs,
+    train_bpe,
+)
 
 HINDI = "हिन्दी में लिखा हुआ एक वाक्य, जिसमें क्षत्रिय, श्री, विद्या और क्‍ष जैसे संयुक्ताक्षर हैं। १२३४५ रुपये"
 EMOJI = "👨‍👩‍👧‍👦 family, 🏳️‍🌈 and 🇮🇳🇨🇳 flags, 👍🏽👍🏿 ❤️ 1️⃣ #️⃣ ☺ text"
@@ -326,6 +337,33 @@ def test_named_encoding_offline_says_how_to_prefetch(monkeypatch):
     with pytest.raises(UserError, match="'cl100k_base' could not.*TIKTOKEN_CACHE_DIR.*--tokenizer bpe") as info:
         make_tokenizer("cl100k_base")
     assert "\n" not in str(info.value)
+
+
+def test_a_tokenizer_json_fetches_nothing(monkeypatch, tmp_path):
+    """It may come from anybody: a kind of tiktoken's is taken from the cache, or else one line says how to fill it. The
+    network is asked where a user has named the kind, and what that brought is there for every later load."""
+    asked = []
+
+    def network(url):
+        asked.append(url)
+        return b"".join(base64.b64encode(bytes([i])) + b" %d\n" % i for i in range(256))
+
+    monkeypatch.setattr(tiktoken.load, "read_file", network)
+    monkeypatch.setattr(tiktoken.load, "check_hash", lambda *_: True)
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path / "cache"))
+    content = {"format": FORMAT, "kind": "cl100k_base", "specials": list(SPECIALS)}
+    path = tmp_path / "t.json"
+    path.write_text(json.dumps({**content, "fingerprint": fingerprint(content)}))
+    monkeypatch.setattr(tiktoken.registry, "ENCODINGS", {})
+    with pytest.raises(UserError, match=r"t.json: .*'cl100k_base'.*--tokenizer cl100k_base") as info:
+        Tokenizer.load(path)
+    assert not asked and "\n" not in str(info.value)
+    make_tokenizer("cl100k_base")
+    assert len(asked) == 1
+    for known in (tiktoken.registry.ENCODINGS, {}):  # the cache alone knows it
+        monkeypatch.setattr(tiktoken.registry, "ENCODINGS", known)
+        assert Tokenizer.load(path).encode("ab") == [97, 98]
+    assert len(asked) == 1
 
 
 # ---- tokenizer.json ------------------------------------------------------------------------------------------------

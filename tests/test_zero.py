@@ -634,6 +634,9 @@ def test_counts_behind_the_loss_scale():
     assert not update() and all(update(math.inf) for _ in range(19))
     with pytest.raises(UserError, match="20 steps"):
         update(math.inf)
+    z.skipped = 30  # as a checkpoint may say
+    with pytest.raises(UserError, match="31 steps"):
+        update(math.inf)
 
 
 def poison(unit, gradients, original=Unit.reduce):
