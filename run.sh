@@ -23,7 +23,7 @@ sft="--epochs 2 --lr 2e-3 $rehearse 1"
 sample="--k 8 --temperature 1 --batch_size 128"
 judge="--temperature 0.3"
 rm="--negatives 1 --lr 1e-3 --score_gap 0.3 --eval_every 0"
-ppo="--steps 120 --ppo_epochs 1 --lr 5e-4 --ptx 0.5 --ptx_data $world/pretrain.txt"
+ppo="--steps 120 --ppo_epochs 1 --lr 5e-4 --critic_lr 1e-3 --lam 1 --ptx 0.5 --ptx_data $world/pretrain.txt"
 dpo="--negatives 1 --epochs 0.7 --lr 1e-3 --beta 0.4 --label_smoothing 0.1 $rehearse 1"
 card=""
 best_of="--best_of 16"
@@ -172,7 +172,7 @@ if [ ! "$own" ]; then
     if [ "$hack" ]; then
         stage ppo-free "PPO without the penalty for moving away" $out/ppo-free/final \
             "last eval_score $out/ppo-free/metrics.jsonl" $launch train_ppo.py --data $prompts --init $out/sft \
-            --reward_model $out/rm $ppo --beta 0 --ptx 0 --ptx_data "" --out $out/ppo-free --resume ${ZERO:+--zero $ZERO}
+            --reward_model $out/rm $ppo --beta 0 --out $out/ppo-free --resume ${ZERO:+--zero $ZERO}
         stage rollouts-free "and where that led" $out/ppo-free/rollouts.json "last gold $out/ppo-free/rollouts.json" \
             $python evaluate.py --village $world --rollouts $out/ppo-free/samples.jsonl
     fi
