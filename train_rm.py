@@ -304,7 +304,7 @@ def main(argv=None) -> int:
             break
         # [end copy]
     else:
-        known = range(min(len(train), len(ranked), cfg.reference_prompts or len(ranked)))  # they come before negatives
+        known = [g for g, record in enumerate(train.records) if not record.negative][:cfg.reference_prompts or None]
         rewards = all_rewards(model, train, known, micro or 16, env)  # (n,)
         best = [0, *itertools.accumulate(train.sizes(known))][:-1]  # each group's first reply
         mean = (rewards[best] if cfg.reference == "best" else rewards).mean().item()

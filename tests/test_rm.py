@@ -480,6 +480,22 @@ def test_resuming_is_bitwise_equal_to_not_stopping(files, reference, tmp_path, m
     """Died after the checkpoint of step 3: the rest of the run and its final model are bitwise those of an unbroken
     one; and to finish a finished run again changes nothing."""
     step = Zero.step
+def test_negatives_are_no_references(files, tmp_path, capfd):
+    """A ranked prompt that is dropped, since its replies are alike, does not make room for a negative: zero is the mean
+    over the nine others' replies. The log tells how many groups are negatives."""
+    lines = ranked()
+    lines[3]["responses"] = ["the same"] * 4
+    data = write(tmp_path / "ranked.jsonl", lines)
+    train((data, files[1]), tmp_path / "out", "--steps", "3", "--negatives", "1", "--reference", "all",
+          "--reference_prompts", "0")
+    own = split_prompts(read_preferences(data), 0.1)[0]
+    known = Replies(own, TOKENIZER, 96)
+    rewards = all_rewards(load_model(str(tmp_path / "out"))[0], known, range(len(known)), 0, OneRank)
+    assert len(known) == 9 and abs(rewards.mean()) < 1e-6 and rewards.std() > 1e-3
+    said = capfd.readouterr().out
+    assert "9 prompts" in said and f"({len(random_negatives(own, 1, seed=1))} negatives)" in said
+
+
 
     def dying(self, *args, **kwargs):
         if self.updates == 3:
