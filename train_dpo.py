@@ -266,8 +266,8 @@ def main(argv=None) -> int:
         log.say(f"going on after step {start}" if found else f"--resume: nothing in {cfg.out} yet, starting fresh")
 
     # the reference: frozen, the same for the whole run
-    ref_zero = Zero(ref.to(env.device), units=ref.units(), stage=cfg.zero, dtype=getattr(torch, cfg.dtype), frozen=True,
-                    offload=("params",) if "params" in cfg.offload else ())
+    ref_zero = Zero(ref, units=ref.units(), device=env.device, stage=cfg.zero, dtype=getattr(torch, cfg.dtype),
+                    frozen=True, offload=("params",) if "params" in cfg.offload else ())
     val_ref = all_logps(ref, val, range(len(val)), micro or 16, cfg.average, env)  # (pairs, 2)
     train_ref = None
     if cfg.precompute_ref:

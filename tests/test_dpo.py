@@ -457,6 +457,20 @@ def test_every_flag_does_something(files, reference, tmp_path, more):
 
 
 def test_text_is_rehearsed(files, reference, tmp_path, monkeypatch):
+def test_no_whole_model_is_moved(files, tmp_path, monkeypatch):
+    """Zero lays out policy and reference itself: a model that is moved to the device before is there whole on each
+    rank, though its shards may be all that fit."""
+    moved, original = [], GPT.to
+
+    def moving(self, *args):
+        moved.append(sum(p.numel() for p in self.parameters()))
+        return original(self, *args)
+
+    monkeypatch.setattr(GPT, "to", moving)
+    train(files, tmp_path, "--steps", "1")
+    assert moved == [0, 0]
+
+
     """--ptx adds its own gradient with its weight, from the next windows at each step: another curve than without it,
     the same however the step is split; the speed counts what is read of both."""
     monkeypatch.chdir(tmp_path)  # where its token files go
