@@ -507,6 +507,7 @@ BAD = {
     "rows longer than the model's": (["--seq_len", "1000"], "--seq_len"),
     "nothing to validate on": (["--val_fraction", "0"], "--val_fraction"),
     "no pairs": (["--batch_size", "0"], "--batch_size"),
+    "text for nothing": (["--ptx_data", "text.txt"], "--ptx 0.0"),
     "unknown flag": (["--bta", "1"], "did you mean --beta"),
 }
 
