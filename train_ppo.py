@@ -67,7 +67,7 @@ class Config:
     # reward
     beta: float = 0.05  # weight of the KL penalty; 0: off
     target_kl: float = 0.0  # nats per reply that beta is adapted to keep; 0: beta is fixed
-    kl_horizon: float = 5000.0  # replies over which beta adapts
+    kl_horizon: float = 500.0  # replies over which beta changes by 20 % at most
     missing_eos_penalty: float = 1.0  # taken off the score of a reply that did not end
     gamma: float = 1.0  # discount per token
     lam: float = 0.95  # of GAE: 1 trusts returns alone, 0 the critic alone
@@ -396,6 +396,12 @@ def main(argv=None) -> int:
         raise UserError(f"--ptx {cfg.ptx} with --ptx_data {cfg.ptx_data!r}: expected both or neither")
     if cfg.ptx:
         require_positive(cfg, "ptx_rows")
+    if cfg.target_kl and not (cfg.beta and cfg.kl_horizon >= cfg.batch_size):  # far below, beta would turn negative
+        raise UserError(f"--target_kl {cfg.target_kl} --beta {cfg.beta} --kl_horizon {cfg.kl_horizon}: expected a beta "
+                        f"above 0 to adapt, over a horizon of at least --batch_size {cfg.batch_size} replies")
+    if cfg.min_lr > min(cfg.lr, cfg.critic_lr or cfg.lr):
+        raise UserError(f"--min_lr {cfg.min_lr}: more than --lr {cfg.lr} or --critic_lr {cfg.critic_lr}, which would "
+                        "climb to it; lower it")
     env = setup(cfg.device)
 
     # models

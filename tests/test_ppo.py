@@ -164,6 +164,14 @@ def test_the_controller_of_beta():
     assert adapted(0.1, 50.0, 0.0, 100, 1000) == 0.1
 
 
+def test_beta_has_the_time_to_adapt():
+    """In a run of the defaults beta can become ten times as large: a longer horizon would leave it where it was."""
+    cfg, beta = Config(), 1.0
+    for _ in range(cfg.steps):
+        beta = adapted(beta, 9.0, 3.0, cfg.batch_size, cfg.kl_horizon)
+    assert beta > 10
+
+
 def test_bandit_reaches_the_gibbs_policy():
     """P19: replies of one token, a table for a policy: the KL-penalised optimum is pi* = ref exp(r / beta) / Z, with
     objective beta log Z. PPO's own parts, rollout after rollout, must arrive there."""
@@ -781,3 +789,7 @@ def test_help_lists_every_flag(capsys):
         train_ppo.main(["--help"])
     shown = capsys.readouterr().out
     assert all(f"--{f.name}" in shown for f in dataclasses.fields(Config))
+    "a rate that climbs": (["--lr", "1e-6"], "--min_lr"),
+    "a critic's rate that climbs": (["--critic_lr", "1e-6"], "--min_lr"),
+    "no beta to adapt": (["--target_kl", "3", "--beta", "0"], "--beta"),
+    "beta adapts faster than it is told": (["--target_kl", "3", "--kl_horizon", "11"], "--kl_horizon"),
