@@ -446,7 +446,11 @@ def main(argv=None) -> int:
     if not train or not val:
         raise UserError(f"{cfg.data}: found no prompt that leaves room for --max_new_tokens {cfg.max_new_tokens} in "
                         f"rows of {cfg.seq_len} tokens")
-    val = val[:cfg.eval_prompts]
+    seen = {tuple(prompt) for _, prompt in train}  # what was learned about a prompt would flatter the evaluation
+    val = [(record, prompt) for record, prompt in val if tuple(prompt) not in seen][:cfg.eval_prompts]
+    if cfg.eval_prompts and not val:
+        raise UserError(f"{cfg.val_data or cfg.data}: found every prompt to validate among those to train on; give "
+                        "others by --val_data, or --eval_prompts 0")
     if cfg.ptx:
         text_path, *_ = env.main_first(lambda: prepare(cfg.ptx_data, tokenizer=tokenizer_path))
         text = Windows(TokenFile(text_path, tokenizer), cfg.seq_len, batch_size=cfg.ptx_rows, seed=cfg.seed)

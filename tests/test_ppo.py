@@ -612,6 +612,39 @@ def test_early_stopping_leaves_the_weights_alone(place, tmp_path, monkeypatch):
     flags = ["--steps", "1", "--lr", "0.01", "--min_lr", "0.01"]
     full, _, _ = train(place, tmp_path / "full", *flags, "--ppo_epochs", "4")
     events, weights, _ = train(place, tmp_path / "a", *flags, "--ppo_epochs", "4", "--stop_kl", "0.03")
+def test_no_prompt_is_trained_and_validated(place, tmp_path, monkeypatch):
+    """Of the four prompts set aside two are also trained on: the others validate, and training is what it was. If all
+    are, that is said."""
+    lines = (place / "prompts.jsonl").read_text().splitlines()
+    (tmp_path / "prompts.jsonl").write_text("\n".join([*lines[:37], lines[3], lines[38], lines[5]]))
+    drawn = calls_of(monkeypatch, train_ppo, "draw")
+    for name, folder in (("before", place), ("after", tmp_path)):
+        train(place, tmp_path / name, "--steps", "1", "--data", str(folder / "prompts.jsonl"))
+    prompts = [encode_prompt(TOKENIZER, record.messages) for record in read_prompts(place / "prompts.jsonl")]
+    assert drawn[0][0] == prompts[36:] and drawn[3][0] == [prompts[36], prompts[38]]
+    assert drawn[1][:2] == drawn[4][:2]
+    (tmp_path / "prompts.jsonl").write_text("\n".join([*lines[:36], *lines[:4]]))
+    with pytest.raises(UserError, match="--val_data"):
+        train(place, tmp_path / "none", "--data", str(tmp_path / "prompts.jsonl"))
+
+
+@pytest.mark.parametrize("form", [*FORMS, "ranked"])
+def test_preferences_are_prompts_too(place, tmp_path, form):
+    """Whatever the form of the file: its replies are left away, and the run is that of the bare prompts."""
+    records = [json.loads(line) for line in open(place / "prompts.jsonl")]
+    records = [{**record, "prompt": record["prompt"].strip(), "responses": ["a", "b"]} for record in records]
+    records[0]["prompt"] = [{"role": role, "content": "abc"} for role in ("user", "assistant", "user")]
+    records = records[form == "alpaca":]  # which has no room for earlier turns
+    bare = [{"prompt": record["prompt"], "tag": record["tag"]} for record in records]
+    found = []
+    for name, lines in (("bare", bare), ("form", records if form == "ranked" else in_form(form, records))):
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        found.append(train(place, tmp_path / name, "--steps", "1", "--data", str(path)))
+    (_, weights, samples), (_, others, same_samples) = found
+    assert samples == same_samples and all(torch.equal(weights[name], others[name]) for name in weights)
+
+
     updates = events[0]["updates"]
     assert full[0]["updates"] == 12 and 1 < updates < 12
     calls = calls_of(monkeypatch, train_ppo, "ppo_policy_loss")
