@@ -102,7 +102,7 @@ class Config:
     reward_model: str = "out/rm"  # folder of the reward model
     critic_init: str = ""  # folder of the model the critic starts from; empty: the reward model
     resume: bool = False  # go on from the newest checkpoint in out
-    eval_every: int = 25  # steps between evaluations; 0: only at the end
+    eval_every: int = 25  # steps between evaluations; 0: only before the first step and at the end
     eval_prompts: int = 128  # validation prompts answered and scored at each evaluation; 0: none
     save_every: int = 50  # steps between checkpoints; 0: only at the end
     keep: int = 2  # checkpoints kept
