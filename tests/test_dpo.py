@@ -27,6 +27,7 @@ from small_chat import (
     write,
 )
 
+import records
 import train_dpo
 from checkpoint import load_final, load_model
 from common import Log, UserError, parse
@@ -559,6 +560,9 @@ BUGS = {  # where, what stands there, the bug, and who must notice it
     "average for sum": (train_dpo, "read_logps", "if average", "if True", ALONE, True, 0, False),
     "reference is the policy": (train_dpo, "main", "read_logps(ref, rows", "read_logps(model, rows",
                                 test_d12_how_it_is_computed_does_not_matter, ["--no-precompute_ref"]),
+    "chosen and rejected change places": (records, "preference_of", '[record["chosen"], record["rejected"]]',
+                                          '[record["rejected"], record["chosen"]]',
+                                          test_every_form_of_a_file_is_trained_alike, "hh"),
     "dropout": (Block, "forward", "self.attn_norm(x)", "F.dropout(self.attn_norm(x), 0.1)", ALONE, True, 0, False),
 }
 

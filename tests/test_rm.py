@@ -26,6 +26,7 @@ from small_chat import (
     write,
 )
 
+import records
 import train_rm
 from checkpoint import load_final, load_model
 from common import UserError, parse
@@ -581,6 +582,9 @@ BUGS = {  # where, what stands there, the bug, and who must notice it
                             test_r3_swapping_a_pair_costs_its_difference),
     "reward a token early": (train_rm, "read_rewards", "rows.ends[1]]", "rows.ends[1] - 1]", ALONE, True, 0),
     "neighbours are seen": (train_rm, "read_rewards", "=rows.segment_ids", "=None", ALONE, True, 0),
+    "chosen and rejected change places": (records, "preference_of", '[record["chosen"], record["rejected"]]',
+                                          '[record["rejected"], record["chosen"]]',
+                                          test_every_form_of_a_file_is_trained_alike, "hh"),
     "dropout": (Block, "forward", "self.attn_norm(x)", "F.dropout(self.attn_norm(x), 0.1)", ALONE, True, 0),
     "scale without its bias": (train_rm, "normalise", '["head.bias"] /= std', '["head.bias"] /= 1',
                                test_r8_zero_and_scale_are_free),
