@@ -58,7 +58,7 @@ class Config:
     # data
     data: str = ""  # prompts: .json or .jsonl (or .gz) with {"prompt"}, or conversations without their last reply
     val_data: str = ""  # prompts to validate on; empty: the last val_fraction of data
-    val_fraction: float = 0.1  # of the records
+    val_fraction: float = 0.1  # of the records; prompts that are also trained on are left out
     seq_len: int = 0  # tokens in a row (T), several replies packed into one; 0: the longest the models were made for
     # rollouts
     max_new_tokens: int = 48  # longest reply
