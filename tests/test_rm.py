@@ -104,6 +104,16 @@ def test_r5_huge_differences_stay_finite(d):
     assert loss.item() == max(0.0, -d) and r.grad.tolist() == ([0, 0] if d > 0 else [-1, 1])
 
 
+def test_a_constant_margin_makes_it_too_sure():
+    """If 80 % say so, the loss is least where sigmoid(d) = 0.8; with a margin, at a larger d: no probability."""
+    d = torch.arange(0, 4, 1e-2, dtype=torch.float64)
+    sure = []
+    for margin in (0.0, 1.0):
+        right, wrong = ([rm_loss(sign * torch.tensor([x, 0.0]), [2], margin) for x in d.tolist()] for sign in (1, -1))
+        sure.append(torch.sigmoid(d[(0.8 * torch.stack(right) + 0.2 * torch.stack(wrong)).argmin()]).item())
+    assert sure[0] == pytest.approx(0.8, abs=0.01) and sure[1] > 0.83
+
+
 def test_a_forward_without_replies_adds_zero():
     """A rank's filling batch: loss 0, still connected, so that its backward takes part in the communication."""
     r = torch.randn(3, requires_grad=True)
@@ -578,6 +588,7 @@ LOSS, ALONE = test_r1_the_loss_is_the_double_loop, test_r6_neighbours_and_paddin
 BUGS = {  # where, what stands there, the bug, and who must notice it
     "prompts weigh by their pairs": (train_rm, "rm_loss", "[2 / (K * (K - 1))", "[1.0", LOSS, [2, 4, 3, 9], 0.0, 0.0),
     "mean for sum": (train_rm, "rm_loss", "(weights)).sum()", "(weights)).mean()", LOSS, [2, 4, 3, 9], 0.0, 0.0),
+    "no margin": (train_rm, "rm_loss", "- worse - margin", "- worse", test_a_constant_margin_makes_it_too_sure),
     "the worse one above": (train_rm, "rm_loss", "better, worse =", "worse, better =",
                             test_r3_swapping_a_pair_costs_its_difference),
     "reward a token early": (train_rm, "read_rewards", "rows.ends[1]]", "rows.ends[1] - 1]", ALONE, True, 0),
