@@ -525,9 +525,12 @@ def test_resuming_is_bitwise_equal_to_not_stopping(reference, place, tmp_path):
 
 
 def first_update(place, out, patch, flags):
-    """A run with lr 0: what policy loss, value loss and gae were given, and the events; P1, P16."""
+    """A run with lr 0: what policy loss, value loss and gae were given, and the events; P1, P16. And P13: both models
+    step once per minibatch and epoch, whatever the micro-batches."""
+    stepped = calls_of(patch, Zero, "step")
     calls, valued, gaes = (calls_of(patch, train_ppo, name) for name in ("ppo_policy_loss", "ppo_value_loss", "gae"))
     events, *_ = train(place, out, "--steps", "1", "--lr", "0", "--min_lr", "0", "--ppo_epochs", "3", *flags)
+    assert len(stepped) == 2 * 3 * 3
     for called in (calls, valued):
         first = [new - old for new, old, *_ in called[: len(called) // 3]]  # all of epoch 1, as nothing moves
         assert all(not difference.any() for difference in first), max(d.abs().max() for d in first if d.numel())
@@ -556,8 +559,7 @@ def test_the_first_ratio_is_exactly_one(place, tmp_path, monkeypatch, flags):
 def test_what_is_logged_of_updates_and_evaluations(place, tmp_path, monkeypatch, bonus):
     """Each number from what the losses were given: means over the tokens of all updates, the explained variance over
     those of the rollout; backward gets the loss per token of its minibatch, for the critic as for the actor, whose
-    entropy is worth --entropy. Both step once per minibatch and epoch, not once per micro-batch. Those of an evaluation
-    from its rollout."""
+    entropy is worth --entropy. Those of an evaluation from its rollout."""
     policy, value, gaes, scored = (calls_of(monkeypatch, train_ppo, name) for name in (
         "ppo_policy_loss", "ppo_value_loss", "gae", "score"))
     backward, stepped = (calls_of(monkeypatch, Zero, name) for name in ("backward", "step"))
@@ -886,8 +888,8 @@ BUGS = {  # where, what stands there, the bug, and who must notice it
                            test_what_is_logged_of_updates_and_evaluations, 0.1),
     "entropy is punished": (train_ppo, "main", "policy_loss - cfg.entropy", "policy_loss + cfg.entropy",
                             test_what_is_logged_of_updates_and_evaluations, 0.1),
-    "the actor steps twice": (train_ppo, "main", "[actor.step(", "[actor.step(0.0, cfg.clip) and actor.step(",
-                              test_what_is_logged_of_updates_and_evaluations, 0.0),
+    "a step per micro-batch": (train_ppo, "main", "(value_loss / n)", "(value_loss / n), actor.step(0.0, cfg.clip)",
+                               test_the_first_ratio_is_exactly_one, ["--micro_batch_size", "1"]),
     "score behind the last token": (train_ppo, "token_rewards", "keepdim=True) - 1",
                                     "keepdim=True).clamp(max=mask.shape[1] - 1)", ADD_UP),
     "score read a token early": (train_ppo, "score", "[last]", "[last.roll(-1, 1)]", ALIKE, 1.0, {}),
