@@ -351,7 +351,9 @@ class Replies(Shuffled):
         """What became of the records."""
         sequences = [sample for group in self.groups for sample in group]
         n_tokens, n_replied = sum(len(ids) for ids, _ in sequences), sum(sum(mask) for _, mask in sequences)
-        return (f"{len(self)} groups of {len(sequences) / len(self):.1f} replies, {n_replied:,} of {n_tokens:,} tokens "
+        negatives = sum(record.negative for record in self.records)
+        return (f"{len(self)} groups{f' ({negatives} negatives)' if negatives else ''} of "
+                f"{len(sequences) / len(self):.1f} replies, {n_replied:,} of {n_tokens:,} tokens "
                 f"in replies; {self.truncated} prompts truncated, {self.too_long} dropped (longer than {self.seq_len} "
                 f"tokens), {self.repeated} repeated replies left out, {self.alike} prompts dropped for it")
 

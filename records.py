@@ -117,13 +117,15 @@ def check_text(text, where: str) -> str:
 class Record:
     """messages: a conversation that ends with a reply, or (prompts and preferences) one that waits for it, as
     {"role": system | user | assistant, "content": text}; responses: replies to it, the best first; tags and scores:
-    one for each of them, or none; they are reported, never trained on. where: file and line, for error messages."""
+    one for each of them, or none; they are reported, never trained on. negative: made by random_negatives. where: file
+    and line, for error messages."""
     where: str
     messages: list[dict]
     responses: list[str] = dataclasses.field(default_factory=list)
     tag: str = ""
     tags: list[str] = dataclasses.field(default_factory=list)
     scores: list[float] = dataclasses.field(default_factory=list)
+    negative: bool = False
 
 
 ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
@@ -301,5 +303,5 @@ def random_negatives(records: list[Record], n: int, seed: int) -> list[Record]:
     """
     rng = random.Random(seed)
     drawn = [(record, other, rng.choice(other.responses)) for record in records for other in rng.choices(records, k=n)]
-    return [dataclasses.replace(record, responses=[record.responses[0], reply], tags=[], scores=[])
+    return [dataclasses.replace(record, responses=[record.responses[0], reply], tags=[], scores=[], negative=True)
             for record, other, reply in drawn if other.messages != record.messages and reply not in record.responses]

@@ -196,6 +196,8 @@ def main(argv=None) -> int:
     if cfg.label_smoothing >= 0.5 or (cfg.label_smoothing and cfg.loss_type == "ipo"):
         raise UserError(f"--label_smoothing {cfg.label_smoothing} --loss_type {cfg.loss_type}: expected less than 0.5, "
                         "and 0 for ipo, which has no such term")
+    if bool(cfg.ptx) != bool(cfg.ptx_data):
+        raise UserError(f"--ptx {cfg.ptx} with --ptx_data {cfg.ptx_data!r}: expected both or neither")
     env = setup(cfg.device)
 
     # model
@@ -222,8 +224,6 @@ def main(argv=None) -> int:
     require_positive(cfg, "steps")
     if cfg.ptx:
         require_positive(cfg, "ptx_rows")
-        if not cfg.ptx_data:
-            raise UserError("--ptx_data: found nothing, expected the text that --ptx mixes in")
         text_path, *_ = env.main_first(lambda: prepare(cfg.ptx_data, tokenizer=tokenizer_path))
         text = Windows(TokenFile(text_path, tokenizer), cfg.seq_len, batch_size=cfg.ptx_rows, seed=cfg.seed)
 
@@ -266,8 +266,8 @@ def main(argv=None) -> int:
         log.say(f"going on after step {start}" if found else f"--resume: nothing in {cfg.out} yet, starting fresh")
 
     # the reference: frozen, the same for the whole run
-    ref_zero = Zero(ref.to(env.device), units=ref.units(), stage=cfg.zero, dtype=getattr(torch, cfg.dtype), frozen=True,
-                    offload=("params",) if "params" in cfg.offload else ())
+    ref_zero = Zero(ref, units=ref.units(), device=env.device, stage=cfg.zero, dtype=getattr(torch, cfg.dtype),
+                    frozen=True, offload=("params",) if "params" in cfg.offload else ())
     val_ref = all_logps(ref, val, range(len(val)), micro or 16, cfg.average, env)  # (pairs, 2)
     train_ref = None
     if cfg.precompute_ref:

@@ -58,7 +58,7 @@ class Config:
     # data
     data: str = ""  # prompts: .json or .jsonl (or .gz) with {"prompt"}, or conversations without their last reply
     val_data: str = ""  # prompts to validate on; empty: the last val_fraction of data
-    val_fraction: float = 0.1  # of the records
+    val_fraction: float = 0.1  # of the records; prompts that are also trained on are left out
     seq_len: int = 0  # tokens in a row (T), several replies packed into one; 0: the longest the models were made for
     # rollouts
     max_new_tokens: int = 48  # longest reply
@@ -67,7 +67,7 @@ class Config:
     # reward
     beta: float = 0.05  # weight of the KL penalty; 0: off
     target_kl: float = 0.0  # nats per reply that beta is adapted to keep; 0: beta is fixed
-    kl_horizon: float = 5000.0  # replies over which beta adapts
+    kl_horizon: float = 500.0  # replies over which beta changes by 20 % at most
     missing_eos_penalty: float = 1.0  # taken off the score of a reply that did not end
     gamma: float = 1.0  # discount per token
     lam: float = 0.95  # of GAE: 1 trusts returns alone, 0 the critic alone
@@ -102,7 +102,7 @@ class Config:
     reward_model: str = "out/rm"  # folder of the reward model
     critic_init: str = ""  # folder of the model the critic starts from; empty: the reward model
     resume: bool = False  # go on from the newest checkpoint in out
-    eval_every: int = 25  # steps between evaluations; 0: only at the end
+    eval_every: int = 25  # steps between evaluations; 0: only before the first step and at the end
     eval_prompts: int = 128  # validation prompts answered and scored at each evaluation; 0: none
     save_every: int = 50  # steps between checkpoints; 0: only at the end
     keep: int = 2  # checkpoints kept
@@ -396,6 +396,12 @@ def main(argv=None) -> int:
         raise UserError(f"--ptx {cfg.ptx} with --ptx_data {cfg.ptx_data!r}: expected both or neither")
     if cfg.ptx:
         require_positive(cfg, "ptx_rows")
+    if cfg.target_kl and not (cfg.beta and cfg.kl_horizon >= cfg.batch_size):  # far below, beta would turn negative
+        raise UserError(f"--target_kl {cfg.target_kl} --beta {cfg.beta} --kl_horizon {cfg.kl_horizon}: expected a beta "
+                        f"above 0 to adapt, over a horizon of at least --batch_size {cfg.batch_size} replies")
+    if cfg.min_lr > min(cfg.lr, cfg.critic_lr or cfg.lr):
+        raise UserError(f"--min_lr {cfg.min_lr}: more than --lr {cfg.lr} or --critic_lr {cfg.critic_lr}, which would "
+                        "climb to it; lower it")
     env = setup(cfg.device)
 
     # models
@@ -440,7 +446,11 @@ def main(argv=None) -> int:
     if not train or not val:
         raise UserError(f"{cfg.data}: found no prompt that leaves room for --max_new_tokens {cfg.max_new_tokens} in "
                         f"rows of {cfg.seq_len} tokens")
-    val = val[:cfg.eval_prompts]
+    seen = {tuple(prompt) for _, prompt in train}  # what was learned about a prompt would flatter the evaluation
+    val = [(record, prompt) for record, prompt in val if tuple(prompt) not in seen][:cfg.eval_prompts]
+    if cfg.eval_prompts and not val:
+        raise UserError(f"{cfg.val_data or cfg.data}: found every prompt to validate among those to train on; give "
+                        "others by --val_data, or --eval_prompts 0")
     if cfg.ptx:
         text_path, *_ = env.main_first(lambda: prepare(cfg.ptx_data, tokenizer=tokenizer_path))
         text = Windows(TokenFile(text_path, tokenizer), cfg.seq_len, batch_size=cfg.ptx_rows, seed=cfg.seed)

@@ -4,8 +4,8 @@
     minimise  L = - mean_x 1/C(K,2) sum_{i ranked above j} log sigmoid(r_i - r_j)     (Ouyang et al. 2022, equation 1)
 
 x is a prompt with K ranked replies; each is read once, and all C(K,2) pairs of a prompt are compared in one step, since
-scattered over the epoch they would show every reply K - 1 times. r is read at the last token, the end of the reply,
-which alone has seen everything:
+scattered over the epoch they would show every reply K - 1 times. (--negatives makes groups of its own: the best reply
+is read again in each of its pairs.) r is read at the last token, the end of the reply, which alone has seen everything:
 
     ids     b u x x e a y y e      b(os), u(ser), the prompt x, e(nd), a(ssistant), the reply y, its end
     reward                  r
@@ -41,19 +41,19 @@ class Config:
     val_fraction: float = 0.1  # of the prompts
     pack: bool = True  # several replies in a row; off: one, padded
     seq_len: int = 0  # tokens in a row (T); 0: the longest the model was made for
-    negatives: int = 0  # times each best reply is also compared with a random one to another prompt; 0: never
+    negatives: int = 0  # times each best reply is also compared with a random one to another prompt, as a pair; 0: off
     # reward
-    margin: float = 0.0  # by how much a better reply's reward should be above a worse one's; 0: off
+    margin: float = 0.0  # by how much a better reply should be above a worse one, a constant (see rm_loss); 0: off
     centre: float = 0.0  # weight of (r_i + r_j)^2, which keeps rewards near 0 (0.01 is usual); 0: off
     reference: Literal["best", "all"] = "best"  # replies whose mean reward becomes 0: the best of each prompt, or all
     reference_prompts: int = 1000  # training prompts whose replies set zero and scale; 0: all
     unit_scale: bool = False  # divide the reward by its deviation over replies; then its sigmoid is no probability
     score_gap: float = 0.0  # agreement with scores counts pairs whose scores differ by this or more
     # optimisation
-    epochs: float = 1.0  # times each prompt is seen, if steps is 0
+    epochs: float = 1.0  # times each group (a prompt with its replies, or a negative's pair) is seen, if steps is 0
     steps: int = 0  # updates; 0: as many as epochs takes
-    batch_size: int = 16  # prompts per update over all ranks, each with all its replies
-    micro_batch_size: int = 0  # prompts per rank and forward; 0: the rank's whole share at once
+    batch_size: int = 16  # groups per update over all ranks
+    micro_batch_size: int = 0  # groups per rank and forward; 0: the rank's whole share at once
     lr: float = 5e-4  # peak learning rate
     min_lr: float = 0.0  # learning rate at the last step
     warmup_steps: int = 10  # updates over which the rate climbs from 0
@@ -106,10 +106,12 @@ def ranked_pairs(group_sizes: list[int]) -> torch.Tensor:
 
 
 def rm_loss(rewards, group_sizes: list[int], margin: float = 0.0, centre: float = 0.0):
-    """Sum over prompts of the mean over its pairs of -log sigmoid(r_i - r_j - margin) + centre (r_i + r_j)^2.
+    """Sum over groups of the mean over its pairs of -log sigmoid(r_i - r_j - margin) + centre (r_i + r_j)^2.
 
-    rewards (n,): group after group, the best first. Each prompt weighs the same, however many replies it has; the
-    caller divides by the number of prompts. margin: Touvron et al. 2023, equation 2; centre: Eisenstein et al. 2023.
+    rewards (n,): group after group, the best first. Each group weighs the same, however many replies it has; the
+    caller divides by the number of groups. centre: Eisenstein et al. 2023. margin: Touvron et al. 2023, equation 2,
+    where it depends on how much better the rating was; here it is a constant. With it P = sigmoid(r_i - r_j - margin),
+    which does not sum to 1 over both orders: sigmoid(r_i - r_j) is then too sure, and calibration_error says so.
     """
     better, worse = rewards[ranked_pairs(group_sizes).to(rewards.device)]  # (pairs,) twice
     losses = -F.logsigmoid(better - worse - margin) + centre * (better + worse).square()  # logsigmoid never overflows
@@ -245,7 +247,7 @@ def main(argv=None) -> int:
         raise UserError(f"--steps {cfg.steps}: {cfg.out} is already at step {start}; give more steps")
     # [end copy]
 
-    micro = cfg.micro_batch_size  # prompts per forward
+    micro = cfg.micro_batch_size  # groups per forward
     log = Log(cfg.out, env, steps=cfg.steps, start=start, flops_per_token=flops,
               peak_flops=matmul_peak(env.device, getattr(torch, cfg.dtype)))
     log.say(f"{parameters:,} parameters, {flops / 1e6:.1f} MFLOP per token; a large matrix product runs at "
@@ -271,7 +273,7 @@ def main(argv=None) -> int:
         evaluate_and_show(start)  # finished before: say how it went; or stopped there before it was evaluated
         log.restart_clock()
     for step in range(start + 1, cfg.steps + 1):
-        chosen = train.of_step(step - 1)  # batch_size prompts: ONE denominator, whatever the split
+        chosen = train.of_step(step - 1)  # batch_size groups: ONE denominator, whatever the split
         rewards, loss_sum, n_read = torch.zeros(sum(train.sizes(chosen))), torch.zeros((), device=env.device), 0
         for rows in train.batches(chosen, micro, env.rank, env.world):
             at, rows = rows.at, rows.to(env.device)
@@ -304,7 +306,7 @@ def main(argv=None) -> int:
             break
         # [end copy]
     else:
-        known = range(min(len(train), len(ranked), cfg.reference_prompts or len(ranked)))  # they come before negatives
+        known = [g for g, record in enumerate(train.records) if not record.negative][:cfg.reference_prompts or None]
         rewards = all_rewards(model, train, known, micro or 16, env)  # (n,)
         best = [0, *itertools.accumulate(train.sizes(known))][:-1]  # each group's first reply
         mean = (rewards[best] if cfg.reference == "best" else rewards).mean().item()

@@ -1,12 +1,15 @@
 """A small chat model with random weights, and small files of ranked replies: what tests of train_rm.py and train_dpo.py
 start from."""
 import dataclasses
+import inspect
 import json
 import os
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
+import pytest
 import torch
 
 from checkpoint import save_final
@@ -52,6 +55,53 @@ def ranked(topics=TOPICS, K=4) -> list[dict]:
                         "tag": "odd" if n % 2 else "even", "tags": ["fine", "fine", "bad", "bad"][:K],
                         "scores": [3.0, 2.5, 1.0, 0.0][:K]})
     return records
+
+
+FORMS = ["chosen and rejected", "alpaca", "hh", "messages"]
+
+
+def in_form(form: str, records: list[dict]) -> list[dict]:
+    """Ranked records of two replies in another public form. Alpaca has no room for earlier turns."""
+    found = []
+    for record in records:
+        rest = {name: value for name, value in record.items() if name not in ("prompt", "responses")}
+        turns = record["prompt"] if isinstance(record["prompt"], list) else [
+            {"role": "user", "content": record["prompt"]}]
+        talks = [[*turns, {"role": "assistant", "content": text}] for text in record["responses"]]
+        prompt, (chosen, rejected) = {
+            "chosen and rejected": ({"prompt": record["prompt"]}, record["responses"]),
+            "alpaca": ({"instruction": turns[-1]["content"], "input": ""}, record["responses"]),
+            "hh": ({}, ["".join(f"\n\n{'Human' if turn['role'] == 'user' else 'Assistant'}: {turn['content']}"
+                                for turn in talk) for talk in talks]),
+            "messages": ({}, talks)}[form]
+        found.append({**prompt, "chosen": chosen, "rejected": rejected, **rest})
+    return found
+
+
+def bandit(beta: float, V: int = 8):
+    """A world of one prompt and replies of one token: log-probabilities of the reference (V,), a reward for each, and
+    the log-probabilities of the best policy for both, ref exp(r / beta) / Z, where PPO and DPO must arrive."""
+    generator = torch.Generator().manual_seed(3)
+    ref = torch.randn(V, generator=generator, dtype=torch.float64).log_softmax(0)
+    r = torch.randn(V, generator=generator, dtype=torch.float64)
+    return ref, r, (ref + r / beta).log_softmax(0)
+
+
+def assert_noticed(request, monkeypatch, owner, name, right, wrong, check, *given) -> None:
+    """A test of a test: check(the fixtures it asks for, *given) must fail once `right` in the source of owner.name is
+    `wrong`."""
+    asked = [*inspect.signature(check).parameters]
+    fixtures = [request.getfixturevalue(fixture) for fixture in asked[:len(asked) - len(given)]]
+    original, scope = getattr(owner, name), {}
+    function = inspect.unwrap(original)
+    source = textwrap.dedent(inspect.getsource(function))
+    assert source.count(right) == 1, f"{name} has changed: found {source.count(right)} times {right!r}"
+    exec(source.replace(right, wrong), function.__globals__, scope)
+    for place in (owner, sys.modules[check.__module__]):  # which may have imported it by its name
+        if getattr(place, name, None) is original:
+            monkeypatch.setattr(place, name, scope[name])
+    with pytest.raises(AssertionError):
+        check(*fixtures, *given)
 
 
 def write(path, records) -> str:

@@ -9,10 +9,14 @@ import pytest
 import torch
 from ranks import as_torchrun, ranks
 from small_chat import (
+    FORMS,
     SHAPE,
     TOPICS,
+    assert_noticed,
+    bandit,
     calls_of,
     curve,
+    in_form,
     last,
     metrics,
     random_model,
@@ -23,11 +27,12 @@ from small_chat import (
     write,
 )
 
+import records
 import train_dpo
 from checkpoint import load_final, load_model
 from common import Log, UserError, parse
 from data import Replies, Windows, chat_samples, collate, encode_prompt
-from model import GPT
+from model import GPT, Block
 from records import Record, read_preferences, split_prompts
 from tokenizer import make_tokenizer
 from train_dpo import Config, all_logps, dpo_loss, pair_metrics, precompute, read_logps
@@ -138,8 +143,7 @@ def test_d11_minimisers(beta):
 def test_d14_the_bandit_reaches_the_gibbs_policy(beta):
     """D14 (P19): replies of one token, policy a table, every pair labelled by Bradley-Terry from r: the minimiser of
     the population's loss is ref exp(r / beta) / Z."""
-    V = 6
-    r, ref = torch.randn(V, dtype=torch.float64), torch.randn(V, dtype=torch.float64).log_softmax(0)
+    (ref, r, best), V = bandit(beta), 8
     logits = ref.clone().requires_grad_()
     i, j = torch.tensor(list(itertools.permutations(range(V), 2))).T
     p = torch.sigmoid(r[i] - r[j])  # of i being chosen over j
@@ -155,9 +159,8 @@ def test_d14_the_bandit_reaches_the_gibbs_policy(beta):
         return loss
 
     optimizer.step(closure)
-    expected = (ref + r / beta).softmax(0)
-    torch.testing.assert_close(logits.detach().softmax(0), expected, rtol=0, atol=1e-6)
-    assert (expected - ref.exp()).abs().max() > 0.01
+    torch.testing.assert_close(logits.detach().softmax(0), best.exp(), rtol=0, atol=1e-6)
+    assert (best.exp() - ref.exp()).abs().max() > 0.01
 
 
 # ---- log-probabilities --------------------------------------------------------------------------------------------
@@ -364,6 +367,15 @@ def test_d13_eight_pairs_are_learned_by_heart(files, tmp_path):
     assert last(tmp_path / "out", "rewards/accuracies") == 1.0 and margins[-1] > margins[4] > margins[0] == 0
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_of_a_file_is_trained_alike(files, tmp_path, form):
+    """The same pairs as prompt with chosen and rejected, Alpaca, HH transcripts or messages: the log of ranked ones."""
+    records = ranked(K=2)[form == "alpaca":]  # the first prompt has two turns
+    for name, lines in (("ranked", records), ("form", in_form(form, records))):
+        train((write(tmp_path / f"{name}.jsonl", lines), files[1]), tmp_path / name, "--steps", "3")
+    same_metrics(tmp_path / "ranked", tmp_path / "form", 1e-9)
+
+
 def test_all_pairs_are_more_pairs(files, tmp_path):
     """--pairs all: an epoch of C(4, 2) pairs per prompt, 10 prompts: 60 pairs, 9 steps of 7."""
     assert len(train(files, tmp_path, "--pairs", "all")) == 9
@@ -446,6 +458,20 @@ def test_the_reference_is_freed_once_it_is_read(files, tmp_path, monkeypatch, mo
     assert alive == [before + models]
 
 
+def test_no_whole_model_is_moved(files, tmp_path, monkeypatch):
+    """Zero lays out policy and reference itself: a model that is moved to the device before is there whole on each
+    rank, though its shards may be all that fit."""
+    moved, original = [], GPT.to
+
+    def moving(self, *args):
+        moved.append(sum(p.numel() for p in self.parameters()))
+        return original(self, *args)
+
+    monkeypatch.setattr(GPT, "to", moving)
+    train(files, tmp_path, "--steps", "1")
+    assert moved == [0, 0]
+
+
 @pytest.mark.parametrize("more", [["--beta", "0.5"], ["--seed", "2"], ["--weight_decay", "0.5"], ["--clip", "0.001"],
                                   ["--val_fraction", "0.5"], ["--betas", "0.5,0.9"], ["--eps", "1e-2"],
                                   ["--min_lr", "1e-3"], ["--decay", "flat-then-linear"], ["--negatives", "1"]],
@@ -482,6 +508,7 @@ def test_text_is_rehearsed(files, reference, tmp_path, monkeypatch):
 
 BAD = {
     "text without a file": (["--ptx", "1"], "--ptx_data"),
+    "text for nothing": (["--ptx_data", "text.txt"], "--ptx 0.0"),
     "no data": (["--data", ""], "--data"),
     "missing file": (["--data", "nowhere.jsonl"], "nowhere.jsonl"),
     "no model": (["--init", "nowhere"], "nowhere"),
@@ -517,6 +544,32 @@ def test_models_that_cannot_chat_are_refused(files, tmp_path, flag, changes, wor
     with pytest.raises(UserError, match=words) as error:
         train_dpo.main(arguments(files, tmp_path / "out", *more, f"--{flag}", folder))
     assert (f"--{flag} {folder}" in str(error.value)) and "\n" not in str(error.value)
+
+
+FORMULA, ALONE = test_losses_are_their_formulas, test_d6_neighbours_and_padding_change_nothing
+BUGS = {  # where, what stands there, the bug, and who must notice it
+    "mean for sum": (train_dpo, "dpo_loss", "losses.sum()", "losses.mean()", FORMULA, "sigmoid", 0.0),
+    "the rejected one above": (train_dpo, "dpo_loss", "(chosen_logp - rejected_logp)", "(rejected_logp - chosen_logp)",
+                               FORMULA, "sigmoid", 0.0),
+    "no reference": (train_dpo, "dpo_loss", " - (ref_chosen_logp - ref_rejected_logp)", "",
+                     test_d14_the_bandit_reaches_the_gibbs_policy, 0.5),
+    "shift by one": (train_dpo, "read_logps", "rows.targets, seg", "rows.targets.roll(1, 1), seg", ALONE, True, 0,
+                     False),
+    "neighbours are seen": (train_dpo, "read_logps", "targets, segment_ids=rows.segment_ids", "targets", ALONE, True, 0,
+                            False),
+    "average for sum": (train_dpo, "read_logps", "if average", "if True", ALONE, True, 0, False),
+    "reference is the policy": (train_dpo, "main", "read_logps(ref, rows", "read_logps(model, rows",
+                                test_d12_how_it_is_computed_does_not_matter, ["--no-precompute_ref"]),
+    "chosen and rejected change places": (records, "preference_of", '[record["chosen"], record["rejected"]]',
+                                          '[record["rejected"], record["chosen"]]',
+                                          test_every_form_of_a_file_is_trained_alike, "hh"),
+    "dropout": (Block, "forward", "self.attn_norm(x)", "F.dropout(self.attn_norm(x), 0.1)", ALONE, True, 0, False),
+}
+
+
+@pytest.mark.parametrize("bug", BUGS)
+def test_seeded_bugs_are_noticed(request, monkeypatch, bug):
+    assert_noticed(request, monkeypatch, *BUGS[bug])
 
 
 def test_help_lists_every_field(capsys):

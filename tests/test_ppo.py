@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 import torch
 from ranks import as_torchrun, ranks
-from small_chat import calls_of, split_by_hand
+from small_chat import FORMS, assert_noticed, bandit, calls_of, in_form, split_by_hand
 
+import records
 import train_ppo
 from checkpoint import load_checkpoint, load_model, save_final
 from common import Env, UserError
 from data import CHAT_TEMPLATE, Windows, encode_prompt
-from model import GPT, GPTConfig
+from model import GPT, Block, GPTConfig
 from records import read_prompts
 from tokenizer import make_tokenizer
 from train_ppo import (
@@ -164,13 +165,19 @@ def test_the_controller_of_beta():
     assert adapted(0.1, 50.0, 0.0, 100, 1000) == 0.1
 
 
+def test_beta_has_the_time_to_adapt():
+    """In a run of the defaults beta can become ten times as large: a longer horizon would leave it where it was."""
+    cfg, beta = Config(), 1.0
+    for _ in range(cfg.steps):
+        beta = adapted(beta, 9.0, 3.0, cfg.batch_size, cfg.kl_horizon)
+    assert beta > 10
+
+
 def test_bandit_reaches_the_gibbs_policy():
     """P19: replies of one token, a table for a policy: the KL-penalised optimum is pi* = ref exp(r / beta) / Z, with
     objective beta log Z. PPO's own parts, rollout after rollout, must arrive there."""
     generator, V, N, beta = torch.Generator().manual_seed(3), 8, 4096, 0.5
-    ref = torch.randn(V, generator=generator, dtype=torch.float64).log_softmax(0)
-    r = torch.randn(V, generator=generator, dtype=torch.float64)
-    best = (ref + r / beta).log_softmax(0)
+    ref, r, best = bandit(beta, V)
     logits, value = ref.clone().requires_grad_(), torch.zeros((), dtype=torch.float64, requires_grad=True)
     optimizer = torch.optim.Adam([logits, value], lr=0.1)
     mask = torch.ones(N, 1, dtype=torch.bool)
@@ -487,6 +494,23 @@ def test_beta_follows_its_target(reference):
         assert after["beta"] == pytest.approx(adapted(before["beta"], before["objective/kl"], 0.05, 12, 100))
 
 
+def test_what_advantages_are_made_of(place, tmp_path, monkeypatch):
+    """P6 in the run: the rewards that gae is given add up to score - penalty - beta KL of samples.jsonl, the penalty
+    once and beta as adapted so far; --whiten_rewards divides them by their deviation and keeps their mean."""
+    flags = ["--missing_eos_penalty", "0.7", "--target_kl", "0.05", "--beta", "0.5", "--kl_horizon", "12"]
+    gaes = calls_of(monkeypatch, train_ppo, "gae")
+    events, _, samples = train(place, tmp_path / "plain", *flags)
+    for event, (rewards, *_) in zip(events, gaes, strict=True):
+        lines = [line for line in samples if line["step"] == event["step"]]
+        expected = [line["reward"][0] - 0.7 * (not line["ended"][0]) - event["beta"] * line["kl"][0] for line in lines]
+        assert rewards.sum(1).tolist() == pytest.approx(expected, abs=1e-5)
+        assert 0 < sum(line["ended"][0] for line in lines) < 12
+    assert events[0]["beta"] == 0.5 and events[1]["beta"] == pytest.approx(0.4) != events[2]["beta"]
+    train(place, tmp_path / "white", *flags, "--steps", "1", "--whiten_rewards")
+    (rewards, _, mask, *_), (white, *_) = gaes[0], gaes[-1]  # of the same rollout
+    torch.testing.assert_close(white, whiten(rewards, mask, shift_mean=False))
+
+
 def test_resuming_is_bitwise_equal_to_not_stopping(reference, place, tmp_path):
     """P18: from the checkpoint of step 2 on, with beta, both optimizers and the draws: the same last bits, and each
     line once."""
@@ -500,18 +524,28 @@ def test_resuming_is_bitwise_equal_to_not_stopping(reference, place, tmp_path):
     assert timeless[:2] == timeless[2:] and lines == samples
 
 
-@pytest.mark.parametrize("flags", [[], ["--micro_batch_size", "1"], ["--temperature", "0.7"], ["--seq_len", "34"]])
+def first_update(place, out, patch, flags):
+    """A run with lr 0: what policy loss, value loss and gae were given, and the events; P1, P16. And P13: both models
+    step once per minibatch and epoch, whatever the micro-batches."""
+    stepped = calls_of(patch, Zero, "step")
+    calls, valued, gaes = (calls_of(patch, train_ppo, name) for name in ("ppo_policy_loss", "ppo_value_loss", "gae"))
+    events, *_ = train(place, out, "--steps", "1", "--lr", "0", "--min_lr", "0", "--ppo_epochs", "3", *flags)
+    assert len(stepped) == 2 * 3 * 3
+    for called in (calls, valued):
+        first = [new - old for new, old, *_ in called[: len(called) // 3]]  # all of epoch 1, as nothing moves
+        assert all(not difference.any() for difference in first), max(d.abs().max() for d in first if d.numel())
+        assert all(((new - old).abs() < 1e-5).all() for new, old, *_ in called) and any(map(torch.numel, first))
+    return calls, valued, gaes, events
+
+
+@pytest.mark.parametrize("flags", [[], ["--micro_batch_size", "1"], ["--temperature", "0.7"], ["--seq_len", "34"],
+                                   ["--activation_checkpointing"],
+                                   pytest.param(["--compile"], marks=pytest.mark.slow),
+                                   pytest.param(["--compile", "--micro_batch_size", "1"], marks=pytest.mark.slow)])
 def test_the_first_ratio_is_exactly_one(place, tmp_path, monkeypatch, flags):
     """P1: before the first update log pi_new - log pi_old is 0 to the last bit, and so is V - V_old; P16: with lr 0
     both stay below 1e-5 in all epochs, which mix the replies differently."""
-    calls, valued, gaes = (calls_of(monkeypatch, train_ppo, name) for name in (
-        "ppo_policy_loss", "ppo_value_loss", "gae"))
-    events, *_ = train(place, tmp_path, "--steps", "1", "--lr", "0", "--min_lr", "0", "--ppo_epochs", "3",
-                       *flags)
-    for called in (calls, valued):
-        first = [new - old for new, old, *_ in called[: len(called) // 3]]  # all of epoch 1, as nothing moves
-        assert all(not difference.any() for difference in first)
-        assert max((new - old).abs().max() for new, old, *_ in called) < 1e-5
+    calls, valued, gaes, events = first_update(place, tmp_path, monkeypatch, flags)
     # The actor learns from A, whitened over the rollout, the critic from A + V before that; each slot once an epoch:
     advantages, returns = gae(*gaes[0])
     for called, expected in ((calls, whiten(advantages, gaes[0][2])), (valued, returns)):
@@ -521,15 +555,27 @@ def test_the_first_ratio_is_exactly_one(place, tmp_path, monkeypatch, flags):
     assert events[0]["val/ratio"] == pytest.approx(1) and events[0]["updates"] == 9
 
 
-def test_what_is_logged_of_updates_and_evaluations(place, tmp_path, monkeypatch):
+@pytest.mark.parametrize("bonus", [0.0, 0.1])
+def test_what_is_logged_of_updates_and_evaluations(place, tmp_path, monkeypatch, bonus):
     """Each number from what the losses were given: means over the tokens of all updates, the explained variance over
-    those of the rollout; backward gets the loss per token of its minibatch, for the critic as for the actor. Those of
-    an evaluation from its rollout."""
+    those of the rollout; backward gets the loss per token of its minibatch, for the critic as for the actor, whose
+    entropy is worth --entropy. Those of an evaluation from its rollout."""
     policy, value, gaes, scored = (calls_of(monkeypatch, train_ppo, name) for name in (
         "ppo_policy_loss", "ppo_value_loss", "gae", "score"))
-    backward = calls_of(monkeypatch, Zero, "backward")
+    backward, stepped = (calls_of(monkeypatch, Zero, name) for name in ("backward", "step"))
+    entropies, forward = [], GPT.forward
+
+    def listening(self, *args, **options):
+        out = forward(self, *args, **options)
+        if options.get("with_stats") and torch.is_grad_enabled():
+            entropies.append(out[1].sum().item())
+        return out
+
+    monkeypatch.setattr(GPT, "forward", listening)
     (event,), *_ = train(place, tmp_path, "--steps", "1", "--lr", "1e-2", "--min_lr", "1e-2", "--cliprange", "0.05",
-                         "--cliprange_value", "0.05", "--eval_prompts", "3")
+                         "--cliprange_value", "0.05", "--eval_prompts", "3", "--entropy", str(bonus))
+    assert len(stepped) == 2 * 2 * 3 and event["updates"] == 6
+    assert all(event[f"seconds/{name}"] > 0 for name in ("rollout", "scoring", "optimisation"))
     new, old, advantages = (torch.cat([call[i][call[3]] for call in policy]).detach().double() for i in range(3))
     values, old_values, returns = (torch.cat([call[i][call[3]] for call in value]).detach().double() for i in range(3))
     ratio = (new - old).exp()
@@ -542,12 +588,15 @@ def test_what_is_logged_of_updates_and_evaluations(place, tmp_path, monkeypatch)
         "policy/clipfrac_avg": (clipped > free).double().mean(), "val/ratio": ratio.mean(),
         "val/ratio_var": ratio.var(correction=0), "loss/value_avg": torch.maximum(error, clipped_error).mean() / 2,
         "val/clipfrac_avg": (clipped_error > error).double().mean(),
+        "policy/entropy_avg": torch.tensor(sum(entropies) / len(new)),
         "val/explained_variance": 1 - (rolled - gaes[0][1])[mask].var(correction=0) / rolled[mask].var(correction=0)}
     for name, number in expected.items():
         assert event[name] == pytest.approx(number.item(), rel=1e-4, abs=1e-6) and number != 0, name
-    for p, v, of_actor, of_critic in zip(policy, value, backward[0::2], backward[1::2], strict=True):
-        for calls, (loss, _), of in ((p, ppo_policy_loss(*p), of_actor), (v, ppo_value_loss(*v), of_critic)):
-            assert of[1].item() == pytest.approx(loss.item() / int(calls[3].sum()), rel=1e-5)
+    for p, v, entropy, of_actor, of_critic in zip(policy, value, entropies, backward[0::2], backward[1::2],
+                                                  strict=True):
+        for calls, loss, of in ((p, ppo_policy_loss(*p)[0].item() - bonus * entropy, of_actor),
+                                (v, ppo_value_loss(*v)[0].item(), of_critic)):
+            assert of[1].item() == pytest.approx(loss / int(calls[3].sum()), rel=1e-5)
     evaluations = [e for e in map(json.loads, open(tmp_path / "metrics.jsonl")) if "eval_score" in e]
     for found, (rollout, *_) in zip(evaluations, (scored[0], scored[-1]), strict=True):
         scores = rollout.scores.tolist()
@@ -563,6 +612,39 @@ def test_validation_data_of_its_own(reference, place, tmp_path):
     *_, samples = train(place, tmp_path, "--steps", "1", *split_by_hand(place / "prompts.jsonl", 36))
     found, expected = ([json.loads(line) for line in open(out / "metrics.jsonl")] for out in (tmp_path, reference[0]))
     assert found[0] == expected[0] and "eval_score" in found[0] and samples == reference[3][:12]
+
+
+def test_no_prompt_is_trained_and_validated(place, tmp_path, monkeypatch):
+    """Of the four prompts set aside two are also trained on: the others validate, and training is what it was. If all
+    are, that is said."""
+    lines = (place / "prompts.jsonl").read_text().splitlines()
+    (tmp_path / "prompts.jsonl").write_text("\n".join([*lines[:37], lines[3], lines[38], lines[5]]))
+    drawn = calls_of(monkeypatch, train_ppo, "draw")
+    for name, folder in (("before", place), ("after", tmp_path)):
+        train(place, tmp_path / name, "--steps", "1", "--data", str(folder / "prompts.jsonl"))
+    prompts = [encode_prompt(TOKENIZER, record.messages) for record in read_prompts(place / "prompts.jsonl")]
+    assert drawn[0][0] == prompts[36:] and drawn[3][0] == [prompts[36], prompts[38]]
+    assert drawn[1][:2] == drawn[4][:2]
+    (tmp_path / "prompts.jsonl").write_text("\n".join([*lines[:36], *lines[:4]]))
+    with pytest.raises(UserError, match="--val_data"):
+        train(place, tmp_path / "none", "--data", str(tmp_path / "prompts.jsonl"))
+
+
+@pytest.mark.parametrize("form", [*FORMS, "ranked"])
+def test_preferences_are_prompts_too(place, tmp_path, form):
+    """Whatever the form of the file: its replies are left away, and the run is that of the bare prompts."""
+    records = [json.loads(line) for line in open(place / "prompts.jsonl")]
+    records = [{**record, "prompt": record["prompt"].strip(), "responses": ["a", "b"]} for record in records]
+    records[0]["prompt"] = [{"role": role, "content": "abc"} for role in ("user", "assistant", "user")]
+    records = records[form == "alpaca":]  # which has no room for earlier turns
+    bare = [{"prompt": record["prompt"], "tag": record["tag"]} for record in records]
+    found = []
+    for name, lines in (("bare", bare), ("form", records if form == "ranked" else in_form(form, records))):
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        found.append(train(place, tmp_path / name, "--steps", "1", "--data", str(path)))
+    (_, weights, samples), (_, others, same_samples) = found
+    assert samples == same_samples and all(torch.equal(weights[name], others[name]) for name in weights)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -628,7 +710,7 @@ CHANGES = [["--temperature", "0.7"], ["--missing_eos_penalty", "5"], ["--gamma",
            ["--cliprange", "0.001"], ["--entropy", "0.1"], ["--clip", "0.1"], ["--seed", "2"],
            ["--weight_decay", "0.5"], ["--max_new_tokens", "6"], ["--batch_size", "9"], ["--critic_init", "sft"],
            ["--ref", "other"], ["--min_lr", "1e-3"], ["--betas", "0.5,0.9"], ["--eps", "1e-2"], ["--stop_kl", "1e-9"]]
-LATER = [["--beta", "0.5"], ["--cliprange_value", "0.001"], ["--critic_lr", "1e-4"], ["--warmup_steps", "3"],
+LATER = [["--beta", "0.5"], ["--cliprange_value", "0.001"], ["--critic_lr", "1e-2"], ["--warmup_steps", "3"],
          ["--decay", "flat-then-linear"], ["--lr", "1e-2"]]
 QUICK = ["--ppo_epochs", "1", "--min_lr", "2e-3", "--eval_prompts", "0"]
 
@@ -702,6 +784,18 @@ def test_ranks_give_the_same_curve(plain, place, tmp_path, world, stage):
     assert_same_curve(events, plain[2][0])
 
 
+def first_update_of_a_rank(place, out, flags):
+    with as_torchrun() as patch:
+        first_update(place, out, patch, flags)
+
+
+@pytest.mark.parametrize("flags", [["--zero", "3"], *(pytest.param(flags, marks=pytest.mark.slow) for flags in (
+    [], ["--micro_batch_size", "1"]))])
+def test_the_first_ratio_of_two_ranks_is_exactly_one(place, tmp_path, flags):
+    """P1 where each rank has rows of its own, some of them padding."""
+    ranks().run(2, first_update_of_a_rank, place, tmp_path, flags)
+
+
 def test_more_ranks_than_prompts_and_early_stops(place, tmp_path):
     """A rank without a prompt, whose rows are padding, keeps step with the other."""
     more = ["--steps", "2", "--zero", "3", "--batch_size", "1", "--minibatches", "1", "--ppo_epochs", "4", "--stop_kl",
@@ -725,6 +819,10 @@ BAD = {
     "no epochs": (["--ppo_epochs", "0"], "--ppo_epochs"),
     "ptx without text": (["--ptx", "1"], "--ptx"),
     "ptx without rows": (["--ptx", "1", "--ptx_data", "text.txt", "--ptx_rows", "0"], "--ptx_rows"),
+    "a rate that climbs": (["--lr", "1e-6"], "--min_lr"),
+    "a critic's rate that climbs": (["--critic_lr", "1e-6"], "--min_lr"),
+    "no beta to adapt": (["--target_kl", "3", "--beta", "0"], "--beta"),
+    "beta adapts faster than it is told": (["--target_kl", "3", "--kl_horizon", "11"], "--kl_horizon"),
     "unknown flag": (["--kl_coef", "1"], "--kl_coef"),
 }
 
@@ -774,6 +872,46 @@ def test_a_signal_saves_and_resuming_goes_on(reference, place, tmp_path, monkeyp
     events, weights, samples = train(place, tmp_path, *flags, "--resume")
     assert all(torch.equal(weights[name], reference[2][name]) for name in weights)
     assert samples == reference[3] and [e["step"] for e in events] == [1, 2, 3, 4]
+
+
+ALIKE, ADD_UP, MADE_OF = (test_sampler_scorer_and_a_naive_model_agree, test_the_rewards_of_a_reply_add_up,
+                          test_what_advantages_are_made_of)
+BUGS = {  # where, what stands there, the bug, and who must notice it
+    "shift by one": (train_ppo, "in_slots", "x[targets >= 0]", "x.roll(1, 1)[targets >= 0]", ALIKE, 1.0, {}),
+    "mean for sum": (train_ppo, "ppo_policy_loss", "clipped).sum(), {", "clipped).mean(), {",
+                     test_at_ratio_one_it_is_the_policy_gradient),
+    "mean for sum of values": (train_ppo, "ppo_value_loss", "clipped).sum(), {", "clipped).mean(), {",
+                               test_clipped_values),
+    "an optimist's clip": (train_ppo, "ppo_policy_loss", "torch.maximum", "torch.minimum",
+                           test_clipping_has_four_quadrants),
+    "replies for tokens": (train_ppo, "main", "n = int(mask[part].sum())", "n = len(part)",
+                           test_what_is_logged_of_updates_and_evaluations, 0.1),
+    "entropy is punished": (train_ppo, "main", "policy_loss - cfg.entropy", "policy_loss + cfg.entropy",
+                            test_what_is_logged_of_updates_and_evaluations, 0.1),
+    "a step per micro-batch": (train_ppo, "main", "(value_loss / n)", "(value_loss / n), actor.step(0.0, cfg.clip)",
+                               test_the_first_ratio_is_exactly_one, ["--micro_batch_size", "1"]),
+    "score behind the last token": (train_ppo, "token_rewards", "keepdim=True) - 1",
+                                    "keepdim=True).clamp(max=mask.shape[1] - 1)", ADD_UP),
+    "score read a token early": (train_ppo, "score", "[last]", "[last.roll(-1, 1)]", ALIKE, 1.0, {}),
+    "unmasked KL": (train_ppo, "token_rewards", "masked(-beta * masked(kl, mask), mask)", "(-beta * kl)", ADD_UP),
+    "beta as it was at first": (train_ppo, "main", "scores, mask, beta)", "scores, mask, cfg.beta)", MADE_OF),
+    "penalty twice": (train_ppo, "main", "scores - cfg.missing", "scores - 2 * cfg.missing", MADE_OF),
+    "rewards lose their mean": (train_ppo, "main", "shift_mean=False", "shift_mean=True", MADE_OF),
+    "reference is the actor": (train_ppo, "score", "models.reference", "models.actor", ALIKE, 1.0, {}),
+    "scored at another temperature": (train_ppo, "score", "cfg.temperature", "1.0", ALIKE, 0.7, {}),
+    "old log-probabilities from other batches": (train_ppo, "main", "minibatches(cfg.batch_size, cfg, step, 0)",
+                                                 "minibatches(cfg.batch_size, cfg, step, 1)",
+                                                 test_the_first_ratio_is_exactly_one, []),
+    "another prompt": (records, "alpaca_prompt", "else instruction}", "else instruction + 'a'}",
+                       test_preferences_are_prompts_too, "alpaca"),
+    "dropout": (Block, "forward", "self.attn_norm(x)", "F.dropout(self.attn_norm(x), 0.1)",
+                test_the_first_ratio_is_exactly_one, []),
+}
+
+
+@pytest.mark.parametrize("bug", BUGS)
+def test_seeded_bugs_are_noticed(request, monkeypatch, bug):
+    assert_noticed(request, monkeypatch, *BUGS[bug])
 
 
 def test_help_lists_every_flag(capsys):

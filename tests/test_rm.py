@@ -9,9 +9,12 @@ import numpy as np
 import pytest
 import torch
 from small_chat import (
+    FORMS,
     SHAPE,
     TOPICS,
+    assert_noticed,
     curve,
+    in_form,
     last,
     launch,
     metrics,
@@ -23,10 +26,12 @@ from small_chat import (
     write,
 )
 
+import records
 import train_rm
 from checkpoint import load_final, load_model
 from common import UserError, parse
 from data import Replies, encode_prompt
+from model import Block
 from records import Record, random_negatives, read_preferences, split_prompts
 from tokenizer import make_tokenizer
 from train_rm import (
@@ -97,6 +102,16 @@ def test_r5_huge_differences_stay_finite(d):
     loss = rm_loss(r, [2])
     loss.backward()
     assert loss.item() == max(0.0, -d) and r.grad.tolist() == ([0, 0] if d > 0 else [-1, 1])
+
+
+def test_a_constant_margin_makes_it_too_sure():
+    """If 80 % say so, the loss is least where sigmoid(d) = 0.8; with a margin, at a larger d: no probability."""
+    d = torch.arange(0, 4, 1e-2, dtype=torch.float64)
+    sure = []
+    for margin in (0.0, 1.0):
+        right, wrong = ([rm_loss(sign * torch.tensor([x, 0.0]), [2], margin) for x in d.tolist()] for sign in (1, -1))
+        sure.append(torch.sigmoid(d[(0.8 * torch.stack(right) + 0.2 * torch.stack(wrong)).argmin()]).item())
+    assert sure[0] == pytest.approx(0.8, abs=0.01) and sure[1] > 0.83
 
 
 def test_a_forward_without_replies_adds_zero():
@@ -242,9 +257,9 @@ def test_r8_zero_and_scale_are_free():
     for _ in range(2):
         rewards = all_rewards(model, replies, chosen, 0, OneRank)
         normalise(model.state_dict(), rewards.mean().item(), rewards.std().item())
-    after = all_rewards(model, replies, chosen, 0, OneRank)
-    assert abs(after.mean()) < 1e-6 and after.std() == pytest.approx(1, abs=1e-5)
-    torch.testing.assert_close(after, (before - before.mean()) / before.std(), rtol=0, atol=1e-5)
+        after = all_rewards(model, replies, chosen, 0, OneRank)
+        assert abs(after.mean()) < 1e-6 and after.std() == pytest.approx(1, abs=1e-5)
+        torch.testing.assert_close(after, (before - before.mean()) / before.std(), rtol=0, atol=1e-5)
 
 
 def test_ties_are_half_right():
@@ -431,6 +446,15 @@ def test_validation_data_of_its_own(files, reference, tmp_path):
     same_metrics(reference[0], tmp_path, 1e-9)
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_of_a_file_is_trained_alike(files, tmp_path, form):
+    """The same pairs as prompt with chosen and rejected, Alpaca, HH transcripts or messages: the log of ranked ones."""
+    records = ranked(K=2)[form == "alpaca":]  # the first prompt has two turns
+    for name, lines in (("ranked", records), ("form", in_form(form, records))):
+        train((write(tmp_path / f"{name}.jsonl", lines), files[1]), tmp_path / name, "--steps", "3")
+    same_metrics(tmp_path / "ranked", tmp_path / "form", 1e-9)
+
+
 def test_r10_eight_prompts_are_learned_by_heart(files, tmp_path):
     """R10: 8 prompts of 4 replies, accuracy 1.0 on all 48 pairs."""
     data = write(tmp_path / "eight.jsonl", ranked(TOPICS[:9]))
@@ -465,6 +489,22 @@ def test_negatives_teach_what_no_ranking_says(files, tmp_path):
         assert abs(all_rewards(model, known, range(len(known)), 0, OneRank).mean()) < 1e-5
         assert metrics(out)[0]["epoch"] == pytest.approx(7 / (10 if n == 0 else 50), rel=0.15)
     assert accuracy[4] > 0.75 > 0.6 > accuracy[0], accuracy
+
+
+def test_negatives_are_no_references(files, tmp_path, capfd):
+    """A ranked prompt that is dropped, since its replies are alike, does not make room for a negative: zero is the mean
+    over the nine others' replies. The log tells how many groups are negatives."""
+    lines = ranked()
+    lines[3]["responses"] = ["the same"] * 4
+    data = write(tmp_path / "ranked.jsonl", lines)
+    train((data, files[1]), tmp_path / "out", "--steps", "3", "--negatives", "1", "--reference", "all",
+          "--reference_prompts", "0")
+    own = split_prompts(read_preferences(data), 0.1)[0]
+    known = Replies(own, TOKENIZER, 96)
+    rewards = all_rewards(load_model(str(tmp_path / "out"))[0], known, range(len(known)), 0, OneRank)
+    assert len(known) == 9 and abs(rewards.mean()) < 1e-6 and rewards.std() > 1e-3
+    said = capfd.readouterr().out
+    assert "9 prompts" in said and f"({len(random_negatives(own, 1, seed=1))} negatives)" in said
 
 
 def test_two_processes_at_stage_3_give_the_same_curve(files, reference, tmp_path):
@@ -542,6 +582,29 @@ def test_a_model_that_cannot_chat_is_refused(files, tmp_path):
     init = save_chat_model(tmp_path / "base", chat_template=None)
     with pytest.raises(UserError, match="train_sft.py"):
         train_rm.main(arguments((files[0], init), tmp_path / "out"))
+
+
+LOSS, ALONE = test_r1_the_loss_is_the_double_loop, test_r6_neighbours_and_padding_change_nothing
+BUGS = {  # where, what stands there, the bug, and who must notice it
+    "prompts weigh by their pairs": (train_rm, "rm_loss", "[2 / (K * (K - 1))", "[1.0", LOSS, [2, 4, 3, 9], 0.0, 0.0),
+    "mean for sum": (train_rm, "rm_loss", "(weights)).sum()", "(weights)).mean()", LOSS, [2, 4, 3, 9], 0.0, 0.0),
+    "no margin": (train_rm, "rm_loss", "- worse - margin", "- worse", test_a_constant_margin_makes_it_too_sure),
+    "the worse one above": (train_rm, "rm_loss", "better, worse =", "worse, better =",
+                            test_r3_swapping_a_pair_costs_its_difference),
+    "reward a token early": (train_rm, "read_rewards", "rows.ends[1]]", "rows.ends[1] - 1]", ALONE, True, 0),
+    "neighbours are seen": (train_rm, "read_rewards", "=rows.segment_ids", "=None", ALONE, True, 0),
+    "chosen and rejected change places": (records, "preference_of", '[record["chosen"], record["rejected"]]',
+                                          '[record["rejected"], record["chosen"]]',
+                                          test_every_form_of_a_file_is_trained_alike, "hh"),
+    "dropout": (Block, "forward", "self.attn_norm(x)", "F.dropout(self.attn_norm(x), 0.1)", ALONE, True, 0),
+    "scale without its bias": (train_rm, "normalise", '["head.bias"] /= std', '["head.bias"] /= 1',
+                               test_r8_zero_and_scale_are_free),
+}
+
+
+@pytest.mark.parametrize("bug", BUGS)
+def test_seeded_bugs_are_noticed(request, monkeypatch, bug):
+    assert_noticed(request, monkeypatch, *BUGS[bug])
 
 
 def test_help_lists_every_field(capsys):
