@@ -30,7 +30,7 @@ from common import Log, UserError, matmul_peak, parse, require_positive, run, se
 from corpus import TokenFile, prepare
 from data import CHAT_TEMPLATE, Replies, Windows, encode_prompt
 from model import generate
-from records import random_negatives, read_preferences, split_prompts
+from records import read_preferences, split_prompts
 from zero import Zero
 
 
@@ -43,7 +43,6 @@ class Config:
     pack: bool = True  # several replies in a row; off: one, padded
     seq_len: int = 0  # tokens in a row (T); 0: the longest the model was made for
     pairs: Literal["best-worst", "all"] = "best-worst"  # of ranked replies: the first against the last, or all C(K,2)
-    negatives: int = 0  # times each best reply is also compared with a random one to another prompt; 0: never
     # preference
     ref: str = ""  # folder of the frozen reference model; empty: init
     precompute_ref: bool = True  # read the reference's log-probabilities once, then free it; off: anew at every step
@@ -215,11 +214,10 @@ def main(argv=None) -> int:
         raise UserError(f"--seq_len {cfg.seq_len}: the model's rows end at {model.config.max_seq_len}; lower it")
 
     # data: read and encoded by every rank, since conversations are small
-    ranked, held_out = split_prompts(read_preferences(cfg.data), cfg.val_fraction,
-                                     read_preferences(cfg.val_data) if cfg.val_data else None)
     train, val = (Replies(part, tokenizer, cfg.seq_len, pairs=cfg.pairs, packed=cfg.pack, batch_size=cfg.batch_size,
                           seed=cfg.seed)
-                  for part in (ranked + random_negatives(ranked, cfg.negatives, cfg.seed), held_out))
+                  for part in split_prompts(read_preferences(cfg.data), cfg.val_fraction,
+                                            read_preferences(cfg.val_data) if cfg.val_data else None))
     cfg.steps = cfg.steps or math.ceil(cfg.epochs * len(train) / cfg.batch_size)
     require_positive(cfg, "steps")
     if cfg.ptx:

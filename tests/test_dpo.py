@@ -474,7 +474,7 @@ def test_no_whole_model_is_moved(files, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("more", [["--beta", "0.5"], ["--seed", "2"], ["--weight_decay", "0.5"], ["--clip", "0.001"],
                                   ["--val_fraction", "0.5"], ["--betas", "0.5,0.9"], ["--eps", "1e-2"],
-                                  ["--min_lr", "1e-3"], ["--decay", "flat-then-linear"], ["--negatives", "1"]],
+                                  ["--min_lr", "1e-3"], ["--decay", "flat-then-linear"]],
                          ids=" ".join)
 def test_every_flag_does_something(files, reference, tmp_path, more):
     """The curve of a run with the flag is another one."""
