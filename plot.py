@@ -93,7 +93,7 @@ def losses(life: str, out: str) -> None:
 def rewards(life: str, out: str) -> None:
     """Over-optimisation: as PPO moves away from where it began, what it is paid rises; does the truth?"""
     runs = [(name, text, colour) for name, text, colour in (
-        ("ppo", "PPO", BLUE), ("ppo-free", "without the KL penalty (beta 0)", RED))
+        ("ppo", "PPO", BLUE), ("ppo-free", "no KL penalty, no negatives", RED))
         if os.path.exists(os.path.join(life, name, "rollouts.json"))]
     if not runs:
         return

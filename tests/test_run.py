@@ -107,10 +107,15 @@ def test_the_life_in_the_village(quick, ranks):
 
 
 def test_reward_hacking_in_one_command():
-    """`bash run.sh --hack` adds PPO without the KL penalty and what became of it; seeds reach every stage."""
+    """`bash run.sh --hack` adds a reward model without negatives, PPO against it without the KL penalty, and what
+    became of it; seeds reach every stage."""
     commands = pipeline("--hack", SEED="2")
     free = next(command for command in commands if "train_ppo" in command and "--beta 0" in command)
     check(free)
+    assert "--reward_model out/village-2/rm-plain " in free
+    plain = next(command for command in commands if "--out out/village-2/rm-plain " in command)
+    check(plain)
+    assert plain.index("--negatives 1") < plain.index("--negatives 0")  # the last one counts
     assert any("--rollouts out/village-2/ppo-free/samples.jsonl" in command for command in commands)
     assert all(re.search(r"--seed 2\b", command) for command in commands if re.search(r"train_|village.py", command))
 
