@@ -453,6 +453,18 @@ def test_a_nan_in_one_ranks_gradient_is_skipped(inputs, tmp_path, script, world,
     assert all(torch.isfinite(w).all() for w in found["weights"].values())
 
 
+@pytest.mark.parametrize("script", ["sft", *(slow(script) for script in SCRIPTS if script != "sft")])
+def test_skips_are_counted_on_after_a_resume(inputs, tmp_path, script):
+    """A step that was skipped before the checkpoint is still in the count of the run that goes on from it."""
+    first, more = (4, 6) if script == "ppo" else (5, 7)
+    bad = functools.partial(poisoned, steps=1)
+    assert Job(script, arguments(script, inputs, tmp_path / "out", "--steps", str(first)), 1, bad).wait() == 0
+    assert Job(script, arguments(script, inputs, tmp_path / "out", "--steps", str(more))).wait() == 0
+    counts = [line.get("skipped", 0) for line in outcome(tmp_path / "out")["curve"]
+              if "loss" in line or "objective/kl" in line]
+    assert counts == ([2] * 6 if script == "ppo" else [0, 0, 1, 1, 1, 1, 1])
+
+
 @pytest.mark.parametrize("world", [1, slow(2)])
 def test_twenty_nans_in_a_row_stop_the_run(inputs, tmp_path, world):
     """All ranks alike, with the unit's name and what to change."""
