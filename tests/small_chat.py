@@ -157,3 +157,11 @@ def launch(script, arguments, processes=2) -> None:
                              str(processes), os.path.join(ROOT, script), *arguments], capture_output=True, text=True,
                             timeout=120)
     assert result.returncode == 0, result.stderr
+
+
+def trained_alike(train, form: str, folder) -> None:
+    """train(data, out) logs the same of ranked pairs and of the same pairs in another form."""
+    records = ranked(K=2)[form == "alpaca":]  # the first prompt has two turns
+    for name, lines in (("ranked", records), ("form", in_form(form, records))):
+        train(write(folder / f"{name}.jsonl", lines), folder / name)
+    same_metrics(folder / "ranked", folder / "form", 1e-9)

@@ -14,7 +14,6 @@ from small_chat import (
     TOPICS,
     assert_noticed,
     curve,
-    in_form,
     last,
     launch,
     metrics,
@@ -23,6 +22,7 @@ from small_chat import (
     same_metrics,
     save_chat_model,
     split_by_hand,
+    trained_alike,
     write,
 )
 
@@ -449,10 +449,7 @@ def test_validation_data_of_its_own(files, reference, tmp_path):
 @pytest.mark.parametrize("form", FORMS)
 def test_every_form_of_a_file_is_trained_alike(files, tmp_path, form):
     """The same pairs as prompt with chosen and rejected, Alpaca, HH transcripts or messages: the log of ranked ones."""
-    records = ranked(K=2)[form == "alpaca":]  # the first prompt has two turns
-    for name, lines in (("ranked", records), ("form", in_form(form, records))):
-        train((write(tmp_path / f"{name}.jsonl", lines), files[1]), tmp_path / name, "--steps", "3")
-    same_metrics(tmp_path / "ranked", tmp_path / "form", 1e-9)
+    trained_alike(lambda data, out: train((data, files[1]), out, "--steps", "3"), form, tmp_path)
 
 
 def test_r10_eight_prompts_are_learned_by_heart(files, tmp_path):
