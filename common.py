@@ -41,6 +41,10 @@ class UserError(Exception):
         return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in super().__str__()[:1000])
 
 
+class Stopped(Exception):
+    """All ranks leave together, as they were asked to: see Env.check_stop."""
+
+
 class LostRanks(UserError):
     """A collective failed: what this rank was told to do may be in order."""
 
@@ -54,6 +58,10 @@ def run(main) -> None:
         code, said = 2, f"error: {error}"
     except KeyboardInterrupt:
         code, said = 130, "interrupted"
+    except Stopped as stopped:  # before the first step or after the last checkpoint
+        env, = stopped.args
+        env.close()
+        code, said = env.exit_code, "stopped: nothing to save since then" if env.is_main else ""
     except BrokenPipeError:
         code, said = 141, ""  # as a shell has it: whoever read our output has gone
     except OSError as error:  # where nobody has foreseen it, as a full disk under our own output
@@ -215,6 +223,20 @@ class Env:
             with naming_lost_ranks("sum"):
                 dist.all_reduce(total)
         return total.tolist()
+
+    def check_stop(self) -> None:
+        """Leave here, by Stopped, if any rank was asked to stop: for long work that a resumed run does again, as an
+        evaluation. All ranks must call it equally often."""
+        if self.sum(self.stop_signal != 0)[0]:
+            raise Stopped(self)
+
+    def stopped_in(self, action, *args) -> bool:
+        """Run action(*args); whether it was left by check_stop()."""
+        try:
+            action(*args)
+        except Stopped:
+            return True
+        return False
 
     def barrier(self) -> None:
         if self.world > 1:

@@ -155,6 +155,7 @@ def all_logps(model, pairs: Replies, chosen: list[int], size: int, average: bool
     logps = torch.zeros(2 * len(chosen))
     for rows in pairs.batches(chosen, size, env.rank, env.world):
         logps[rows.at] = read_logps(model, rows.to(env.device), average).cpu()
+        env.check_stop()
     return torch.tensor(env.sum(*logps)).view(-1, 2)
 
 
@@ -322,7 +323,7 @@ def main(argv=None) -> int:
                       **({"loss/ptx_avg": ptx_sum} if cfg.ptx else {}), **({"skipped": skipped} if skipped else {}))
         # [copy: evaluate_and_save]
         if not stop and (last or (cfg.eval_every and step % cfg.eval_every == 0)):  # asked to stop, save at once
-            evaluate_and_show(step)
+            stop = env.stopped_in(evaluate_and_show, step)
             log.restart_clock()
         if last or stop or (cfg.save_every and step % cfg.save_every == 0):
             save_checkpoint(cfg.out, step, {"model": zero}, {**same, **should, "skipped": skipped}, keep=cfg.keep,

@@ -375,6 +375,7 @@ def evaluate(prompts: list[list[int]], tags: list[str], models: Models, zero: Ze
     n, size = len(prompts), -(-cfg.batch_size // cfg.minibatches)
     seeds = random_bits(cfg.seed, 0, EVALUATION, n).tolist()
     rollout = draw(prompts, seeds, models.actor, zero, tokenizer, cfg, env)
+    env.check_stop()
     score(rollout, [list(range(n))[first : first + size] for first in range(0, n, size)], models, cfg, env)
     kl = masked(kl_penalty(rollout.logp, rollout.ref_logp), rollout.mask).sum() / n
     means = {"eval_score": rollout.scores.mean(), "eval_kl": kl, "eval_ended": sum(rollout.ended) / n,
@@ -612,8 +613,7 @@ def main(argv=None) -> int:
         beta = adapted(beta, masked(kl, mask).sum().item() / N, cfg.target_kl, N, cfg.kl_horizon)
         stop, = env.sum(env.stop_signal != 0)
         if not stop and (last or (cfg.eval_every and step % cfg.eval_every == 0)):  # asked to stop, save at once
-            evaluate_and_show(step)
-            stop, = env.sum(env.stop_signal != 0)
+            stop = env.stopped_in(evaluate_and_show, step)
         if last or stop or (cfg.save_every and step % cfg.save_every == 0):
             save(step)
         if stop:

@@ -102,6 +102,7 @@ def evaluate(model, tokens: TokenFile, rows: int, cfg: Config, env) -> dict:
         ids, targets, segment_ids = ids.to(env.device), targets.to(env.device), segment_ids.to(env.device)
         loss += pretrain_loss(model(ids, targets, segment_ids=segment_ids))
         count += int((targets >= 0).sum())
+        env.check_stop()
     loss, count = env.sum(loss, count)
     if not count:
         raise UserError(f"{tokens.path}: found nothing to predict; give another --val_data, or raise --eval_rows")
@@ -219,7 +220,7 @@ def main(argv=None) -> int:
                       **({"skipped": skipped} if skipped else {}))
         # [copy: evaluate_and_save]
         if not stop and (last or (cfg.eval_every and step % cfg.eval_every == 0)):  # asked to stop, save at once
-            evaluate_and_show(step)
+            stop = env.stopped_in(evaluate_and_show, step)
             log.restart_clock()
         if last or stop or (cfg.save_every and step % cfg.save_every == 0):
             save_checkpoint(cfg.out, step, {"model": zero}, {**same, **should, "skipped": skipped}, keep=cfg.keep,

@@ -159,6 +159,7 @@ def all_rewards(model, replies: Replies, chosen: list[int], size: int, env):
     rewards = torch.zeros(sum(replies.sizes(chosen)))
     for rows in replies.batches(chosen, size, env.rank, env.world):
         rewards[rows.at] = read_rewards(model, rows.to(env.device)).cpu()
+        env.check_stop()
     return torch.tensor(env.sum(*rewards), dtype=torch.float64)
 
 
@@ -295,7 +296,7 @@ def main(argv=None) -> int:
                       **({"skipped": skipped} if skipped else {}))
         # [copy: evaluate_and_save]
         if not stop and (last or (cfg.eval_every and step % cfg.eval_every == 0)):  # asked to stop, save at once
-            evaluate_and_show(step)
+            stop = env.stopped_in(evaluate_and_show, step)
             log.restart_clock()
         if last or stop or (cfg.save_every and step % cfg.save_every == 0):
             save_checkpoint(cfg.out, step, {"model": zero}, {**same, **should, "skipped": skipped}, keep=cfg.keep,

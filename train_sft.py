@@ -121,6 +121,7 @@ def evaluate(model, chats: Conversations, rows: int, env) -> dict:
             loss += sft_loss(logp)
             right += int(hits[targets >= 0].sum())
             count += int((targets >= 0).sum())
+        env.check_stop()
     loss, right, count = env.sum(loss, right, count)
     mean = loss / count
     if not math.isfinite(mean):
@@ -133,6 +134,8 @@ def main(argv=None) -> int:
     require_positive(cfg, "batch_size", "log_every", "keep")
     if not cfg.data:
         raise UserError("--data: found nothing, expected a file of conversations")
+    if bool(cfg.ptx) != bool(cfg.ptx_data):
+        raise UserError(f"--ptx {cfg.ptx} with --ptx_data {cfg.ptx_data!r}: expected both or neither")
     env = setup(cfg.device)
 
     # model
@@ -154,8 +157,6 @@ def main(argv=None) -> int:
     require_positive(cfg, "steps")
     if cfg.ptx:
         require_positive(cfg, "ptx_rows")
-        if not cfg.ptx_data:
-            raise UserError("--ptx_data: found nothing, expected the text that --ptx mixes in")
         text_path, *_ = env.main_first(lambda: prepare(cfg.ptx_data, tokenizer=tokenizer_path))
         text = Windows(TokenFile(text_path, tokenizer), cfg.seq_len, batch_size=cfg.ptx_rows, seed=cfg.seed)
 
@@ -236,7 +237,7 @@ def main(argv=None) -> int:
                       **({"skipped": skipped} if skipped else {}))
         # [copy: evaluate_and_save]
         if not stop and (last or (cfg.eval_every and step % cfg.eval_every == 0)):  # asked to stop, save at once
-            evaluate_and_show(step)
+            stop = env.stopped_in(evaluate_and_show, step)
             log.restart_clock()
         if last or stop or (cfg.save_every and step % cfg.save_every == 0):
             save_checkpoint(cfg.out, step, {"model": zero}, {**same, **should, "skipped": skipped}, keep=cfg.keep,

@@ -70,7 +70,7 @@ def data_parallel_step(model: nn.Module, optimizer: torch.optim.Optimizer, clip:
 
 class StepInfo(NamedTuple):
     norm: float  # global gradient norm before clipping
-    skipped: bool  # the norm was not finite: weights and optimizer were left alone, on all ranks
+    skipped: bool  # the norm was not finite, or 0: weights and optimizer were left alone, on all ranks
     loss_scale: float  # the scale this step's gradients carried (1 unless dtype is float16)
 
 
@@ -386,6 +386,7 @@ class Zero:
         """Reduce, clip to the global norm `clip` (None or 0: off), AdamW with learning rate `lr`, publish.
 
         A gradient that is not finite on any rank makes all ranks skip the update; the 20th in a row is a UserError.
+        One of 0 everywhere, since there was nothing to train, is skipped as well.
         """
         self._must_train()
         for unit in reversed(self.trained):
@@ -403,6 +404,8 @@ class Zero:
                 bad = [unit.name for unit, square in zip(self.trained, squares.tolist()) if not math.isfinite(square)]
                 raise UserError(f"{self.skipped} steps in a row had a gradient that is not finite, first in {bad[0]}; "
                                 "lower --lr, or use --dtype bfloat16 or float32")
+            return StepInfo(norm, True, scale)
+        if norm == 0:  # on all ranks: no token was trained. Adam's momentum alone would move the weights blindly
             return StepInfo(norm, True, scale)
         # AdamW divides while it reads the gradient anyway: a pass of our own would take a quarter of its time.
         divisor = scale * max(1.0, (norm + 1e-6) / clip if clip else 1.0)

@@ -31,6 +31,7 @@ import records
 from checkpoint import claim, load_checkpoint, load_model
 from common import Env, UserError
 from corpus import TokenFile, read_corpus
+from model import GPT
 from records import read_chats
 from tokenizer import Tokenizer
 from zero import Unit, Zero
@@ -151,6 +152,70 @@ def test_a_signal_on_a_step_that_is_evaluated(inputs, tmp_path, script, at):
     assert any("eval" in key for line in expected["curve"] for key in line)
     assert outcome(tmp_path / "out")["curve"] == expected["curve"]
     assert not difference(outcome(tmp_path / "out"), expected)
+
+
+def signalled_inside_an_evaluation(module, updates, rank):
+    """SIGTERM to one rank at the first forward after so many updates that does not train; a second batch (PPO: the
+    scoring of the replies) would not end, here: ends the process at once."""
+    forward, score, step, asked = GPT.forward, getattr(module, "score", None), Zero.step, []
+    done = [0]
+
+    def counted_step(self, *args):
+        done[0] += 1
+        return step(self, *args)
+
+    def signalled_forward(self, *args, **kwargs):
+        if done[0] == updates and not torch.is_grad_enabled():
+            if asked and not score:
+                os._exit(7)
+            if not asked and os.environ.get("RANK", "0") == str(rank):
+                os.kill(os.getpid(), signal.SIGTERM)
+            asked.append(1)
+        return forward(self, *args, **kwargs)
+
+    Zero.step, GPT.forward = counted_step, signalled_forward
+    if score:
+        module.score = lambda *args: os._exit(7) if asked else score(*args)
+
+
+@pytest.mark.parametrize("script, world", [("pretrain", 1), ("sft", 2), *(
+    slow(script, world) for script in SCRIPTS for world in (1, 2))])
+def test_a_signal_inside_an_evaluation(inputs, tmp_path, script, world):
+    """The evaluation is left after the batch it is in, on all ranks; what is trained is saved, and the resumed run
+    evaluates first."""
+    steps, updates = (6, 8 * 3) if script == "ppo" else (10, 5)  # PPO: 4 updates a step, of two models
+    more = ["--save_every", "0", "--eval_every", str(steps // 2)]
+    more += ["--val_fraction", "0.5"] if script in ("sft", "rm", "dpo") else []
+    more += ["--micro_batch_size", "1"] if script in ("pretrain", "rm", "dpo") else []
+    assert Job(script, arguments(script, inputs, tmp_path / "unbroken", *more), world).wait() == 0
+    before = functools.partial(signalled_inside_an_evaluation, updates=updates, rank=world - 1)
+    job = Job(script, arguments(script, inputs, tmp_path / "out", *more), world, before)
+    assert job.wait() == 0 and folders(tmp_path / "out") == [f"step-{steps // 2:08d}"], job.text()
+    lines = (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()
+    assert not any('"eval_' in line and json.loads(line)["step"] == steps // 2 for line in lines)
+    assert Job(script, arguments(script, inputs, tmp_path / "out", *more), world).wait() == 0
+    assert not difference(outcome(tmp_path / "out"), outcome(tmp_path / "unbroken"))
+
+
+@pytest.mark.parametrize("script, world, steps", [("dpo", 1, 0), slow("dpo", 2, 0), ("pretrain", 1, 10),
+                                                  slow("rm", 2, 10)])
+def test_a_signal_where_there_is_nothing_to_save(inputs, tmp_path, script, world, steps):
+    """Inside what comes before the first step (DPO reads the reference), or an evaluation of a finished run: left at
+    once, said in one line, exit 0; started again, the run is as if nothing had been."""
+    more = ["--micro_batch_size", "1", "--val_fraction", "0.5"]
+    out = tmp_path / "out"
+    argv = arguments(script, inputs, out, *more)
+    if steps:
+        assert Job(script, argv, world).wait() == 0
+    before = functools.partial(signalled_inside_an_evaluation, updates=0, rank=world - 1)
+    job = Job(script, argv, world, before, log=tmp_path / "stopped.log")
+    assert job.wait() == 0, job.text()
+    assert job.text().count("stopped: nothing to save") == 1 and "Traceback" not in job.text()
+    assert len(folders(out)) == (KEEP if steps else 0)
+    assert Job(script, argv, world).wait() == 0
+    assert Job(script, arguments(script, inputs, tmp_path / "unbroken", *more), world).wait() == 0
+    assert all(torch.equal(w, outcome(out)["weights"][name])
+               for name, w in outcome(tmp_path / "unbroken")["weights"].items())
 
 
 def without_a_reader(module):
@@ -497,15 +562,16 @@ def nothing_to_train(module):
 
 
 @pytest.mark.parametrize("script, world", [("pretrain", 1), slow("pretrain", 2), slow("sft", 1), slow("sft", 2)])
-def test_a_batch_with_nothing_to_train_does_no_harm(inputs, tmp_path, script, world):
-    """0 of 0 tokens on all ranks: the loss of that step is null in the log, its gradient 0 and not NaN, and the run
-    goes on. (RM, DPO and PPO count pairs and replies, which are never none.)"""
+def test_a_batch_with_nothing_to_train_is_skipped(inputs, tmp_path, script, world):
+    """0 of 0 tokens on all ranks: the loss of that step is null in the log, its gradient 0 and not NaN, the update is
+    left out and counted. (RM, DPO and PPO count pairs and replies, which are never none.)"""
     job = Job(script, arguments(script, inputs, tmp_path / "out"), world, nothing_to_train)
     assert job.wait() == 0, job.text()
     found = outcome(tmp_path / "out")
     steps = [line for line in found["curve"] if "loss" in line]
     assert [line["loss"] is None for line in steps] == [False, False, True] + [False] * 7
     assert steps[2]["grad_norm"] == 0 and all(line["grad_norm"] > 0 for line in steps[:2] + steps[3:])
+    assert [line.get("skipped", 0) for line in steps] == [0, 0] + [1] * 8
     assert all(torch.isfinite(w).all() for w in found["weights"].values())
 
 

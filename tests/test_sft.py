@@ -450,7 +450,7 @@ def test_text_is_rehearsed(base, chats, tmp_path, monkeypatch):
     assert light[1:] != pytest.approx(whole[1:], rel=1e-3)
     parts, *_ = train(base, chats, tmp_path / "b", *flags, "--micro_batch_size", "1")
     sharded, _ = ranks().run(2, run_rank, base, chats, tmp_path / "c", [*flags, "--zero", "2"], timeout=180)
-    _, without, _ = train(base, chats, tmp_path / "d", *flags, "--ptx", "0")
+    _, without, _ = train(base, chats, tmp_path / "d", *flags, "--ptx", "0", "--ptx_data", "")
     assert parts == pytest.approx(whole, rel=1e-4) and sharded == pytest.approx(whole, rel=1e-4)
     assert text_loss(with_text) < text_loss(without) - 0.3
     said = [event["loss/ptx_avg"] for event in events if "loss/ptx_avg" in event]
@@ -459,8 +459,9 @@ def test_text_is_rehearsed(base, chats, tmp_path, monkeypatch):
     (tmp_path / "f" / "step-00000004").symlink_to(tmp_path / "a" / "step-00000004")
     resumed, *_ = train(base, chats, tmp_path / "f", *flags, "--resume")
     assert resumed[-4:] == whole[-4:]
-    with pytest.raises(UserError, match="--ptx_data"):
-        train(base, chats, tmp_path / "e", "--ptx", "1")
+    for half in (("--ptx", "1"), ("--ptx_data", "text.txt")):
+        with pytest.raises(UserError, match="both or neither"):
+            train(base, chats, tmp_path / "e", *half)
 
 
 def test_turns_change_what_is_trained(reference, base, chats, tmp_path):
