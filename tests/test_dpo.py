@@ -30,7 +30,7 @@ from small_chat import (
 import records
 import train_dpo
 from checkpoint import load_final, load_model
-from common import Log, UserError, parse
+from common import Env, Log, UserError, parse
 from data import Replies, Windows, chat_samples, collate, encode_prompt
 from model import GPT, Block
 from records import Record, read_preferences, split_prompts
@@ -165,12 +165,7 @@ def test_d14_the_bandit_reaches_the_gibbs_policy(beta):
 
 # ---- log-probabilities --------------------------------------------------------------------------------------------
 
-class OneRank:
-    rank, world, device = 0, 1, "cpu"
-
-    @staticmethod
-    def sum(*numbers):
-        return [float(n) for n in numbers]
+ONE_RANK = Env(rank=0, world=1, local_rank=0, local_world=1, device=torch.device("cpu"))
 
 
 def records_of(lines):
@@ -193,7 +188,7 @@ def test_d6_neighbours_and_padding_change_nothing(packed, size, average):
     model, records = random_model(), records_of(ranked())
     pairs = Replies(records, TOKENIZER, SHAPE["max_seq_len"], pairs="best-worst", packed=packed)
     chosen = [5, 0, 3, 10, 2]
-    found = all_logps(model, pairs, chosen, size, average, OneRank)
+    found = all_logps(model, pairs, chosen, size, average, ONE_RANK)
     each = [[plain_logps(model, records[g], text) for text in (records[g].responses[0], records[g].responses[-1])]
             for g in chosen]
     expected = torch.tensor([[(x.mean() if average else x.sum()).item() for x in pair] for pair in each])
@@ -249,7 +244,7 @@ def test_d10_averages_differ_from_sums_where_lengths_do():
     user = [{"role": "user", "content": "q"}]
     records = [Record("f:1", user, ["abcd", "efgh"]), Record("f:2", user, ["abcd", "efghijkl"])]
     pairs = Replies(records, TOKENIZER, 96)
-    sums, means = (all_logps(random_model(), pairs, [0, 1], 0, average, OneRank) for average in (False, True))
+    sums, means = (all_logps(random_model(), pairs, [0, 1], 0, average, ONE_RANK) for average in (False, True))
     h, mean_h = (x[:, 0] - x[:, 1] for x in (sums, means))
     assert mean_h[0].item() == pytest.approx(h[0].item() / 5, rel=1e-4)
     assert abs(mean_h[1] - h[1] / 5) > 0.1 and means[1, 1].item() == pytest.approx(sums[1, 1].item() / 9, rel=1e-4)
@@ -260,12 +255,12 @@ def test_d5_precomputed_is_on_the_fly():
     pair that a step reaches; and bitwise what the first epoch's own batches give."""
     model, lines = random_model(), records_of(ranked())
     pairs = Replies(lines, TOKENIZER, 96, pairs="best-worst", batch_size=4, seed=5)
-    kept = precompute(model, pairs, 100, 3, False, OneRank)
+    kept = precompute(model, pairs, 100, 3, False, ONE_RANK)
     loose = Replies(lines, TOKENIZER, 96, pairs="best-worst", packed=False)
-    torch.testing.assert_close(kept, all_logps(model, loose, range(11), 1, False, OneRank), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(kept, all_logps(model, loose, range(11), 1, False, ONE_RANK), rtol=1e-5, atol=1e-5)
     first = pairs.of_step(0)
-    assert torch.equal(kept[first], all_logps(model, pairs, first, 3, False, OneRank))
-    few = precompute(model, pairs, 1, 3, False, OneRank)
+    assert torch.equal(kept[first], all_logps(model, pairs, first, 3, False, ONE_RANK))
+    few = precompute(model, pairs, 1, 3, False, ONE_RANK)
     assert torch.equal(few[first], kept[first]) and few.isnan().any(1).sum() == 7
 
 
@@ -336,7 +331,7 @@ def test_d5_the_reference_stays_that_of_the_start(files, reference):
     for folder in (str(reference[0]), files[1]):
         model, tokenizer, _ = load_model(folder)
         pairs = Replies(val, tokenizer, 96, pairs="best-worst")
-        logps.append(all_logps(model, pairs, range(len(pairs)), 0, False, OneRank))
+        logps.append(all_logps(model, pairs, range(len(pairs)), 0, False, ONE_RANK))
     for n, name in enumerate(("chosen", "rejected")):
         expected = 0.1 * (logps[0] - logps[1])[:, n].mean().item()
         assert last(reference[0], f"eval_rewards/{name}") == pytest.approx(expected, abs=1e-5) and abs(expected) > 0.02

@@ -29,7 +29,7 @@ from small_chat import (
 import records
 import train_rm
 from checkpoint import load_final, load_model
-from common import UserError, parse
+from common import Env, UserError, parse
 from data import Replies, encode_prompt
 from model import Block
 from records import Record, random_negatives, read_preferences, split_prompts
@@ -151,12 +151,7 @@ def records_of(lines):
                    line["prompt"], line["responses"], line["tag"], line["tags"], line["scores"]) for line in lines]
 
 
-class OneRank:
-    rank, world, device = 0, 1, "cpu"
-
-    @staticmethod
-    def sum(*numbers):
-        return [float(n) for n in numbers]
+ONE_RANK = Env(rank=0, world=1, local_rank=0, local_world=1, device=torch.device("cpu"))
 
 
 def plain_reward(model, record, text):
@@ -172,7 +167,7 @@ def test_r6_neighbours_and_padding_change_nothing(packed, size):
     model, records = random_model("scalar"), records_of(ranked())
     replies = Replies(records, TOKENIZER, SHAPE["max_seq_len"], packed=packed)
     chosen = [5, 0, 3, 10, 2]
-    rewards = all_rewards(model, replies, chosen, size, OneRank)
+    rewards = all_rewards(model, replies, chosen, size, ONE_RANK)
     expected = [plain_reward(model, records[g], text) for g in chosen for text in records[g].responses]
     torch.testing.assert_close(rewards, torch.tensor(expected).double(), rtol=0, atol=1e-5)
     assert rewards.std() > 0.1
@@ -253,11 +248,11 @@ def test_r8_zero_and_scale_are_free():
     model = random_model("scalar")
     replies = Replies(records_of(ranked()), TOKENIZER, SHAPE["max_seq_len"])
     chosen = list(range(len(replies)))
-    before = all_rewards(model, replies, chosen, 0, OneRank)
+    before = all_rewards(model, replies, chosen, 0, ONE_RANK)
     for _ in range(2):
-        rewards = all_rewards(model, replies, chosen, 0, OneRank)
+        rewards = all_rewards(model, replies, chosen, 0, ONE_RANK)
         normalise(model.state_dict(), rewards.mean().item(), rewards.std().item())
-        after = all_rewards(model, replies, chosen, 0, OneRank)
+        after = all_rewards(model, replies, chosen, 0, ONE_RANK)
         assert abs(after.mean()) < 1e-6 and after.std() == pytest.approx(1, abs=1e-5)
         torch.testing.assert_close(after, (before - before.mean()) / before.std(), rtol=0, atol=1e-5)
 
@@ -421,7 +416,7 @@ def test_r8_the_saved_model_has_mean_0_over_references(files, reference, tmp_pat
     for folder in (reference[0], out):
         model, tokenizer, config = load_model(str(folder))
         replies = Replies(records, tokenizer, 96)
-        found.append(all_rewards(model, replies, range(len(replies)), 0, OneRank))
+        found.append(all_rewards(model, replies, range(len(replies)), 0, ONE_RANK))
         assert config["head"] == "scalar" and config["reward_std"] == pytest.approx(found[-1].std().item(), rel=1e-4)
     assert abs(found[0][::4].mean()) < 1e-6 and abs(found[1].mean()) < 1e-6
     assert found[1].std() == pytest.approx(1, abs=1e-5)
@@ -435,7 +430,7 @@ def test_zero_is_that_of_the_reference_prompts(files, reference, tmp_path):
     train(files, out, "--steps", "6", "--resume", "--reference_prompts", "3")
     model, _, config = load_model(str(out))
     replies = Replies(split_prompts(read_preferences(files[0]), 0.1)[0], TOKENIZER, 96)
-    rewards = all_rewards(model, replies, range(10), 0, OneRank)
+    rewards = all_rewards(model, replies, range(10), 0, ONE_RANK)
     assert abs(rewards[:12:4].mean()) < 1e-6 < 1e-3 < abs(rewards[::4].mean())
     assert config["reward_std"] == pytest.approx(rewards[:12].std().item(), rel=1e-4)
 
@@ -480,10 +475,10 @@ def test_negatives_teach_what_no_ranking_says(files, tmp_path):
         out = tmp_path / str(n)
         train(files, out, "--steps", "60", "--lr", "1e-2", "--negatives", str(n), "--reference", "all")
         model, _, config = load_model(str(out))
-        rewards = all_rewards(model, mixed, range(len(mixed)), 0, OneRank)
+        rewards = all_rewards(model, mixed, range(len(mixed)), 0, ONE_RANK)
         accuracy[n] = pair_metrics(rewards, mixed.sizes(range(len(mixed))))["accuracy"]
         known = Replies(split_prompts(own, 0.1)[0], TOKENIZER, 96)
-        assert abs(all_rewards(model, known, range(len(known)), 0, OneRank).mean()) < 1e-5
+        assert abs(all_rewards(model, known, range(len(known)), 0, ONE_RANK).mean()) < 1e-5
         assert metrics(out)[0]["epoch"] == pytest.approx(7 / (10 if n == 0 else 50), rel=0.15)
     assert accuracy[4] > 0.75 > 0.6 > accuracy[0], accuracy
 
@@ -498,7 +493,7 @@ def test_negatives_are_no_references(files, tmp_path, capfd):
           "--reference_prompts", "0")
     own = split_prompts(read_preferences(data), 0.1)[0]
     known = Replies(own, TOKENIZER, 96)
-    rewards = all_rewards(load_model(str(tmp_path / "out"))[0], known, range(len(known)), 0, OneRank)
+    rewards = all_rewards(load_model(str(tmp_path / "out"))[0], known, range(len(known)), 0, ONE_RANK)
     assert len(known) == 9 and abs(rewards.mean()) < 1e-6 and rewards.std() > 1e-3
     said = capfd.readouterr().out
     assert "9 prompts" in said and f"({len(random_negatives(own, 1, seed=1))} negatives)" in said
