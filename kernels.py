@@ -238,8 +238,11 @@ class Tiles:
         for j0, j1, mask in spans:
             a, b = (self.k[heads, j0:j1], q) if self.keys_first else (q, self.k[heads, j0:j1])
             S = product(a, b.transpose(1, 2), factor, out=self.buffer(0, len(q), a.shape[1], b.shape[1]))
-            by_time = (S.transpose(1, 2) if self.keys_first else S).unflatten(1, (i1 - i0, self.R))  # (n, t, R, keys)
-            if self.causal and j1 > seen + 1:  # the diagonal runs through this tile
+            diagonal = self.causal and j1 > seen + 1  # runs through this tile
+            if diagonal or mask:
+                by_time = S.transpose(1, 2) if self.keys_first else S
+                by_time = by_time.unflatten(1, (i1 - i0, self.R))  # (n, t, R, keys)
+            if diagonal:
                 j = max(j0, seen)
                 by_time[..., j - j0:].add_(self.future[:i1 - i0, :, j - seen:j1 - seen])
             if mask:
@@ -251,15 +254,24 @@ class Tiles:
 def attention_forward(q, k, v, ids_q, ids_k, causal, scale, block_q, block_k):
     """-> out (B, H, Tq, D) and L (B G, Tq H/G, 1)."""
     t = Tiles(q, k, v, ids_q, ids_k, causal, scale, block_q, block_k)
-    out, L = q.new_empty(t.q.shape), q.new_empty(*t.q.shape[:2], 1, dtype=t.dtype)
+    low = torch.finfo(t.dtype).min  # finite: where nothing is seen, -inf - low stays -inf
+    out, L = q.new_zeros(t.q.shape), q.new_full((*t.q.shape[:2], 1), low, dtype=t.dtype)
     for heads, rows, tiles in t:
-        acc, l = L.new_zeros(out[heads, rows].shape), torch.zeros_like(L[heads, rows])
-        m = torch.full_like(l, torch.finfo(t.dtype).min)  # finite: where nothing is seen, -inf - m stays -inf
+        acc = None
         for keys, S in tiles:
-            old, m = m, torch.maximum(m, S.amax(-1, keepdim=True))
-            P, shrink = S.sub_(m).exp2_(), old.sub_(m).exp2_()
-            l.mul_(shrink).add_(P.sum(-1, keepdim=True))
-            add_product(P, t.v[heads, keys], 1.0, out=acc.mul_(shrink))
+            top = S.amax(-1, keepdim=True)
+            if acc is None:
+                m = top.clamp_(min=low)
+                P = S.sub_(m).exp2_()
+                l = P.sum(-1, keepdim=True)
+                acc = product(P, t.v[heads, keys], 1.0, out=L.new_empty(*l.shape[:2], out.shape[2]))
+            else:
+                old, m = m, torch.maximum(m, top, out=top)
+                P, shrink = S.sub_(m).exp2_(), old.sub_(m).exp2_()
+                l.mul_(shrink).add_(P.sum(-1, keepdim=True))
+                add_product(P, t.v[heads, keys], 1.0, out=acc.mul_(shrink))
+        if acc is None:
+            continue  # no row of these sees any key
         l.clamp_(min=1.0)  # a row's largest term is 2^0; less is a row that saw nothing, its result 0 / 1
         torch.div(acc, l, out=out[heads, rows])
         torch.add(m, l.log2_(), out=L[heads, rows])
