@@ -44,7 +44,7 @@ import torch
 import torch.distributed as dist
 
 from checkpoint import claim, final_folder, load_checkpoint, load_model, save_checkpoint, save_final
-from common import Log, UserError, keep_lines, naming_lost_ranks, parse, require_positive, run, setup
+from common import Log, UserError, keep_lines, naming_lost_ranks, parse, require_positive, run, setup, writing
 from corpus import TokenFile, prepare
 from data import CHAT_TEMPLATE, Windows, collate, encode_prompt, pack, shuffled
 from kernels import target_logp
@@ -529,7 +529,7 @@ def main(argv=None) -> int:
         clock.append(time.perf_counter())
         score(rollout, minibatches(cfg.batch_size, cfg, step, 0), models, cfg, env)
         if env.is_main:
-            with log.writing(samples_path), open(samples_path, "a", encoding="utf-8") as samples:
+            with writing(samples_path), open(samples_path, "a", encoding="utf-8") as samples:
                 write_samples(samples, step, [train[i][0] for i in chosen], rollout, tokenizer)
         stop, = env.sum(env.stop_signal != 0)
         if stop:  # nothing has been trained on this rollout: the run goes on by drawing it again
