@@ -217,6 +217,31 @@ def use_tokenizer(folder: Path, r: random.Random):
     tokenizer.decode([*ids, tokenizer.vocab_size - 1])
 
 
+class Malicious:
+    """Unpickled, it makes a file."""
+    def __init__(self, target):
+        self.target = target
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.target}",)
+
+
+def resign(folder: Path, name: str = "meta.json", **changes) -> None:
+    """Change meta.json or config.json, with the right checksum: on purpose, not by accident."""
+    content = {**json.loads((folder / name).read_text()), **changes}
+    (folder / name).unlink()
+    content.pop("sha256")
+    checkpoint._write(str(folder / name), content)
+
+
+def put_shard(folder: Path, shard: dict | bytes) -> None:
+    """In place of rank000.pt, with matching checksums."""
+    path = folder / "rank000.pt"
+    path.write_bytes(shard) if isinstance(shard, bytes) else torch.save(shard, path)
+    files = json.loads((folder / "meta.json").read_text())["files"]
+    resign(folder, files={**files, "rank000.pt": checkpoint._size_and_hash(str(path))})
+
+
 def use_meta(folder: Path, r: random.Random):
     """A run's folder: meta.json or config.json of final/ mutated, nine times in ten with the right checksum."""
     shutil.copytree(MODELS, folder / "run", copy_function=os.link)  # rank files are read, never written

@@ -175,7 +175,8 @@ class Job:
 # ---- what must hold -------------------------------------------------------------------------------------------------
 
 def folders(out: Path) -> list[str]:
-    return [name for name in os.listdir(out) if name.startswith(("step-", "tmp-"))] if out.exists() else []
+    """Checkpoints, and parts of them; final/ and its parts do not count."""
+    return [name for name in os.listdir(out) if re.fullmatch(r"(step-|tmp-.*)\d{8}", name)] if out.exists() else []
 
 
 def check_folders(out: Path) -> str:
