@@ -457,14 +457,6 @@ class Log:
             keep_lines(self.path, start)
         self.restart_clock()
 
-    def lacks_evaluation(self, step: int) -> bool:
-        """Whether the curve has none of this step: asked to stop there, a run saves and leaves. All ranks call it."""
-        found = False
-        if self.env.is_main:
-            with open(self.path, encoding="utf-8") as file:
-                found = any('"eval_' in line and json.loads(line)["step"] == step for line in file)
-        return step > 0 and not self.env.sum(found)[0]
-
     def restart_clock(self) -> None:
         """Call after evaluation and saving, so that tokens/s speaks of training alone."""
         self.clock, self.tokens, self.counted_steps = time.perf_counter(), 0, 0

@@ -512,13 +512,13 @@ def main(argv=None) -> int:
             log.say(f"    {tokenizer.decode(prompt + reply)!r}")
         log.restart_clock()
 
-    def save(step: int) -> None:
+    def save(step: int, due=False) -> None:
         save_checkpoint(cfg.out, step, {"actor": actor, "critic": critic}, {**same, **should, "skipped": skipped,
-                        "adapted_beta": beta}, keep=cfg.keep, config=config, tokenizer_path=tokenizer_path)
+                        "adapted_beta": beta, "due": due}, keep=cfg.keep, config=config, tokenizer_path=tokenizer_path)
         log.restart_clock()
 
     # the loop: exactly cfg.steps rollouts, numbered from 1; evaluation and checkpoint also at the last
-    if start in (0, cfg.steps) or (cfg.eval_every and start % cfg.eval_every == 0 and log.lacks_evaluation(start)):
+    if start in (0, cfg.steps) or extra.get("due"):
         evaluate_and_show(start)  # where it begins; how it went, if finished before; or stopped before it was evaluated
     for step in range(start + 1, cfg.steps + 1):
         # rollout
@@ -612,10 +612,11 @@ def main(argv=None) -> int:
                 **({"skipped": skipped} if skipped else {})})
         beta = adapted(beta, masked(kl, mask).sum().item() / N, cfg.target_kl, N, cfg.kl_horizon)
         stop, = env.sum(env.stop_signal != 0)
-        if not stop and (last or (cfg.eval_every and step % cfg.eval_every == 0)):  # asked to stop, save at once
+        due = last or (cfg.eval_every and step % cfg.eval_every == 0)
+        if due and not stop:  # asked to stop, save at once
             stop = env.stopped_in(evaluate_and_show, step)
         if last or stop or (cfg.save_every and step % cfg.save_every == 0):
-            save(step)
+            save(step, due and stop)
         if stop:
             log.say(f"asked to stop: saved after step {step}; go on with --resume")
             break

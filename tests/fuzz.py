@@ -10,6 +10,7 @@ laid into batches, encoded, loaded into a model. Exit code 1 if any try fails.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import gzip
 import json
@@ -228,10 +229,9 @@ class Malicious:
 
 def resign(folder: Path, name: str = "meta.json", **changes) -> None:
     """Change meta.json or config.json, with the right checksum: on purpose, not by accident."""
-    content = {**json.loads((folder / name).read_text()), **changes}
-    (folder / name).unlink()
-    content.pop("sha256")
-    checkpoint._write(str(folder / name), content)
+    content = {**json.loads((folder / name).read_bytes()), **changes}
+    content.pop("sha256", None)
+    (folder / name).write_text(json.dumps({**content, "sha256": checkpoint._digest(content)}))
 
 
 def put_shard(folder: Path, shard: dict | bytes) -> None:
@@ -251,14 +251,10 @@ def use_meta(folder: Path, r: random.Random):
     path.unlink()
     content.pop("sha256")
     data = mutate_content(content, r) if r.random() < 0.7 else mutate_bytes(json.dumps(content).encode(), r)
-    if r.random() < 0.9:
-        try:
-            content = json.loads(data)
-            content.pop("sha256", None)
-            data = json.dumps({**content, "sha256": checkpoint._digest(content)}).encode()
-        except (ValueError, RecursionError, AttributeError, TypeError):
-            pass  # no object any more
     path.write_bytes(data)
+    if r.random() < 0.9:
+        with contextlib.suppress(ValueError, RecursionError, TypeError):  # no object any more
+            resign(path.parent, path.name)
     yield
     if final:
         checkpoint.load_model(str(folder / "run"))

@@ -86,16 +86,6 @@ def test_log_keeps_one_curve_over_a_resume(tmp_path, capsys):
     assert "step 1/4 | loss 1.0000" in capsys.readouterr().out
 
 
-def test_log_knows_which_evaluation_is_missing(tmp_path):
-    """One that was written down is not made again by a run that resumes there; before the first step none is due."""
-    env = Env(0, 1, 0, 1, torch.device("cpu"))
-    log = Log(str(tmp_path), env, steps=4)
-    log.event(1, loss=1.0, eval_loss=2.0)
-    log.event(2, loss=1.0)
-    for start, missing in ((2, True), (1, False), (0, False)):
-        assert Log(str(tmp_path), env, steps=4, start=start).lacks_evaluation(start) is missing
-
-
 def test_replaced_files_are_on_the_disk_before_they_get_their_name(tmp_path, monkeypatch):
     """Renamed first, a loss of power could leave the new name with nothing behind it, and the old file gone."""
     calls, fsync, replace = [], os.fsync, os.replace

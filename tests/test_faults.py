@@ -633,11 +633,9 @@ def hostile_paths(folder: str) -> list[str]:
         resign(step, files=files, torch=secret, extra={**meta["extra"], "data": secret, "tokenizer": secret})
         seen += opened_by(lambda: load_checkpoint(str(folder), {"model": small_zero()}))
         seen += opened_by(lambda: checkpoint.consolidate(str(step)))
-    path = folder / "final" / "config.json"
-    config = json.loads(path.read_text())
-    config.pop("sha256")
-    config["files"] |= {secret: config["files"]["model.pt"], "../secret": config["files"]["model.pt"]}
-    path.write_text(json.dumps({**config, "run": {"init": secret, "data": secret}, "tokenizer": secret}))
+    files = json.loads((folder / "final" / "config.json").read_text())["files"]
+    files |= {secret: files["model.pt"], "../secret": files["model.pt"]}
+    resign(folder / "final", "config.json", files=files, run={"init": secret, "data": secret}, tokenizer=secret)
     return seen + opened_by(lambda: load_model(str(folder)))
 
 
@@ -655,11 +653,9 @@ def test_no_path_from_a_files_content_is_opened(tmp_path):
                                     {"n_kv_head": -1}, {"mlp": "none"}])
 def test_sizes_in_a_config_are_checked_before_memory_is_taken(tmp_path, claim_):
     """A config.json that claims terabytes: one line, at once."""
-    path = make_models(tmp_path) / "final" / "config.json"
-    config = json.loads(path.read_text())
-    config.pop("sha256")
-    config["model"] |= claim_
-    path.write_text(json.dumps(config))
+    final = make_models(tmp_path) / "final"
+    model = json.loads((final / "config.json").read_text())["model"]
+    resign(final, "config.json", model={**model, **claim_})
     start = time.process_time()
     with pytest.raises(UserError, match="final(?!.*checksum)"):
         load_model(str(tmp_path))
