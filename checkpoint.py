@@ -22,7 +22,6 @@ import shutil
 import struct
 import sys
 import zipfile
-from functools import partial
 
 import torch
 
@@ -85,16 +84,13 @@ def load_checkpoint(out: str, models: dict[str, Zero], *, same: dict | None = No
     or else, as with another world size, number of threads or PyTorch, a warning says that the last bits will differ.
     """
     rank, world = rank_and_world()
-    meta, problem, damaged = {}, None, []
-
-    def examine(folder: str) -> None:
-        nonlocal meta
-        meta = _examine(folder, slice(rank, None, world))  # each rank hashes its share
-
+    problem, damaged, share = None, [], slice(rank, None, world)  # of the files, which the ranks hash together
     for name in together((lambda: steps(out)) if rank == 0 else None)[0]:
         folder = os.path.join(out, name)
         try:
-            together(partial(examine, folder))
+            found = []  # not sent to the others, who have it too
+            together(lambda found=found, folder=folder: found.append(_examine(folder, share)))
+            meta, = found
             _expect(name == f"step-{meta['step']:08d}", f"{folder}/meta.json: is that of step {meta['step']}")
         except LostRanks:
             raise
@@ -273,10 +269,9 @@ def claim(out: str, resume: bool):
     if it holds a finished model and none. What a save that was killed has left is cleared away.
     The kernel drops a flock when its holder dies, however it dies, so there is no stale lock to clean up.
     """
-    path = os.path.join(out, "lock")
-    with writing(path):
+    with writing(out):
         os.makedirs(out, exist_ok=True)
-        file = open(path, "a+")
+        file = open(os.path.join(out, "lock"), "a+")
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -2,10 +2,12 @@
 import errno
 import functools
 import io
+import itertools
 import json
 import multiprocessing
 import os
 import pickle
+import re
 import resource
 import shutil
 import signal
@@ -206,24 +208,6 @@ def test_killed_inside_a_save(tmp_path, rank, point):
         assert all(name.startswith("step-") or name == "lock" for name in os.listdir(out))
 
 
-def save_and_die_at(out, what, renames):
-    """Save step 1 or final/ a second time, killed before the rename with this number."""
-    z, left, rename = training(0), [renames], os.rename
-
-    def counted(old, new):
-        if left[0] == 0:
-            os._exit(9)
-        left[0] -= 1
-        rename(old, new)
-
-    os.rename = counted
-    train(z, 0, 1)
-    if what == "final":
-        save_final(out, z.full_state_dict(), {}, __file__)
-    else:
-        save_checkpoint(out, 1, {"model": z}, {})
-
-
 @pytest.mark.parametrize("what", ["final", "step-00000001"])
 def test_killed_between_two_renames(tmp_path, what):
     """The same step, or final/, saved again replaces a folder by two renames. A kill between them leaves none under its
@@ -231,7 +215,13 @@ def test_killed_between_two_renames(tmp_path, what):
     z, out = training(0), str(tmp_path / "out")
     save_checkpoint(out, 1, {"model": z}, {})
     save_final(out, {"a": torch.zeros(3)}, {}, __file__)
-    child = multiprocessing.get_context("fork").Process(target=save_and_die_at, args=(out, what, 1))
+    rename = os.rename
+
+    def save_again():
+        os.rename = lambda old, new: rename(old, new) if "tmp-old" in new else os._exit(9)
+        save_final(out, {}, {}, __file__) if what == "final" else save_checkpoint(out, 1, {"model": z}, {})
+
+    child = multiprocessing.get_context("fork").Process(target=save_again)
     child.start()
     child.join(60)
     assert child.exitcode == 9 and not os.path.exists(os.path.join(out, what))
@@ -283,15 +273,8 @@ def test_no_space_left(tmp_path):
     z, out = training(0), str(tmp_path)
     save_checkpoint(out, 1, {"model": z}, {})
     for writes in (0, 1):
-        real, left = os.fsync, [writes]
-
-        def full(descriptor, real=real, left=left):
-            if left[0] == 0:
-                raise OSError(errno.ENOSPC, "No space left on device")
-            left[0] -= 1
-            real(descriptor)
-
-        with mock.patch.object(os, "fsync", full), pytest.raises(UserError, match="step-00000002.*No space left"):
+        full = [None] * writes + [OSError(errno.ENOSPC, "No space left on device")]
+        with mock.patch("os.fsync", side_effect=full), pytest.raises(UserError, match="step-00000002.*No space left"):
             save_checkpoint(out, 2, {"model": z}, {})
         assert os.listdir(out) == ["step-00000001"] and load_checkpoint(out, {"model": z})[0] == 1
 
@@ -312,18 +295,10 @@ def test_what_fails_after_a_save_is_not_said_of_it(tmp_path):
     assert load_checkpoint(out, {"model": z})[0] == 2
 
 
-def test_a_full_disk_under_the_lock(tmp_path):
-    """The pid that cannot be written: one line with the file."""
-    class Full:
-        def __getattr__(self, name):
-            if name in ("truncate", "write", "flush"):
-                raise OSError(errno.ENOSPC, "No space left on device")
-            return getattr(file, name)
-
-    with open(tmp_path / "lock", "a+") as file, mock.patch("checkpoint.open", lambda *_: Full(), create=True), \
-            pytest.raises(UserError, match="lock: .*No space left"):
-        checkpoint.claim(str(tmp_path), resume=False)
-    with mock.patch("fcntl.flock", side_effect=OSError("no locks here")), pytest.raises(UserError, match="no locks"):
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left"), OSError("No space left")])
+def test_a_full_disk_under_the_lock(tmp_path, error):
+    """The pid that cannot be written: one line, also where the error has a text alone."""
+    with mock.patch("os.getpid", side_effect=error), pytest.raises(UserError, match="written: No space left; free"):
         checkpoint.claim(str(tmp_path), resume=False)
 
 
@@ -414,8 +389,13 @@ def damage_cut(path):
     path.write_bytes(path.read_bytes()[:-1])
 
 
-@pytest.mark.parametrize("name", ["rank000.pt", "config.json", "tokenizer.json", "meta.json"])
-@pytest.mark.parametrize("damage", [damage_flip, damage_cut, os.remove])
+def damage_digit(path):
+    """Still JSON, and it could be true: only its checksum says that it is not."""
+    path.write_text(path.read_text().replace('"n": ', '"n": 7'))
+
+
+@pytest.mark.parametrize("damage, name", [(damage_digit, "meta.json"), *itertools.product(
+    (damage_flip, damage_cut, os.remove), ("rank000.pt", "config.json", "tokenizer.json", "meta.json"))])
 def test_damaged_file_is_named_and_the_previous_checkpoint_used(two_saved, capsys, name, damage):
     """A flipped byte, a lost byte, a lost file: a warning names the file, the checkpoint before is loaded; with both
     damaged, an error."""
@@ -427,17 +407,17 @@ def test_damaged_file_is_named_and_the_previous_checkpoint_used(two_saved, capsy
         load_checkpoint(str(two_saved), {"model": training(0)})
 
 
-def test_pickles_that_run_code_are_refused(two_saved, tmp_path):
+@pytest.mark.parametrize("plain", [checkpoint.PLAIN, re.compile(".*")])
+def test_pickles_that_run_code_are_refused(two_saved, tmp_path, monkeypatch, plain):
     """A pickle that would create a file, in place of a shard (with matching checksums) or of model.pt, is refused
-    unrun."""
-    trap = tmp_path / "trap"
-    for make in (lambda: pickle.dumps(Malicious(trap)), lambda: torch_saved(Malicious(trap)),
-                 lambda: torch_saved({"model": Malicious(trap)})):
-        content = make()
+    unrun; by weights_only alone as well."""
+    monkeypatch.setattr(checkpoint, "PLAIN", plain)
+    evil = Malicious(tmp_path / "trap")
+    for content in (pickle.dumps(evil), torch_saved(evil), torch_saved({"model": evil})):
         for path, read in hostile(two_saved, content):
             with pytest.raises(UserError, match=path):
                 read()
-    assert not trap.exists()
+    assert not (tmp_path / "trap").exists()
 
 
 def torch_saved(value):
