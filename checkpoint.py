@@ -4,6 +4,7 @@
     out/final/           config.json, tokenizer.json, model.pt (plain {name: tensor})
 
 A folder is made as tmp-*, flushed to the disk and renamed when all ranks agree, so step-* is never half a checkpoint.
+One that a resumed run could not read is renamed to damaged-step-*: it counts no longer, but nothing is thrown away.
 Shards are slices of flat vectors, so any world size and any ZeRO stage loads what any other has written.
 Every torch.load is weights_only, which refuses to run code from a file.
 """
@@ -15,15 +16,16 @@ import hashlib
 import json
 import math
 import os
+import pickletools
 import re
 import shutil
+import struct
 import sys
 import zipfile
-from functools import partial
 
 import torch
 
-from common import LostRanks, UserError, run, sync, together
+from common import LostRanks, UserError, run, sync, together, writing
 from model import GPT, GPTConfig
 from tokenizer import Tokenizer
 from zero import Zero
@@ -41,30 +43,25 @@ def save_checkpoint(out: str, step: int, models: dict[str, Zero], extra: dict, *
     rank, world = rank_and_world()
     folder, tmp = os.path.join(out, f"step-{step:08d}"), os.path.join(out, f"tmp-{step:08d}")
 
-    @_explaining(folder)
+    @writing(folder)
     def prepare():
-        for name in os.listdir(out) if os.path.isdir(out) else []:
-            if re.fullmatch(r"tmp-((old|gone)-step-)?\d{8}", name):  # of a save that was killed
-                shutil.rmtree(os.path.join(out, name))
+        _prune(out, keep)  # once more: a run that was killed may not have come to it
         os.makedirs(tmp)
 
-    @_explaining(folder)
+    @writing(folder)
     def write_shard():
         return _write_all(tmp, {f"rank{rank:03d}.pt": {key: state_shards(z) for key, z in models.items()}})
 
-    @_explaining(folder)
+    @writing(folder)
     def finish():
         files = {name: entry for written in shards for name, entry in written.items()}
         files |= _write_all(tmp, {"config.json": config, "tokenizer.json": tokenizer_path})
         meta = {"version": VERSION, "step": step, "world": world, "threads": torch.get_num_threads(),
                 "torch": torch.__version__, "layout": {key: layout(z) for key, z in models.items()},
                 "files": files, "extra": extra}
-        _write_all(tmp, {"meta.json": {**meta, "sha256": _digest(meta)}})
+        _write_all(tmp, {"meta.json": meta})
         _replace_folder(tmp, folder)
-        saved = steps(out)
-        here = saved.index(os.path.basename(folder))
-        for name in saved[:here] + saved[here + keep:]:  # later ones: damaged, or this run had begun with them
-            shutil.rmtree(_hide_folder(os.path.join(out, name), "gone"))
+        _prune(out, keep)
 
     try:
         together(prepare if rank == 0 else None)
@@ -81,21 +78,25 @@ def load_checkpoint(out: str, models: dict[str, Zero], *, same: dict | None = No
                     bitwise: dict | None = None) -> tuple[int, dict] | None:
     """Restore the newest whole checkpoint of `out`; all ranks call it. Returns (step, extra), None if there is none.
 
-    A damaged one is named in a warning and the one before it is taken; UserError if all are damaged, or the newest
-    whole one is of another model or lacks what this run needs of extra: the values of `same`, and numbers >= 0 under
-    the names in `numbers`. bitwise: settings of this run (as micro_batch_size) that should equal those in extra, or
-    else, as with another world size, number of threads or PyTorch, a warning says that the last bits will differ.
+    A damaged one is named in a warning and moved aside, the one before it is taken; UserError if all are damaged or the
+    newest whole one is of another model or lacks what this run needs of extra: the values of `same`, and numbers >= 0
+    under the names in `numbers`. bitwise: settings of this run (as micro_batch_size) that should equal those in extra,
+    or else, as with another world size, number of threads or PyTorch, a warning says that the last bits will differ.
     """
     rank, world = rank_and_world()
-    problem = None
+    problem, damaged, share = None, [], slice(rank, None, world)  # of the files, which the ranks hash together
     for name in together((lambda: steps(out)) if rank == 0 else None)[0]:
         folder = os.path.join(out, name)
         try:
-            meta = together(partial(_examine, folder, slice(rank, None, world)))[0]  # each rank hashes its share
+            found = []  # not sent to the others, who have it too
+            together(lambda found=found, folder=folder: found.append(_examine(folder, share)))
+            meta, = found
+            _expect(name == f"step-{meta['step']:08d}", f"{folder}/meta.json: is that of step {meta['step']}")
+        except LostRanks:
+            raise
         except UserError as error:
-            if isinstance(error, LostRanks):
-                raise
             problem = error
+            damaged.append(folder)
             print(f"warning: {error}; trying the checkpoint before it", file=sys.stderr) if rank == 0 else None
             continue
         _check_layout(folder, meta["layout"], {key: layout(z) for key, z in models.items()})
@@ -112,6 +113,8 @@ def load_checkpoint(out: str, models: dict[str, Zero], *, same: dict | None = No
                    if (was := meta.get(key, extra.get(key))) != value]
         if changed and rank == 0:
             print(f"warning: {folder}: {', '.join(changed)}: going on, but the last bits will differ", file=sys.stderr)
+        # Aside, since --keep must not count them. Not away: it may have been the disk that failed, for a moment.
+        together((lambda: [_hide_folder(folder, "damaged") for folder in damaged]) if rank == 0 else None)
         return meta["step"], extra
     _expect(not problem, f"{problem}; no checkpoint in {out} is whole: remove them, or choose another --out")
     return None
@@ -125,6 +128,8 @@ def consolidate(folder: str, key: str = "model") -> dict[str, torch.Tensor]:
     with _reading(os.path.join(folder, "meta.json")):
         for unit, tensors in meta["layout"][key].items():
             flat = torch.cat([shard["units"][unit]["master"] for shard in shards])
+            _expect(sum(abs(math.prod(shape)) for _, shape, _ in tensors) <= len(flat),
+                    f"{folder}/meta.json: the shapes in {ascii(unit)[:80]} are larger than what was saved")
             for names, shape, start in tensors:
                 state |= dict.fromkeys(names, flat[start:start + math.prod(shape)].view(shape).clone())
         return state | shards[0]["buffers"]
@@ -200,11 +205,10 @@ def save_final(out: str, state_dict: dict[str, torch.Tensor], config: dict, toke
         storages.setdefault((tensor.data_ptr(), tensor.shape), []).append(name)
     config = {**config, "tied": [names for names in storages.values() if len(names) > 1]}
     try:
-        with _explaining(folder):
-            shutil.rmtree(tmp, ignore_errors=True)
+        with writing(folder):
             os.makedirs(tmp)
             config["files"] = _write_all(tmp, {"model.pt": state_dict, "tokenizer.json": tokenizer_path})
-            _write_all(tmp, {"config.json": {**config, "sha256": _digest(config)}})
+            _write_all(tmp, {"config.json": config})
             _replace_folder(tmp, folder)
     finally:
         shutil.rmtree(tmp, ignore_errors=True)
@@ -236,8 +240,8 @@ def load_model(folder: str, head: str = "", **changes) -> tuple[GPT, Tokenizer, 
                 f"{folder}/config.json: its sizes are not those of the weights in model.pt, or too large to be true")
         with torch.device("meta"):
             GPT(shape, head=head or config["head"]).load_weights(weights, folder)
-    model = GPT(shape, head=head or config["head"])
-    model.load_weights(weights, folder)
+        model = GPT(shape, head=head or config["head"])
+        model.load_weights(weights, folder)
     return model, tokenizer, config
 
 
@@ -245,16 +249,14 @@ def load_final(folder: str) -> tuple[dict, dict[str, torch.Tensor]]:
     """(config, {name: tensor}) of a folder that save_final wrote, or of the run's; tensors are read when used."""
     folder = final_folder(folder)
     config = _read_json(os.path.join(folder, "config.json"))
-    own = config.pop("sha256", None)  # a folder made by hand may lack it, and "files"
-    _expect(own in (None, _digest(config)), f"{folder}/config.json: its checksum is not its own; the file is damaged")
-    files = config.setdefault("files", {})
+    files = config.setdefault("files", {})  # a folder made by hand has none
     _expect(isinstance(files, dict), f"{folder}/config.json: expected 'files' to be of type dict")
     for name in {"model.pt", "tokenizer.json"} & files.keys():
         _verify(folder, name, files[name])
     state = _load(os.path.join(folder, "model.pt"))
-    _expect(isinstance(state, dict) and all(isinstance(t, torch.Tensor) for t in state.values()) and
-            all(isinstance(name, str) for name in state),
-            f"{folder}/model.pt: expected a plain {{name: tensor}} dictionary")
+    _expect(isinstance(state, dict) and all(isinstance(name, str) and isinstance(t, torch.Tensor) and
+                                            t.is_floating_point() for name, t in state.items()),
+            f"{folder}/model.pt: expected a plain {{name: tensor}} dictionary of floating-point numbers")
     return config, state
 
 
@@ -263,27 +265,27 @@ def load_final(folder: str) -> tuple[dict, dict[str, torch.Tensor]]:
 def claim(out: str, resume: bool):
     """Take `out` for this run (rank 0 alone calls it); keep what is returned until the process ends.
 
-    UserError if another run holds it, naming the holder's pid, or if it holds checkpoints and this run does not resume.
+    UserError if another run holds it, naming the holder's pid, if it holds checkpoints and this run does not resume, or
+    if it holds a finished model and none. What a save that was killed has left is cleared away.
     The kernel drops a flock when its holder dies, however it dies, so there is no stale lock to clean up.
     """
-    path = os.path.join(out, "lock")
-    try:
+    with writing(out):
         os.makedirs(out, exist_ok=True)
-        file = open(path, "a+")
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        for old in [name for name in os.listdir(out) if re.fullmatch(r"tmp-old-(step-\d{8}|final)", name)]:
-            hidden, folder = (os.path.join(out, name) for name in (old, old.removeprefix("tmp-old-")))
-            shutil.rmtree(hidden) if os.path.isdir(folder) else os.rename(hidden, folder)
-        newest = "".join(steps(out)[:1])
-        _expect(resume or not newest, f"{out}: holds a run ({newest}); go on by --resume, or choose another --out")
+        file = open(os.path.join(out, "lock"), "a+")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise UserError(f"{out}: in use by process {file.read().strip()}; choose another --out") from None
         file.truncate(0)
         file.write(str(os.getpid()))
         file.flush()
-    except BlockingIOError:
-        file.seek(0)
-        raise UserError(f"{out}: in use by process {file.read().strip()}; choose another --out") from None
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}; choose another --out") from None
+        for name in filter(re.compile(r"tmp-((old|gone)-step-)?\d{8}|tmp-(old-)?final").fullmatch, os.listdir(out)):
+            hidden, folder = (os.path.join(out, name) for name in (name, name.removeprefix("tmp-old-")))
+            shutil.rmtree(hidden) if os.path.isdir(folder) else os.rename(hidden, folder)  # the last to be replaced
+    newest, finished = "".join(steps(out)[:1]), os.path.isdir(os.path.join(out, "final"))
+    _expect(resume or not newest, f"{out}: holds a run ({newest}); go on by --resume, or choose another --out")
+    _expect(newest or not finished, f"{out}: holds final/ and no checkpoint to go on from; choose another --out")
     return file
 
 
@@ -296,19 +298,27 @@ def steps(out: str) -> list[str]:
 def _replace_folder(tmp: str, folder: str) -> None:
     """Rename tmp to folder, for good even if the power goes."""
     sync(tmp)
-    old = _hide_folder(folder, "old") if os.path.isdir(folder) else None
+    old = _hide_folder(folder, "tmp-old") if os.path.isdir(folder) else None
     os.rename(tmp, folder)
     sync(os.path.dirname(folder))
     if old:
         shutil.rmtree(old)
 
 
-def _hide_folder(folder: str, why: str) -> str:
+def _prune(out: str, keep: int) -> None:
+    """All but the newest. They are whole: what is damaged is moved aside by the run that finds it, before it saves."""
+    for folder in (os.path.join(out, name) for name in steps(out)[keep:]):
+        with writing(folder):
+            shutil.rmtree(_hide_folder(folder, "tmp-gone"))
+
+
+def _hide_folder(folder: str, prefix: str) -> str:
     """Out of sight before it goes off the disk: killed in the middle, no half of it stands under its name.
 
-    why: "gone", or "old" of one that claim() gives its name back if it is killed before the new one has it."""
+    prefix: "tmp-gone", "tmp-old" of one that claim() gives its name back if it is killed before the new one has it, or
+    "damaged" of one that stays."""
     out, name = os.path.split(folder)
-    hidden = os.path.join(out, f"tmp-{why}-{name}")
+    hidden = os.path.join(out, f"{prefix}-{name}")
     shutil.rmtree(hidden, ignore_errors=True)
     os.rename(folder, hidden)
     return hidden
@@ -325,7 +335,8 @@ def _size_and_hash(path: str) -> dict:
 
 
 def _write(path: str, content: dict | str) -> dict:
-    """A new file, forced to the disk: a dict as JSON or (*.pt) tensors, a path as a copy. Returns its size and hash."""
+    """A new file, forced to the disk: a dict as JSON that holds its own checksum, or (*.pt) as tensors; a path as a
+    copy. Returns its size and hash."""
     with open(path, "wb") as file:
         if not isinstance(content, dict):
             with open(content, "rb") as source:
@@ -336,7 +347,7 @@ def _write(path: str, content: dict | str) -> dict:
             except RuntimeError as error:  # all that torch says of a full disk is "unexpected pos"
                 raise error.__context__ or OSError(str(error)) from None
         else:
-            file.write(json.dumps(content, indent=1).encode())
+            file.write(json.dumps({**content, "sha256": _digest(content)}, indent=1).encode())
         file.flush()
         os.fsync(file.fileno())
     return _size_and_hash(path)
@@ -346,16 +357,6 @@ def _write_all(folder: str, contents: dict) -> dict[str, dict]:
     """{name: size and hash}; None is no file."""
     return {name: _write(os.path.join(folder, name), content)
             for name, content in contents.items() if content is not None}
-
-
-@contextlib.contextmanager
-def _explaining(folder: str):
-    """What the disk refuses becomes a line that says what to do."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"{folder}: could not be saved: {error}; free space or choose another --out; earlier "
-                        "checkpoints are untouched") from None
 
 
 @contextlib.contextmanager
@@ -374,10 +375,14 @@ def _reading(path: str):
 
 
 def _read_json(path: str) -> dict:
+    """Without the checksum in it, which a config.json made by hand may lack."""
     with _reading(path), open(path, encoding="utf-8") as file:
+        _expect(os.path.getsize(path) <= MAX_BYTES, f"{path}: found more than {MAX_BYTES} bytes")
         content = json.load(file)
-    _expect(isinstance(content, dict), f"{path}: found {type(content).__name__}, expected an object")
-    return content
+        _expect(isinstance(content, dict), f"{path}: found {type(content).__name__}, expected an object")
+        own = content.pop("sha256", "" if path.endswith("meta.json") else None)
+        _expect(own in (None, _digest(content)), f"{path}: its checksum is not its own; the file is damaged")
+        return content
 
 
 def _expect(good: bool, otherwise: str) -> None:
@@ -394,20 +399,15 @@ def _examine(folder: str, part: slice) -> dict:
     """meta.json, after checking all of it that the loader relies on, and that part of the files it lists."""
     path = os.path.join(folder, "meta.json")
     meta = _read_json(path)
-    _expect(meta.pop("sha256", None) == _digest(meta),
-            f"{path}: its checksum is not its own; the file is damaged")
     _expect(meta.get("version") == VERSION,
             f"{path}: checkpoint version {ascii(meta.get('version'))[:40]}, this program reads {VERSION}")
     kinds = {"step": int, "world": int, "threads": int, "torch": str, "layout": dict, "files": dict, "extra": dict}
     for key, kind in kinds.items():
         _expect(isinstance(meta.get(key), kind), f"{path}: expected {key!r} to be of type {kind.__name__}")
-    for name in meta["files"]:  # names are looked for in this folder and nowhere else
-        _expect(re.fullmatch(r"rank\d{3,}\.pt|config\.json|tokenizer\.json", name),
-                f"{path}: unexpected file {ascii(name)[:80]}")
-    _expect(meta["step"] >= 0, f"{path}: expected a step >= 0, found {meta['step']}")
-    _expect(sum(name.startswith("rank") for name in meta["files"]) == meta["world"] > 0 and
-            all(f"rank{r:03d}.pt" in meta["files"] for r in range(meta["world"])),
-            f"{path}: a world of {meta['world']} should have as many rank files")
+    world, files = meta["world"], meta["files"].keys()  # names are looked for in this folder and nowhere else
+    ranks = {f"rank{r:03d}.pt" for r in range(min(world, len(files) + 1))}
+    _expect(world > 0 and ranks <= files <= ranks | {"config.json", "tokenizer.json"},
+            f"{path}: expected the rank files of a world of {world}, config.json and tokenizer.json, found others")
     for name, entry in sorted(meta["files"].items())[part]:
         _verify(folder, name, entry)
     return meta
@@ -425,30 +425,39 @@ def _verify(folder: str, name: str, expected: dict) -> None:
             f"{path}: its {found['bytes']} bytes are not what was written: size or checksum differ; it is damaged")
 
 
+MAX_BYTES = 2**24  # of JSON, and of all in a .pt but its numbers: they hold 300 bytes per tensor, or per rank
+# What torch.save writes of dictionaries of plain tensors. weights_only takes more, as bytearray(10**10) and its memory.
+PLAIN = re.compile(r"collections OrderedDict|torch._utils _rebuild_(tensor_v2|parameter)|torch \w+Storage")
+
+
 def _load(path: str):
     """torch.load that runs no code from the file (weights_only) and takes no memory before it is used (mmap), nor then
     more than twice the file's size: a tied tensor stands under two names."""
     with _reading(path):
         size = os.path.getsize(path)
-        with zipfile.ZipFile(path) as records:
-            _expect(all(record.compress_type == zipfile.ZIP_STORED for record in records.infolist()) and
+        with open(path, "rb") as file, zipfile.ZipFile(file) as records:
+            file.seek(-98, os.SEEK_END)
+            # A zip can have two directories, one for zipfile and one for torch. Not if it ends as torch.save ends it:
+            # directory, its end, a locator of that end, and the end in its old form.
+            end, length, start, locator, there, old = struct.unpack("<4s36xQQ4s4xQ4x4s18x", file.read())
+            _expect(end + locator + old == b"PK\6\6PK\6\7PK\5\6" and start + length == there == size - 98 and
+                    all(record.compress_type == zipfile.ZIP_STORED for record in records.infolist()) and
                     sum(record.file_size for record in records.infolist()) <= size,
                     f"{path}: is packed, or its parts are larger than the file; expected what torch.save writes")
+        pickle = torch._C.PyTorchFileReader(path).get_record("data.pkl")  # the very bytes that torch.load will read
+        _expect(len(pickle) <= MAX_BYTES, f"{path}: found more than {MAX_BYTES} bytes beside the numbers")
+        for op, name, _ in pickletools.genops(pickle):
+            _expect(op.name != "GLOBAL" or PLAIN.fullmatch(name),
+                    f"{path}: holds {name}, expected plain tensors in dictionaries, as torch.save writes them")
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        tensors = list(_tensors(content))
-        _expect(all(x.device.type == "cpu" and x.layout == torch.strided and x.is_contiguous() for x in tensors) and
-                sum(x.nbytes for x in tensors) <= 2 * size,
+        nodes = [content]
+        for node in nodes:  # it grows. The file has some bytes for each, or else dictionaries hold each other
+            nodes += dict.values(node) if isinstance(node, dict) else ()
+            _expect(len(nodes) <= len(pickle), f"{path}: holds the same dictionary under many names")
+        tensors = [node for node in nodes if isinstance(node, torch.Tensor)]
+        _expect(all(x.is_contiguous() for x in tensors) and sum(x.nbytes for x in tensors) <= 2 * size,
                 f"{path}: does not hold plain tensors that are as large as they claim")
         return content
-
-
-def _tensors(content):
-    """All tensors in nested dicts."""
-    if isinstance(content, dict):
-        for value in content.values():
-            yield from _tensors(value)
-    elif isinstance(content, torch.Tensor):
-        yield content
 
 
 def _read_shards(folder: str, meta: dict, key: str) -> list[dict]:
@@ -470,8 +479,6 @@ def _check_layout(folder: str, found: dict, expected: dict) -> None:
     """UserError naming the first tensor in which the layouts of the models differ."""
     if {key: found.get(key) for key in expected} == expected:
         return
-    missing = sorted(expected.keys() - found.keys())
-    _expect(not missing, f"{folder}: holds {', '.join(found)}, expected {', '.join(missing)}")
     with _reading(os.path.join(folder, "meta.json")):
         have, want = ({f"{key}: {names[0]}": tuple(shape) for key, units in layouts.items()
                        for tensors in units.values() for names, shape, _ in tensors} for layouts in (found, expected))
@@ -487,6 +494,7 @@ def main() -> None:
     _expect(len(sys.argv) in (2, 3), "usage: python checkpoint.py out/run/step-00000300 [name of the model]")
     folder = sys.argv[1].rstrip("/")
     state, config = consolidate(folder, *sys.argv[2:]), _read_json(os.path.join(folder, "config.json"))
+    lock = claim(os.path.dirname(folder) or ".", resume=True)  # noqa: F841 - held until this function returns
     print(save_final(os.path.dirname(folder) or ".", state, config, os.path.join(folder, "tokenizer.json")))
 
 

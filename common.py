@@ -52,23 +52,27 @@ class LostRanks(UserError):
 def run(main) -> None:
     """Run `main()` as a program: UserError -> one line and exit 2; an integer result is the exit code."""
     try:
-        code = main()
+        try:
+            code = main()
+        except Stopped as stopped:  # before the first step or after the last checkpoint
+            env, = stopped.args
+            env.close()
+            code = env.exit_code
+            if env.is_main:
+                env.tell("stopped: nothing to save since then", sys.stderr)
         sys.stdout.flush()
     except UserError as error:
         code, said = 2, f"error: {error}"
     except KeyboardInterrupt:
         code, said = 130, "interrupted"
-    except Stopped as stopped:  # before the first step or after the last checkpoint
-        env, = stopped.args
-        env.close()
-        code, said = env.exit_code, "stopped: nothing to save since then" if env.is_main else ""
     except BrokenPipeError:
         code, said = 141, ""  # as a shell has it: whoever read our output has gone
     except OSError as error:  # where nobody has foreseen it, as a full disk under our own output
-        where = f"{error.filename}: " if error.filename else ""
-        code, said = 2, f"error: {UserError(where + (error.strerror or str(error)))}"
+        code, said = 2, f"error: {UserError(error)}"
     else:
         sys.exit(code or 0)
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()  # into a pipe or a file it is not by itself
     with contextlib.suppress(OSError):
         print(said, end="\n" if said else "", file=sys.stderr, flush=True)
     os._exit(code)  # not sys.exit: other ranks may wait in a collective, and a clean shutdown would wait for them
@@ -77,22 +81,32 @@ def run(main) -> None:
 # ---- writing files ------------------------------------------------------------------------------------------------
 
 @contextlib.contextmanager
+def writing(path, place: str = "--out"):
+    """What the disk refuses becomes a line that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        why = error.strerror or error
+        raise UserError(f"{path}: cannot be written: {why}; free space, or choose another {place}") from None
+
+
+@contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary path for a file or folder, which gets its name after the block; after an error nothing is left."""
     temporary = Path(f"{path}.tmp-{secrets.token_hex(4)}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        sync(temporary)  # or a loss of power could leave the name with nothing behind it
-        os.replace(temporary, path)
-    except OSError as error:
-        if not (temporary.is_dir() and path.is_dir()):  # else another process made the same folder meanwhile
-            raise UserError(f"{path}: cannot be written: {error.strerror or error}; free space, or choose another "
-                            "place") from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)  # if it is a folder
-        with contextlib.suppress(OSError):
-            temporary.unlink()
+    with writing(path, "place"):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield temporary
+            sync(temporary)  # or a loss of power could leave the name with nothing behind it
+            os.replace(temporary, path)
+        except OSError:
+            if not (temporary.is_dir() and path.is_dir()):  # else another process made the same folder meanwhile
+                raise
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)  # if it is a folder
+            with contextlib.suppress(OSError):
+                temporary.unlink()
 
 
 def sync(path) -> None:
@@ -109,7 +123,7 @@ def keep_lines(path: str, last: int) -> None:
     def stays(line: str) -> bool:
         try:
             return line.endswith("\n") and json.loads(line)["step"] <= last
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             return False
 
     with replacing(Path(path)) as temporary, open(temporary, "w", encoding="utf-8") as file:
@@ -443,24 +457,6 @@ class Log:
             keep_lines(self.path, start)
         self.restart_clock()
 
-    def lacks_evaluation(self, step: int) -> bool:
-        """Whether the curve has none of this step: asked to stop there, a run saves and leaves. All ranks call it."""
-        found = False
-        if self.env.is_main:
-            with open(self.path, encoding="utf-8") as file:
-                found = any('"eval_' in line and json.loads(line)["step"] == step for line in file)
-        return step > 0 and not self.env.sum(found)[0]
-
-    @staticmethod
-    @contextlib.contextmanager
-    def writing(path: str):
-        """What the disk refuses becomes a line that says what to do."""
-        try:
-            yield
-        except OSError as error:
-            raise UserError(f"{path}: cannot be written: {error.strerror}; free space, or choose another "
-                            "--out") from None
-
     def restart_clock(self) -> None:
         """Call after evaluation and saving, so that tokens/s speaks of training alone."""
         self.clock, self.tokens, self.counted_steps = time.perf_counter(), 0, 0
@@ -486,7 +482,7 @@ class Log:
         if not self.env.is_main:
             return
         finite = {k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in numbers.items()}
-        with self.writing(self.path), open(self.path, "a", encoding="utf-8") as file:
+        with writing(self.path), open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **finite}) + "\n")  # JSON has no nan: null
         speed, mfu, memory = (numbers.pop(k, None) for k in ("tokens_per_second", "mfu", "memory"))
         words = [f"step {step}/{self.steps}"]

@@ -144,8 +144,6 @@ def write_token_file(path, arrays: Iterable[np.ndarray], tokenizer: Tokenizer, n
                            n_targets, n_bytes, note_bytes, 0)[:-4]
         file.seek(0)
         file.write(head + struct.pack("<I", zlib.crc32(head)))
-        file.flush()
-        os.fsync(file.fileno())
 
 
 class TokenFile:
@@ -160,7 +158,7 @@ class TokenFile:
         self.path = path
         try:
             if not os.path.isfile(path):  # to open a pipe could wait for ever
-                raise OSError(errno.ENOENT, "found no such file")
+                raise OSError(errno.ENOENT, "it is a folder" if os.path.isdir(path) else "found no such file")
             with open(path, "rb") as file:
                 head = file.read(HEADER.size)
                 self._check(head, os.fstat(file.fileno()).st_size)

@@ -38,6 +38,7 @@ from typing import NoReturn
 import numpy as np
 import regex  # comes with tiktoken; the standard `re` knows no \p{L}
 import tiktoken
+import tiktoken.load
 
 from common import UserError, parse, replacing, run
 from records import read_text, unique_keys
@@ -189,10 +190,11 @@ def build_encoding(content: dict) -> tiktoken.Encoding:
 
 
 @contextlib.contextmanager
-def without_network(path: str):
+def without_network(path: str, name: str):
     """What tiktoken needs it takes from its cache: a file from anybody must not make this program call anywhere."""
     def refuse(*_):
-        raise FileNotFoundError
+        raise UserError(f"the tokenizer {name!r} is not in tiktoken's cache, and a file may not fetch it; if you trust "
+                        f"the file, run python tokenizer.py --show text --tokenizer {name}")
 
     fetch, tiktoken.load.read_file = tiktoken.load.read_file, refuse
     try:
@@ -206,9 +208,8 @@ def without_network(path: str):
 def fetch_encoding(name: str) -> tiktoken.Encoding:
     try:
         return tiktoken.get_encoding(name)
-    except FileNotFoundError:  # without_network
-        raise UserError(f"the tokenizer {name!r} is not in tiktoken's cache, and a file may not fetch it; if you trust "
-                        f"the file, run python tokenizer.py --show text --tokenizer {name}") from None
+    except UserError:  # without_network
+        raise
     except Exception as error:  # no network, a proxy's page instead of the file, an unwritable cache: all the same here
         command = f"TIKTOKEN_CACHE_DIR=tiktoken-cache python -c \"import tiktoken; tiktoken.get_encoding('{name}')\""
         raise UserError(f"tokenizer {name!r} could not be fetched ({type(error).__name__}); where there is a network, "
@@ -321,7 +322,7 @@ class Tokenizer:
         except (ValueError, RecursionError) as error:
             raise UserError(f"{path}: found no valid JSON ({error}), {EXPECTED}") from None
         check_content(content, path)
-        with without_network(path):
+        with without_network(path, content["kind"]):
             return Tokenizer(content["kind"], **{key: content[key] for key in LEARNED_KEYS.get(content["kind"], [])})
 
 

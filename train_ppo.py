@@ -44,7 +44,7 @@ import torch
 import torch.distributed as dist
 
 from checkpoint import claim, final_folder, load_checkpoint, load_model, save_checkpoint, save_final
-from common import Log, UserError, keep_lines, naming_lost_ranks, parse, require_positive, run, setup
+from common import Log, UserError, keep_lines, naming_lost_ranks, parse, require_positive, run, setup, writing
 from corpus import TokenFile, prepare
 from data import CHAT_TEMPLATE, Windows, collate, encode_prompt, pack, shuffled
 from kernels import target_logp
@@ -512,13 +512,13 @@ def main(argv=None) -> int:
             log.say(f"    {tokenizer.decode(prompt + reply)!r}")
         log.restart_clock()
 
-    def save(step: int) -> None:
+    def save(step: int, due=False) -> None:
         save_checkpoint(cfg.out, step, {"actor": actor, "critic": critic}, {**same, **should, "skipped": skipped,
-                        "adapted_beta": beta}, keep=cfg.keep, config=config, tokenizer_path=tokenizer_path)
+                        "adapted_beta": beta, "due": due}, keep=cfg.keep, config=config, tokenizer_path=tokenizer_path)
         log.restart_clock()
 
     # the loop: exactly cfg.steps rollouts, numbered from 1; evaluation and checkpoint also at the last
-    if start in (0, cfg.steps) or (cfg.eval_every and start % cfg.eval_every == 0 and log.lacks_evaluation(start)):
+    if start in (0, cfg.steps) or extra.get("due"):
         evaluate_and_show(start)  # where it begins; how it went, if finished before; or stopped before it was evaluated
     for step in range(start + 1, cfg.steps + 1):
         # rollout
@@ -529,7 +529,7 @@ def main(argv=None) -> int:
         clock.append(time.perf_counter())
         score(rollout, minibatches(cfg.batch_size, cfg, step, 0), models, cfg, env)
         if env.is_main:
-            with log.writing(samples_path), open(samples_path, "a", encoding="utf-8") as samples:
+            with writing(samples_path), open(samples_path, "a", encoding="utf-8") as samples:
                 write_samples(samples, step, [train[i][0] for i in chosen], rollout, tokenizer)
         stop, = env.sum(env.stop_signal != 0)
         if stop:  # nothing has been trained on this rollout: the run goes on by drawing it again
@@ -612,10 +612,11 @@ def main(argv=None) -> int:
                 **({"skipped": skipped} if skipped else {})})
         beta = adapted(beta, masked(kl, mask).sum().item() / N, cfg.target_kl, N, cfg.kl_horizon)
         stop, = env.sum(env.stop_signal != 0)
-        if not stop and (last or (cfg.eval_every and step % cfg.eval_every == 0)):  # asked to stop, save at once
+        due = last or (cfg.eval_every and step % cfg.eval_every == 0)
+        if due and not stop:  # asked to stop, save at once
             stop = env.stopped_in(evaluate_and_show, step)
         if last or stop or (cfg.save_every and step % cfg.save_every == 0):
-            save(step)
+            save(step, due and stop)
         if stop:
             log.say(f"asked to stop: saved after step {step}; go on with --resume")
             break

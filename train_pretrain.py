@@ -196,7 +196,7 @@ def main(argv=None) -> int:
                     log.say("    " + tokenizer.decode(new[0]).replace("\n", "\n    "))
 
     # the loop: exactly cfg.steps updates, numbered from 1; evaluation and checkpoint also at the last
-    if start == cfg.steps or (cfg.eval_every and start % cfg.eval_every == 0 and log.lacks_evaluation(start)):
+    if start == cfg.steps or extra.get("due"):
         evaluate_and_show(start)  # finished before: say how it went; or stopped there before it was evaluated
         log.restart_clock()
     for step in range(start + 1, cfg.steps + 1):
@@ -219,12 +219,13 @@ def main(argv=None) -> int:
             log.train(step, loss=loss_sum, grad_norm=info.norm, learning_rate=lr_at(step, cfg),
                       **({"skipped": skipped} if skipped else {}))
         # [copy: evaluate_and_save]
-        if not stop and (last or (cfg.eval_every and step % cfg.eval_every == 0)):  # asked to stop, save at once
+        due = last or (cfg.eval_every and step % cfg.eval_every == 0)
+        if due and not stop:  # asked to stop, save at once
             stop = env.stopped_in(evaluate_and_show, step)
             log.restart_clock()
         if last or stop or (cfg.save_every and step % cfg.save_every == 0):
-            save_checkpoint(cfg.out, step, {"model": zero}, {**same, **should, "skipped": skipped}, keep=cfg.keep,
-                            config=config, tokenizer_path=tokenizer_path)
+            save_checkpoint(cfg.out, step, {"model": zero}, {**same, **should, "skipped": skipped, "due": due and stop},
+                            keep=cfg.keep, config=config, tokenizer_path=tokenizer_path)
             log.restart_clock()
         if stop:
             log.say(f"asked to stop: saved after step {step}; go on with --resume")

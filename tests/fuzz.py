@@ -10,6 +10,7 @@ laid into batches, encoded, loaded into a model. Exit code 1 if any try fails.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import gzip
 import json
@@ -217,6 +218,30 @@ def use_tokenizer(folder: Path, r: random.Random):
     tokenizer.decode([*ids, tokenizer.vocab_size - 1])
 
 
+class Malicious:
+    """Unpickled, it makes a file."""
+    def __init__(self, target):
+        self.target = target
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.target}",)
+
+
+def resign(folder: Path, name: str = "meta.json", **changes) -> None:
+    """Change meta.json or config.json, with the right checksum: on purpose, not by accident."""
+    content = {**json.loads((folder / name).read_bytes()), **changes}
+    content.pop("sha256", None)
+    (folder / name).write_text(json.dumps({**content, "sha256": checkpoint._digest(content)}))
+
+
+def put_shard(folder: Path, shard: dict | bytes) -> None:
+    """In place of rank000.pt, with matching checksums."""
+    path = folder / "rank000.pt"
+    path.write_bytes(shard) if isinstance(shard, bytes) else torch.save(shard, path)
+    files = json.loads((folder / "meta.json").read_text())["files"]
+    resign(folder, files={**files, "rank000.pt": checkpoint._size_and_hash(str(path))})
+
+
 def use_meta(folder: Path, r: random.Random):
     """A run's folder: meta.json or config.json of final/ mutated, nine times in ten with the right checksum."""
     shutil.copytree(MODELS, folder / "run", copy_function=os.link)  # rank files are read, never written
@@ -226,14 +251,10 @@ def use_meta(folder: Path, r: random.Random):
     path.unlink()
     content.pop("sha256")
     data = mutate_content(content, r) if r.random() < 0.7 else mutate_bytes(json.dumps(content).encode(), r)
-    if r.random() < 0.9:
-        try:
-            content = json.loads(data)
-            content.pop("sha256", None)
-            data = json.dumps({**content, "sha256": checkpoint._digest(content)}).encode()
-        except (ValueError, RecursionError, AttributeError, TypeError):
-            pass  # no object any more
     path.write_bytes(data)
+    if r.random() < 0.9:
+        with contextlib.suppress(ValueError, RecursionError, TypeError):  # no object any more
+            resign(path.parent, path.name)
     yield
     if final:
         checkpoint.load_model(str(folder / "run"))

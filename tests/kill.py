@@ -40,7 +40,7 @@ PATIENCE = 900  # seconds that a small run may take, on a machine that has other
 
 def make_inputs(folder: Path) -> Path:
     """A text, conversations, ranked replies, prompts, a model that can chat and a reward model."""
-    from small_chat import random_model, ranked, save_chat_model, write
+    from small_chat import ranked, save_chat_model, write
 
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "text.txt").write_text(Path(os.__file__).read_text(encoding="utf-8")[:12_000])
@@ -50,21 +50,8 @@ def make_inputs(folder: Path) -> Path:
     write(folder / "chats.jsonl", [{"instruction": record["prompt"], "output": record["responses"][0]}
                                    for record in replies[1:]])
     save_chat_model(folder / "chat")
-    save_reward_model(folder / "rm", random_model("scalar", seed=2))
+    save_chat_model(folder / "rm", seed=2, head="scalar")
     return folder
-
-
-def save_reward_model(folder: Path, model) -> None:
-    import dataclasses
-
-    from checkpoint import save_final
-    from data import CHAT_TEMPLATE
-    from tokenizer import make_tokenizer
-
-    folder.mkdir()
-    make_tokenizer("byte", []).save(folder / "tokenizer.json")
-    config = {"model": dataclasses.asdict(model.config), "head": "scalar", "chat_template": CHAT_TEMPLATE}
-    save_final(str(folder), model.state_dict(), config, str(folder / "tokenizer.json"))
 
 
 def arguments(script: str, inputs: Path, out, *more) -> list[str]:
@@ -175,7 +162,8 @@ class Job:
 # ---- what must hold -------------------------------------------------------------------------------------------------
 
 def folders(out: Path) -> list[str]:
-    return [name for name in os.listdir(out) if name.startswith(("step-", "tmp-"))] if out.exists() else []
+    """Checkpoints, and parts of them; final/ and its parts do not count."""
+    return [name for name in os.listdir(out) if re.fullmatch(r"(step-|tmp-.*)\d{8}", name)] if out.exists() else []
 
 
 def check_folders(out: Path) -> str:

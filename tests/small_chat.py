@@ -34,12 +34,12 @@ def random_model(head="lm", seed=1, **shape) -> GPT:
     return model
 
 
-def save_chat_model(folder, seed=1, tokenizer=None, **changes) -> str:
-    """A folder for --init; returns it."""
-    tokenizer, model = tokenizer or make_tokenizer("byte", []), random_model(seed=seed)
+def save_chat_model(folder, seed=1, tokenizer=None, head="lm", **changes) -> str:
+    """A folder for --init, or with head="scalar" for --reward_model; returns it."""
+    tokenizer, model = tokenizer or make_tokenizer("byte", []), random_model(head, seed)
     os.makedirs(folder, exist_ok=True)
     tokenizer.save(os.path.join(folder, "tokenizer.json"))
-    config = {"model": dataclasses.asdict(model.config), "head": "lm", "chat_template": CHAT_TEMPLATE, **changes}
+    config = {"model": dataclasses.asdict(model.config), "head": head, "chat_template": CHAT_TEMPLATE, **changes}
     save_final(str(folder), model.state_dict(), config, os.path.join(folder, "tokenizer.json"))
     return str(folder)
 

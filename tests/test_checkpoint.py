@@ -1,27 +1,32 @@
 """Checkpoints: whole or not there, loadable at any world size and stage, and never trusted."""
-import contextlib
 import errno
+import functools
+import io
+import itertools
 import json
 import multiprocessing
 import os
 import pickle
-import random
+import re
 import resource
 import shutil
 import signal
+import struct
 import subprocess
 import sys
+import time
 import zipfile
 from unittest import mock
 
 import pytest
 import torch
+from fuzz import Malicious, make_models, put_shard, resign
 from ranks import RankFailed, ranks
 from test_zero import CLIP, DECAY, LR, assert_equal, loss_of, near
 from test_zero import make as make_model
 
 import checkpoint
-from checkpoint import consolidate, load_checkpoint, load_final, save_checkpoint, save_final, steps
+from checkpoint import consolidate, load_checkpoint, load_final, load_model, save_checkpoint, save_final, steps
 from common import UserError
 from model import GPT, GPTConfig
 from zero import Zero
@@ -126,13 +131,19 @@ def test_consolidate_equals_full_state_dict(tmp_path):
 
 
 def test_only_the_newest_are_kept(tmp_path):
-    """keep=2 keeps two; nothing else stands in the folder; during a save there are at most three."""
+    """keep=2 keeps two; nothing else stands in the folder; during a save there are at most three, also after one that
+    was killed before it threw the oldest away."""
     z, out, most = training(0), str(tmp_path), []
     real = checkpoint._write
     with mock.patch.object(checkpoint, "_write", lambda *a: most.append(len(os.listdir(out))) or real(*a)):
-        for step in range(1, 6):
+        for step in range(1, 4):
             save_checkpoint(out, step, {"model": z}, {}, keep=2)
-        save_checkpoint(out, 5, {"model": z}, {}, keep=2)  # the same step again replaces it
+        with mock.patch.object(checkpoint, "_hide_folder", mock.Mock(side_effect=KeyboardInterrupt)), \
+                pytest.raises(KeyboardInterrupt):
+            save_checkpoint(out, 4, {"model": z}, {}, keep=2)
+        assert len(steps(out)) == 3
+        for _ in range(2):
+            save_checkpoint(out, 5, {"model": z}, {}, keep=2)  # the same step again replaces it
     assert sorted(os.listdir(out)) == ["step-00000004", "step-00000005"] and max(most) == 3
 
 
@@ -191,46 +202,35 @@ def test_killed_inside_a_save(tmp_path, rank, point):
     for world in (1, 2, 3):
         out = str(tmp_path / f"copy{world}")
         shutil.copytree(tmp_path / "run", out)
+        checkpoint.claim(out, resume=True).close()  # clears away what is left
         state = ranks().run(world, run_part, out, 3, whole, 4)[0][1]
         assert near(state, expected, 1e-5)
-        assert all(name.startswith("step-") for name in os.listdir(out))  # leftovers are gone after the next save
-
-
-def save_and_die_at(out, what, renames):
-    """Save step 1 or final/ a second time, killed before the rename with this number."""
-    z, left, rename = training(0), [renames], os.rename
-
-    def counted(old, new):
-        if left[0] == 0:
-            os._exit(9)
-        left[0] -= 1
-        rename(old, new)
-
-    os.rename = counted
-    train(z, 0, 1)
-    if what == "final":
-        save_final(out, z.full_state_dict(), {}, __file__)
-    else:
-        save_checkpoint(out, 1, {"model": z}, {})
+        assert all(name.startswith("step-") or name == "lock" for name in os.listdir(out))
 
 
 @pytest.mark.parametrize("what", ["final", "step-00000001"])
 def test_killed_between_two_renames(tmp_path, what):
     """The same step, or final/, saved again replaces a folder by two renames. A kill between them leaves none under its
-    name; claim() gives the old one its name back, and a later save leaves nothing hidden."""
+    name; claim() gives the old one its name back, and clears away what else a kill has left."""
     z, out = training(0), str(tmp_path / "out")
     save_checkpoint(out, 1, {"model": z}, {})
     save_final(out, {"a": torch.zeros(3)}, {}, __file__)
-    child = multiprocessing.get_context("fork").Process(target=save_and_die_at, args=(out, what, 1))
+    rename = os.rename
+
+    def save_again():
+        os.rename = lambda old, new: rename(old, new) if "tmp-old" in new else os._exit(9)
+        save_final(out, {}, {}, __file__) if what == "final" else save_checkpoint(out, 1, {"model": z}, {})
+
+    child = multiprocessing.get_context("fork").Process(target=save_again)
     child.start()
     child.join(60)
     assert child.exitcode == 9 and not os.path.exists(os.path.join(out, what))
     checkpoint.claim(out, resume=True).close()
     assert load_checkpoint(out, {"model": z})[0] == 1 and load_final(out)[1].keys() == {"a"}
-    assert not [name for name in os.listdir(out) if "old" in name]
-    shutil.copytree(os.path.join(out, what), os.path.join(out, f"tmp-old-{what}"))  # killed a moment later
+    for left in (f"tmp-old-{what}", "tmp-final", "tmp-00000007"):  # killed a moment later, or in the middle of a save
+        shutil.copytree(os.path.join(out, what), os.path.join(out, left))
     checkpoint.claim(out, resume=True).close()
-    assert not [name for name in os.listdir(out) if "old" in name]
+    assert sorted(os.listdir(out)) == ["final", "lock", "step-00000001"]
 
 
 def test_a_folder_killed_while_it_is_thrown_away_does_not_come_back(tmp_path):
@@ -273,30 +273,49 @@ def test_no_space_left(tmp_path):
     z, out = training(0), str(tmp_path)
     save_checkpoint(out, 1, {"model": z}, {})
     for writes in (0, 1):
-        real, left = os.fsync, [writes]
-
-        def full(descriptor, real=real, left=left):
-            if left[0] == 0:
-                raise OSError(errno.ENOSPC, "No space left on device")
-            left[0] -= 1
-            real(descriptor)
-
-        with mock.patch.object(os, "fsync", full), pytest.raises(UserError, match="step-00000002.*No space left"):
+        full = [None] * writes + [OSError(errno.ENOSPC, "No space left on device")]
+        with mock.patch("os.fsync", side_effect=full), pytest.raises(UserError, match="step-00000002.*No space left"):
             save_checkpoint(out, 2, {"model": z}, {})
         assert os.listdir(out) == ["step-00000001"] and load_checkpoint(out, {"model": z})[0] == 1
 
 
-def test_a_full_disk_under_the_lock(tmp_path):
-    """The pid that cannot be written: one line with the file."""
-    class Full:
-        def __getattr__(self, name):
-            if name in ("truncate", "write", "flush"):
-                raise OSError(errno.ENOSPC, "No space left on device")
-            return getattr(file, name)
+def test_what_fails_after_a_save_is_not_said_of_it(tmp_path):
+    """The old checkpoint that cannot be removed is named, not the new one, which is whole."""
+    z, out, rmtree = training(0), str(tmp_path), shutil.rmtree
+    save_checkpoint(out, 1, {"model": z}, {})
 
-    with open(tmp_path / "lock", "a+") as file, mock.patch("checkpoint.open", lambda *_: Full(), create=True), \
-            pytest.raises(UserError, match="lock: No space left"):
+    def stuck(path, **options):
+        if "gone" in path and not options:
+            raise OSError(errno.ENOTEMPTY, "Directory not empty")
+        rmtree(path, **options)
+
+    with mock.patch.object(shutil, "rmtree", stuck), \
+            pytest.raises(UserError, match="step-00000001: .*not empty; free space"):
+        save_checkpoint(out, 2, {"model": z}, {}, keep=1)
+    assert load_checkpoint(out, {"model": z})[0] == 2
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left"), OSError("No space left")])
+def test_a_full_disk_under_the_lock(tmp_path, error):
+    """The pid that cannot be written: one line, also where the error has a text alone."""
+    with mock.patch("os.getpid", side_effect=error), pytest.raises(UserError, match="written: No space left; free"):
         checkpoint.claim(str(tmp_path), resume=False)
+
+
+def test_who_holds_a_folder_is_known_at_once(tmp_path):
+    """Whoever is refused while the holder still looks around reads its pid, not that of the run before."""
+    (tmp_path / "lock").write_text("1")
+    with mock.patch.object(checkpoint, "steps", lambda _: [(tmp_path / "lock").read_text()]), \
+            pytest.raises(UserError, match=rf"holds a run \({os.getpid()}\)"):
+        checkpoint.claim(str(tmp_path), resume=False)
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_finished_run_without_checkpoints_is_not_begun_anew(tmp_path, resume):
+    """Its curve would be emptied and its model replaced."""
+    save_final(str(tmp_path), {"a": torch.zeros(3)}, {}, __file__)
+    with pytest.raises(UserError, match="holds final/ and no checkpoint"):
+        checkpoint.claim(str(tmp_path), resume)
 
 
 def limited_save(out):
@@ -305,9 +324,9 @@ def limited_save(out):
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
     try:
-        with pytest.raises(UserError, match="could not be saved"):
+        with pytest.raises(UserError, match="cannot be written"):
             save_checkpoint(out, 1, {"model": z}, {})
-        with pytest.raises(UserError, match="could not be saved"):
+        with pytest.raises(UserError, match="cannot be written"):
             save_final(out, {"a": torch.zeros(10_000)}, {}, __file__)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
@@ -338,6 +357,28 @@ def two_saved(tmp_path):
     return tmp_path
 
 
+def test_shapes_that_meta_makes_larger_than_the_shards_are_refused(two_saved):
+    """The same numbers under 60,000 names, or shapes with a minus that hide them in a sum: before memory is taken."""
+    step = two_saved / "step-00000002"
+    layout = json.loads((step / "meta.json").read_text())["layout"]
+    for more in ([["x"], [33, 16], 0], [["y"], [-33, 16], 0]):
+        layout["model"]["root"].append(more)
+        resign(step, layout=layout)
+        with pytest.raises(UserError, match="meta.json: .*larger than what was saved"):
+            consolidate(str(step))
+
+
+def test_a_checkpoint_under_another_name_and_a_giant_meta_are_damage(two_saved, capsys):
+    """A copy of step 1 that is called 300 would be saved over; a meta.json of gigabytes would be taken into memory."""
+    shutil.copytree(two_saved / "step-00000001", two_saved / "step-00000300")
+    with open(two_saved / "step-00000002" / "meta.json", "a") as file:
+        file.write(" " * checkpoint.MAX_BYTES)
+    assert load_checkpoint(str(two_saved), {"model": training(0)})[0] == 1
+    said = capsys.readouterr().err
+    assert "00000300/meta.json: is that of step 1" in said and "00000002/meta.json: found more than" in said
+    assert steps(str(two_saved)) == ["step-00000001"] and (two_saved / "damaged-step-00000300").is_dir()
+
+
 def damage_flip(path):
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
@@ -348,8 +389,13 @@ def damage_cut(path):
     path.write_bytes(path.read_bytes()[:-1])
 
 
-@pytest.mark.parametrize("name", ["rank000.pt", "config.json", "tokenizer.json", "meta.json"])
-@pytest.mark.parametrize("damage", [damage_flip, damage_cut, os.remove])
+def damage_digit(path):
+    """Still JSON, and it could be true: only its checksum says that it is not."""
+    path.write_text(path.read_text().replace('"n": ', '"n": 7'))
+
+
+@pytest.mark.parametrize("damage, name", [(damage_digit, "meta.json"), *itertools.product(
+    (damage_flip, damage_cut, os.remove), ("rank000.pt", "config.json", "tokenizer.json", "meta.json"))])
 def test_damaged_file_is_named_and_the_previous_checkpoint_used(two_saved, capsys, name, damage):
     """A flipped byte, a lost byte, a lost file: a warning names the file, the checkpoint before is loaded; with both
     damaged, an error."""
@@ -361,43 +407,48 @@ def test_damaged_file_is_named_and_the_previous_checkpoint_used(two_saved, capsy
         load_checkpoint(str(two_saved), {"model": training(0)})
 
 
-class Malicious:
-    def __init__(self, target):
-        self.target = target
-
-    def __reduce__(self):
-        return os.system, (f"touch {self.target}",)
-
-
-def test_pickles_that_run_code_are_refused(two_saved, tmp_path):
+@pytest.mark.parametrize("plain", [checkpoint.PLAIN, re.compile(".*")])
+def test_pickles_that_run_code_are_refused(two_saved, tmp_path, monkeypatch, plain):
     """A pickle that would create a file, in place of a shard (with matching checksums) or of model.pt, is refused
-    unrun."""
-    trap, folder = tmp_path / "trap", two_saved / "step-00000002"
-    for make in (lambda: pickle.dumps(Malicious(trap)), lambda: torch_saved(Malicious(trap)),
-                 lambda: torch_saved({"model": Malicious(trap)})):
-        content = make()
-        (folder / "rank000.pt").write_bytes(content)
-        meta = json.loads((folder / "meta.json").read_text())
-        meta.pop("sha256")
-        entry = checkpoint._write(str(tmp_path / "scratch.bin"), str(folder / "rank000.pt"))
-        meta["files"]["rank000.pt"] = entry
-        (folder / "meta.json").write_text(json.dumps({**meta, "sha256": checkpoint._digest(meta)}))
-        with pytest.raises(UserError, match="rank000.pt"):
-            load_checkpoint(str(two_saved), {"model": training(0)})
-        final = tmp_path / "final"
-        final.mkdir(exist_ok=True)
-        (final / "model.pt").write_bytes(content)
-        (final / "config.json").write_text("{}")
-        with pytest.raises(UserError, match="model.pt"):
-            load_final(str(final))
-    assert not trap.exists()
+    unrun; by weights_only alone as well."""
+    monkeypatch.setattr(checkpoint, "PLAIN", plain)
+    evil = Malicious(tmp_path / "trap")
+    for content in (pickle.dumps(evil), torch_saved(evil), torch_saved({"model": evil})):
+        for path, read in hostile(two_saved, content):
+            with pytest.raises(UserError, match=path):
+                read()
+    assert not (tmp_path / "trap").exists()
 
 
 def torch_saved(value):
-    import io
     file = io.BytesIO()
     torch.save(value, file)
     return file.getvalue()
+
+
+def hostile(place, content):
+    """Put it where it could be read: (file, what reads it), as a shard with matching checksums and as model.pt."""
+    step, final = place / "step-00000002", place / "final"
+    put_shard(step, content)
+    final.mkdir(exist_ok=True)
+    (final / "model.pt").write_bytes(content)
+    (final / "config.json").write_text("{}")
+    return (("step-00000002/rank000.pt", lambda: consolidate(str(step))),
+            ("final/model.pt", lambda: load_final(str(final))))
+
+
+class Zeros:
+    """2 GB of nothing, in some 30 bytes of a pickle that weights_only lets through."""
+    def __reduce__(self):
+        return bytearray, (2 * 10**9,)
+
+
+def doubled():
+    """2^40 dictionaries, in one kilobyte."""
+    content = {}
+    for _ in range(40):
+        content = {"a": content, "b": content}
+    return content
 
 
 HOSTILE = {
@@ -405,57 +456,54 @@ HOSTILE = {
     "one storage under many names": lambda: dict.fromkeys(map(str, range(100)), torch.zeros(10_000)),
     "no memory behind it": lambda: {"a": torch.zeros(10**12, device="meta")},
     "sparse": lambda: {"a": torch.zeros(3, 3).to_sparse()},
+    "nothing, of a size": lambda: {"a": Zeros()},
+    "the same dictionary under many names": doubled,
+    "a zip bomb": lambda: packed(),
+    "two directories": lambda: with_two_directories(packed()),
+    "two directories, as torch ends a file": lambda: with_two_directories(packed(), zip64=True),
 }
 
 
 @pytest.mark.parametrize("what", HOSTILE)
-def test_tensors_that_are_larger_than_their_file_are_refused(two_saved, tmp_path, what):
-    """In place of model.pt, and of a shard (with matching checksums): one line, before memory is taken."""
-    final = tmp_path / "final"
-    final.mkdir()
-    (final / "config.json").write_text("{}")
-    torch.save(HOSTILE[what](), final / "model.pt")
-    with pytest.raises(UserError, match="final/model.pt: does not hold"):
-        load_final(str(final))
-    put_shard(two_saved / "step-00000002", {"model": {"units": {}, "buffers": HOSTILE[what](), "scalars": {}}})
-    with pytest.raises(UserError, match="rank000.pt: does not hold"):
-        consolidate(str(two_saved / "step-00000002"))
+def test_what_is_larger_than_its_file_is_refused(two_saved, what):
+    """In place of model.pt, and of a shard (with matching checksums): one line, at once and before memory is taken."""
+    content = HOSTILE[what]()
+    content = content if isinstance(content, bytes) else torch_saved({"model": content})
+    assert len(content) < 2**20
+    for path, read in hostile(two_saved, content):
+        before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
+        with pytest.raises(UserError, match=f"{path}: .*(hold|packed)"):
+            read()
+        assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200 * 1024
+        assert time.process_time() - start < 5
 
 
-def put_shard(folder, shard: dict | bytes) -> None:
-    """In place of rank000.pt, with matching checksums."""
-    (folder / "rank000.pt").write_bytes(shard if isinstance(shard, bytes) else torch_saved(shard))
-    meta = json.loads((folder / "meta.json").read_text())
-    meta.pop("sha256")
-    meta["files"]["rank000.pt"] = checkpoint._size_and_hash(str(folder / "rank000.pt"))
-    (folder / "meta.json").write_text(json.dumps({**meta, "sha256": checkpoint._digest(meta)}))
-
-
-def packed_again(content: bytes) -> bytes:
-    """The same records, deflated, with a pickle behind which a gigabyte of nothing follows."""
-    import io
+@functools.cache
+def packed() -> bytes:
+    """What torch saves, deflated, with a pickle behind which a gigabyte of nothing follows."""
     file = io.BytesIO()
-    with zipfile.ZipFile(io.BytesIO(content)) as old, zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as new:
+    with zipfile.ZipFile(io.BytesIO(torch_saved({"a": torch.zeros(3)}))) as old, \
+            zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as new:
         for name in old.namelist():
-            new.writestr(name, old.read(name) + bytes(10**9 * name.endswith("data.pkl")))
+            with new.open(name, "w") as record:
+                record.write(old.read(name))
+                for _ in range(1000 * name.endswith("data.pkl")):
+                    record.write(bytes(10**6))
     return file.getvalue()
 
 
-def test_a_zip_bomb_is_refused(two_saved, tmp_path):
-    """A .pt is a zip; ours are never packed. A megabyte that unpacks to a gigabyte: one line, no memory taken."""
-    content = packed_again(torch_saved({"a": torch.zeros(3)}))
-    assert len(content) < 2**20
-    final = tmp_path / "final"
-    final.mkdir()
-    (final / "config.json").write_text("{}")
-    (final / "model.pt").write_bytes(content)
-    put_shard(two_saved / "step-00000002", content)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    with pytest.raises(UserError, match="final/model.pt: .*packed"):
-        load_final(str(final))
-    with pytest.raises(UserError, match="rank000.pt: .*packed"):
-        consolidate(str(two_saved / "step-00000002"))
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200 * 1024
+def with_two_directories(content: bytes, zip64: bool = False) -> bytes:
+    """Behind the directory of a packed zip another one, by which nothing is packed. Python takes the one that lies in
+    front of the end; torch the one that the end names, or (zip64) the end that the locator names."""
+    n, size, start = struct.unpack("<HII", content[-12:-2])
+    plain, at = bytearray(content[start:start + size]), 0
+    while at < size:
+        plain[at + 10:at + 12], plain[at + 24:at + 28] = bytes(2), plain[at + 20:at + 24]  # stored; its packed size
+        at += 46 + sum(struct.unpack("<HHH", plain[at + 28:at + 34]))
+    first, second = (struct.pack("<4sQHHIIQQQQ", b"PK\6\6", 44, 45, 45, 0, 0, n, n, size, directory)
+                     for directory in (start, start + size + 56))
+    locator = struct.pack("<4sIQI", b"PK\6\7", 0, start + size, 1)
+    return content[:-22] + (first + plain + second + locator if zip64 else plain) + content[-22:]
 
 
 @pytest.mark.parametrize("name", ["meta.json", "rank000.pt", "config.json", "model.pt"])
@@ -484,7 +532,7 @@ def test_checkpoint_of_another_model(two_saved, change, words):
     model = GPT(GPTConfig(**{**shape, **change}))
     with pytest.raises(UserError, match=words):
         load_checkpoint(str(two_saved), {"model": Zero(model, units=model.units())})
-    with pytest.raises(UserError, match="holds model, expected actor"):
+    with pytest.raises(UserError, match="actor: .* is missing there"):
         load_checkpoint(str(two_saved), {"actor": training(0)})
 
 
@@ -497,53 +545,6 @@ def test_other_settings_warn(two_saved, capsys):
     assert "is 77" in warning and "n was 2 and is 3" in warning and "torch" not in warning
     load_checkpoint(str(two_saved), {"model": training(0)}, bitwise={"n": 2})
     assert not capsys.readouterr().err
-
-
-def mutate(data: bytes, rng: random.Random) -> bytes:
-    data = bytearray(data)
-    for _ in range(rng.choice((1, 1, 2, 8))):
-        i = rng.randrange(len(data) + 1)
-        kind = rng.randrange(4)
-        if kind == 0 and i < len(data):
-            data[i] = rng.randrange(256)
-        elif kind == 1:
-            del data[i:i + rng.choice((1, 2, 50))]
-        elif kind == 2:
-            data[i:i] = rng.choice((b"9" * 30, b"[" * 5000, b"null", b'"', b"{}", b"1e999", b"-1", b"\xff", b"../x"))
-        elif i < len(data):
-            data[i:i] = data[i:i + 40]
-    return bytes(data)
-
-
-def fuzz(folder, tries, resign):
-    """Random mutations of meta.json (with its checksum made right again, or not) end in success or in a UserError."""
-    path, rng, refused = os.path.join(folder, "meta.json"), random.Random(0), 0
-    with open(path, "rb") as file:
-        original = file.read()
-    for _ in range(tries):
-        content = mutate(original, rng)
-        if resign:
-            with contextlib.suppress(ValueError, RecursionError, AttributeError, TypeError):
-                meta = json.loads(content)
-                meta.pop("sha256", None)
-                content = json.dumps({**meta, "sha256": checkpoint._digest(meta)}).encode()
-        with open(path, "wb") as file:
-            file.write(content)
-        try:
-            load_checkpoint(os.path.dirname(folder), {"model": training(0)})
-        except UserError as error:
-            refused += 1
-            assert "\n" not in str(error)
-    return refused
-
-
-@pytest.mark.parametrize("tries", [300, pytest.param(2500, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("resign", [False, True])
-def test_fuzzed_meta(tmp_path, tries, resign):
-    """No mutation of meta.json gives a traceback; with the checksum left as it was, every real change is refused."""
-    save_checkpoint(str(tmp_path), 1, {"model": training(0)}, {"n": 1}, config={"a": 1})
-    refused = fuzz(str(tmp_path / "step-00000001"), tries, resign)
-    assert refused > (0.2 if resign else 0.9) * tries
 
 
 # ---- final models ---------------------------------------------------------------------------------------------------
@@ -565,6 +566,16 @@ def test_final_round_trip(tmp_path):
     assert_equal(load_final(str(tmp_path / "final"))[1], torch.load(tmp_path / "final" / "model.pt", weights_only=True))
     assert sorted(os.listdir(tmp_path)) == ["final", "tokenizer.json"]
     assert sorted(os.listdir(tmp_path / "final")) == ["config.json", "model.pt", "tokenizer.json"]
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.int64, torch.float8_e4m3fn])
+def test_weights_that_are_no_plain_floating_point_numbers_are_refused(tmp_path, dtype):
+    """Complex numbers would lose half of themselves, with a warning."""
+    config, weights = load_final(str(make_models(tmp_path)))
+    weights = {name: weight.to(dtype) for name, weight in weights.items()}
+    save_final(str(tmp_path), weights, config, str(tmp_path / "tokenizer.json"))
+    with pytest.raises(UserError, match="final/model.pt: .*expected (a )?plain"):
+        load_model(str(tmp_path))
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.pt"])
@@ -612,5 +623,8 @@ def test_command_line(tmp_path):
     done = command(out + "/step-00000001")
     assert done.returncode == 0, done.stderr
     assert_equal(load_final(out)[1], z.full_state_dict())
+    with checkpoint.claim(out, resume=True):  # a run that may be writing final/ itself
+        done = command(out + "/step-00000001")
+    assert done.returncode == 2 and f"in use by process {os.getpid()}" in done.stderr
     done = command(out)
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "meta.json" in done.stderr

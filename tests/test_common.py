@@ -75,7 +75,7 @@ def test_log_keeps_one_curve_over_a_resume(tmp_path, capsys):
         log.count(100)
         log.train(step, loss=1.0 / step)
     with open(tmp_path / "metrics.jsonl", "a") as file:
-        file.write('garbage\n{"step": 1}{\n{"step": 1, "lo')
+        file.write(f'garbage\n{"[" * 10**5}\n{{"step": 1}}{{\n{{"step": 1, "lo')
     log = Log(str(tmp_path), env, steps=4, start=2)
     log.event(3, loss=0.5, grad_norm=float("nan"))
     events = [json.loads(line) for line in open(tmp_path / "metrics.jsonl")]
@@ -84,16 +84,6 @@ def test_log_keeps_one_curve_over_a_resume(tmp_path, capsys):
     rate = events[0]["tokens_per_second"]
     assert rate > 0 and events[0]["mfu"] == pytest.approx(rate * 1e6 / 1e9) and events[0]["memory"] > 2**20
     assert "step 1/4 | loss 1.0000" in capsys.readouterr().out
-
-
-def test_log_knows_which_evaluation_is_missing(tmp_path):
-    """One that was written down is not made again by a run that resumes there; before the first step none is due."""
-    env = Env(0, 1, 0, 1, torch.device("cpu"))
-    log = Log(str(tmp_path), env, steps=4)
-    log.event(1, loss=1.0, eval_loss=2.0)
-    log.event(2, loss=1.0)
-    for start, missing in ((2, True), (1, False), (0, False)):
-        assert Log(str(tmp_path), env, steps=4, start=start).lacks_evaluation(start) is missing
 
 
 def test_replaced_files_are_on_the_disk_before_they_get_their_name(tmp_path, monkeypatch):
@@ -195,17 +185,29 @@ def test_a_user_error_is_one_short_line_whatever_it_quotes():
     assert str(UserError("a\n\x1b[2Jb 你" + "c" * 10**6)) == "a\\n\\x1b[2Jb 你" + "c" * 991
 
 
-def test_run_turns_user_errors_into_exit_code_2():
-    """UserError: one line on stderr and 2; an integer result is the exit code; other errors keep their traceback."""
-    program = "from common import run, UserError\ndef main():\n    {}\nrun(main)"
+def test_run_turns_user_errors_into_exit_code_2(monkeypatch):
+    """UserError: one line on stderr and 2; an integer result is the exit code; other errors keep their traceback. What
+    was printed before reaches the pipe. Ranks that are lost while all leave as asked to are an error as well."""
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
+    program = """
+from common import LostRanks, Stopped, UserError, run
+class Peerless:
+    def close(self):
+        raise LostRanks("rank 1 died")
+def main():
+    print("before")
+    {}
+run(main)"""
     for body, code, said in (("raise UserError('found this')", 2, "error: found this\n"), ("return 130", 130, ""),
                              (r"raise UserError('a\n\x1b[2Jb' + 'c' * 10**6)", 2, f"error: a\\n\\x1b[2Jb{'c' * 993}\n"),
-                             ("raise OSError(28, 'No space left on device')", 2, "error: No space left on device\n"),
-                             ("open('no/such')", 2, "error: no/such: No such file or directory\n"),
+                             ("raise OSError(28, 'No space left')", 2, "error: [Errno 28] No space left\n"),
+                             ("open('no/such')", 2, "error: [Errno 2] No such file or directory: 'no/such'\n"),
+                             ("raise Stopped(Peerless())", 2, "error: rank 1 died\n"),
                              ("pass", 0, ""), ("raise KeyError(1)", 1, "KeyError")):
         result = subprocess.run([sys.executable, "-c", program.format(body)], capture_output=True, text=True,
                                 cwd=__file__.rsplit("/", 2)[0])
         assert result.returncode == code and (said in result.stderr if code == 1 else said == result.stderr)
+        assert result.stdout == "before\n"
 
 
 @pytest.mark.parametrize("flush", [True, False])
@@ -215,7 +217,7 @@ def test_a_full_disk_under_what_is_printed_is_one_line(flush):
     with open("/dev/full", "w") as full:
         result = subprocess.run([sys.executable, "-c", program], stdout=full, stderr=subprocess.PIPE, text=True,
                                 cwd=__file__.rsplit("/", 2)[0])
-    assert (result.returncode, result.stderr) == (2, "error: No space left on device\n")
+    assert (result.returncode, result.stderr) == (2, "error: [Errno 28] No space left on device\n")
 
 
 PIPED = """

@@ -519,9 +519,9 @@ def test_token_file_of_another_length_is_refused(tmp_path, size):
 
 def test_token_file_missing_or_folder(tmp_path):
     os.mkfifo(tmp_path / "pipe.bin")  # opening it would wait for ever
-    for path in (tmp_path / "none.bin", tmp_path, tmp_path / "pipe.bin"):
-        with pytest.raises(UserError, match="cannot be read"):
-            TokenFile(path)
+    for name, found in (("none.bin", "found no such file"), ("", "it is a folder"), ("pipe.bin", "found no such file")):
+        with pytest.raises(UserError, match=f"cannot be read: {found}"):
+            TokenFile(tmp_path / name)
 
 
 @pytest.mark.parametrize("other", [dict(vocab_size=60_001), dict(fingerprint="f" * 16)])

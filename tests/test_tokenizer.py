@@ -358,6 +358,10 @@ def test_a_tokenizer_json_fetches_nothing(monkeypatch, tmp_path):
     with pytest.raises(UserError, match=r"t.json: .*'cl100k_base'.*--tokenizer cl100k_base") as info:
         Tokenizer.load(path)
     assert not asked and "\n" not in str(info.value)
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="could not be fetched"):
+        patch.setenv("TIKTOKEN_CACHE_DIR", "/proc/none")  # named by the user; FileNotFoundError, but not of the network
+        make_tokenizer("cl100k_base")
+    asked.clear()
     make_tokenizer("cl100k_base")
     assert len(asked) == 1
     for known in (tiktoken.registry.ENCODINGS, {}):  # the cache alone knows it
