@@ -28,7 +28,8 @@ from torch import Tensor
 # Exact, not an approximation: softmax does not change when a number is subtracted from all scores of a row, and a sum
 # made with an old maximum m becomes one with a new m' by the factor 2^(m - m') (online softmax, Milakov & Gimelshein
 # 2018). So a row carries its running maximum m, l = sum_j 2^(s_j - m) and acc = sum_j 2^(s_j - m) v_j; its result is
-# acc / l. Powers of two, because torch.exp2 takes a third of exp's time on a CPU; log2(e) is part of the scores' scale.
+# acc / l. Powers of two: torch.exp2 takes a third of exp's time on an AMD CPU, as much on an Intel one; log2(e) is part
+# of the scores' scale.
 #
 # Kept for the backward pass: o and L = m + log2(l), one number a row. Recomputed, tile by tile: P = 2^(S - L). With dO
 # the gradient of o and s = 1/sqrt(D) (FlashAttention, Dao et al. 2022, algorithm 4; Dao 2023):
@@ -96,7 +97,8 @@ def flash_attention(q, k, v, *, causal=True, segment_ids=None, kv_segment_ids=No
     needs_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     factors, total = dtypes(q)
     if block is None and q.shape[2] == 1 and factors == total and not needs_grad:
-        return one_query(q, k, v, segment_ids, kv_segment_ids, scale)
+        with torch.autocast(q.device.type, enabled=False):  # it would cast the float32 scores back
+            return one_query(q, k, v, segment_ids, kv_segment_ids, scale)
     if block is None:  # short rows and documents: small tiles waste less at their borders; GPUs: fewer, larger kernels
         rows = 64 if q.shape[2] <= 512 else 128 if q.shape[2] <= 1024 or segment_ids is not None else 256
         block = (512, 1024) if q.is_cuda else (rows, 512)

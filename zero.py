@@ -270,12 +270,15 @@ class Unit:
         def pack(x):
             if x.untyped_storage().data_ptr() == self.recipe_for:
                 return None, x.size(), x.stride(), x.storage_offset()
-            return self.zero.memory.park(x)
+            kept = self.zero.memory.park(x)
+            return (kept, x._version) if isinstance(kept, torch.Tensor) else kept
 
         def unpack(kept):
-            if isinstance(kept, torch.Tensor):
-                return kept
             parked, *geometry = kept
+            if isinstance(parked, torch.Tensor):
+                if [parked._version] != geometry:  # with hooks this check of autograd is ours
+                    raise RuntimeError("a tensor needed for backward has been modified by an inplace operation")
+                return parked
             return (parked.fetch() if parked else self.refetch()).as_strided(*geometry)
 
         return saved_tensors_hooks(pack, unpack)
@@ -405,20 +408,20 @@ class Zero:
                 raise UserError(f"{self.skipped} steps in a row had a gradient that is not finite, first in {bad[0]}; "
                                 "lower --lr, or use --dtype bfloat16 or float32")
             return StepInfo(norm, True, scale)
-        if norm == 0:  # on all ranks: no token was trained. Adam's momentum alone would move the weights blindly
-            return StepInfo(norm, True, scale)
-        # AdamW divides while it reads the gradient anyway: a pass of our own would take a quarter of its time.
-        divisor = scale * max(1.0, (norm + 1e-6) / clip if clip else 1.0)
-        self.optimizer.grad_scale = torch.tensor(divisor, device=self.trained[0].shard_grad.device)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self.optimizer.step()
-        for unit in self.trained:
-            unit.publish()
-        self.skipped, self.updates, self.good_steps = 0, self.updates + 1, self.good_steps + 1
+        if norm > 0:  # 0: no token was trained, on no rank. Adam's momentum alone would move the weights blindly
+            # AdamW divides while it reads the gradient anyway: a pass of our own would take a quarter of its time.
+            divisor = scale * max(1.0, (norm + 1e-6) / clip if clip else 1.0)
+            self.optimizer.grad_scale = torch.tensor(divisor, device=self.trained[0].shard_grad.device)
+            for group in self.optimizer.param_groups:
+                group["lr"] = lr
+            self.optimizer.step()
+            for unit in self.trained:
+                unit.publish()
+            self.updates += 1
+        self.skipped, self.good_steps = 0, self.good_steps + 1
         if self.dtype == torch.float16 and self.good_steps == 2000:
             self.loss_scale, self.good_steps = self.loss_scale * 2, 0  # only now: this step was made with the old scale
-        return StepInfo(norm, False, scale)
+        return StepInfo(norm, norm == 0, scale)
 
     @contextlib.contextmanager
     def gathered(self):

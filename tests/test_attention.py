@@ -341,6 +341,11 @@ def test_autocast():
         cast = output_and_gradients(flash_attention, qkv, g.bfloat16())
     assert cast[0].dtype == torch.bfloat16 and all(x.dtype == torch.float32 for x in cast[1:])
     assert all(torch.equal(a.float(), b.float()) for a, b in zip(cast, plain))
+    one = [x.detach()[:, :, -1:] if i == 0 else x.detach() for i, x in enumerate(half)]  # decoding
+    ours = flash_attention(*one)
+    with torch.autocast("cpu", dtype=torch.bfloat16):  # its float32 scores are not to be cast
+        assert torch.equal(flash_attention(*one), ours)
+        assert flash_attention(*(x.detach().double() for x in qkv)).dtype == torch.float64  # and float64 is left alone
 
 
 def test_activation_checkpointing():

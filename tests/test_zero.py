@@ -632,6 +632,10 @@ def test_counts_behind_the_loss_scale():
     z.loss_scale = 1.0
     assert all(update(math.inf) for _ in range(19)) and z.loss_scale == 1.0
     assert not update() and all(update(math.inf) for _ in range(19))
+    before, updates = z.full_state_dict(), z.updates
+    assert update(0.0) and z.updates == updates  # no gradient at all: left out, but no failure: the scale may grow
+    assert_equal(z.full_state_dict(), before)
+    assert (z.skipped, z.good_steps) == (0, 1) and all(update(math.inf) for _ in range(19))
     with pytest.raises(UserError, match="20 steps"):
         update(math.inf)
     z.skipped = 30  # as a checkpoint may say
@@ -823,8 +827,8 @@ def ppo_case():
     actor, critic, reference, reward = (gpt(seed=i) for i in range(4))
     za, zc = (Zero(m, units=m.units(), stage=stage, lr=LR, weight_decay=DECAY)
               for m, stage in ((actor, 3), (critic, 2)))
-    zr, zw = (Zero(m, units=m.units(), stage=3, frozen=True, offload=offload)
-              for m, offload in ((reference, ()), (reward, ("params",))))
+    zr, zw, _ = (Zero(m, units=m.units(), stage=3, frozen=True, offload=offload, dtype=dtype) for m, offload, dtype in (
+        (reference, (), torch.float32), (reward, ("params",), torch.float32), (gpt(), (), torch.bfloat16)))
     for step in batches(2, 1):
         ids = step[za.comm.rank, 0]
         with torch.no_grad():
@@ -1074,6 +1078,45 @@ def test_parked_copies_are_of_the_right_moment_and_type():
         z.backward(model(x).sum())
     norms.append(z.step(LR).norm)
     assert norms == pytest.approx([expected], rel=1e-5)
+
+
+class Spoils(nn.Module):
+    """Overwrites what sin() has saved for its backward pass."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(16, 16)
+
+    def forward(self, x):
+        h = self.linear(x)
+        return h.sin() + h.mul_(2)
+
+
+@pytest.mark.parametrize("options", [{}, {"stage": 3}, {"offload": ("acts",)}])
+def test_a_saved_activation_that_is_overwritten_is_an_error(options):
+    """As in plain PyTorch, which leaves this check to whoever sets saved-tensor hooks; not a wrong gradient."""
+    model = nn.Sequential(Spoils())
+    z = Zero(model, units=[model[0]], **options)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        z.backward(model(torch.randn(4, 16)).sum())
+
+
+def test_moments_on_disk_leave_no_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(zero_tools.tempfile, "tempdir", str(tmp_path))
+    z = Zero(gpt(), units=[], offload=("optim", "disk"))
+    assert zero_tools.held(z)["moments"] > 0 and not list(tmp_path.iterdir())
+
+
+def test_a_state_dict_is_a_copy():
+    """What a caller keeps of it does not follow the training."""
+    model = gpt()
+    z = Zero(model, units=model.units())
+    before = z.full_state_dict()
+    kept = {name: weight.clone() for name, weight in before.items()}
+    z.backward(loss_of(model, batches(1, 1)[0, 0, 0], 24))
+    z.step(LR)
+    assert_equal(before, kept)
+    assert not torch.equal(z.full_state_dict()["embed.weight"], kept["embed.weight"])
 
 
 # ---- 15: on a GPU ---------------------------------------------------------------------------------------------------
