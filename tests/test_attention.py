@@ -1,5 +1,6 @@
 """The tiled attention: equal to the ten-line definition, in memory and work what it promises, and at home with
 autograd's other tools."""
+import json
 import random
 import types
 
@@ -445,6 +446,15 @@ def test_seeded_bugs_are_found(old, new):
     """A test of the tests: the check against naive fails on each of the classic mistakes."""
     with pytest.raises(AssertionError, match="off by|case"):
         check_against_naive(mutant(old, new), range(60))
+
+
+def test_the_benchmark_runs_one_part_and_writes_it(tmp_path, monkeypatch, capsys):
+    """bench.py attention --only growth: that table alone, on the screen and as JSON; here in one process."""
+    monkeypatch.setattr(bench, "in_fresh_process", lambda function, *args: 1e6)
+    monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
+    bench.main(["attention", "--quick", "--only", "growth", "--repeats", "2", "--out", str(tmp_path / "a.json")])
+    (title, rows), = json.loads((tmp_path / "a.json").read_text())["tables"].items()
+    assert title.startswith("growth") and len(rows) == 9 and rows[-1]["what"] in capsys.readouterr().out
 
 
 def test_unchanged_copy_passes():
