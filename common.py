@@ -59,7 +59,7 @@ def run(main) -> None:
             env.close()
             code = env.exit_code
             if env.is_main:
-                env.tell("stopped: nothing to save since then", sys.stderr)
+                env.tell("stopped: nothing to save; the same command with --resume goes on", sys.stderr)
         sys.stdout.flush()
     except UserError as error:
         code, said = 2, f"error: {error}"

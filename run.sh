@@ -46,6 +46,7 @@ while [ $# -gt 0 ]; do
                 [ ! -e "$file" ] || printf -v "${name%%.*}" %s "$(absolute "$file")"
             done
             [ "$text" ] || refuse "--data-from ${2:-}: found no text.txt in it, expected one to begin with"
+            [ "$chats" ] || [ ! "$preferences" ] || refuse "--data-from $2: found preferences and no chats to learn first"
             shift ;;
         -*) refuse "unknown argument $1; see the first lines of run.sh" ;;
         *) own=$(basename "$1" .txt) text=$(absolute "$1") ;;
@@ -56,7 +57,7 @@ cd "$(dirname "$0")"
 
 if [ "$own" ]; then  # a folder for these files, told apart by name and content
     content=$(for file in "$text" "$chats" "$preferences" "$prompts"; do [ ! -e "$file" ] || cat "$file"; done | cksum)
-    out=out/${own//[^A-Za-z0-9._-]/_}-${content%% *}
+    out=out/${own//[^A-Za-z0-9._-]/_}-${content%% *}${SEED:+-$SEED}
     pretrain="" sft="" rm="" ppo="" dpo="" card=""
 fi
 if [ "$quick" ]; then

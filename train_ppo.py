@@ -108,6 +108,7 @@ class Config:
     keep: int = 2  # checkpoints kept
     log_every: int = 1  # steps between log lines
     seed: int = 1  # of the order of the prompts and of all that is sampled
+    # [copy: machine]
     device: str = "auto"  # auto, cpu, cuda, cuda:N
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of weights and activations in forward and backward
     attention: Literal["flash", "sdpa", "naive"] = "flash"  # ours, PyTorch's C++ kernel, the ten lines
@@ -115,6 +116,7 @@ class Config:
     offload: str = ""  # to host memory: comma list of optim, params, acts; and disk: the optimizer's part in files
     activation_checkpointing: bool = False  # recompute each block in backward instead of keeping its activations
     compile: bool = False  # torch.compile each block
+    # [end copy]
 
 
 # [copy: lr_at]
@@ -377,6 +379,7 @@ def evaluate(prompts: list[list[int]], tags: list[str], models: Models, zero: Ze
     rollout = draw(prompts, seeds, models.actor, zero, tokenizer, cfg, env)
     env.check_stop()
     score(rollout, [list(range(n))[first : first + size] for first in range(0, n, size)], models, cfg, env)
+    env.check_stop()
     kl = masked(kl_penalty(rollout.logp, rollout.ref_logp), rollout.mask).sum() / n
     means = {"eval_score": rollout.scores.mean(), "eval_kl": kl, "eval_ended": sum(rollout.ended) / n,
              "eval_response_length": rollout.mask.sum() / n}

@@ -65,6 +65,7 @@ class Config:
     keep: int = 2  # checkpoints kept
     log_every: int = 20  # updates between log lines
     seed: int = 1  # of the order of the conversations
+    # [copy: machine]
     device: str = "auto"  # auto, cpu, cuda, cuda:N
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of weights and activations in forward and backward
     attention: Literal["flash", "sdpa", "naive"] = "flash"  # ours, PyTorch's C++ kernel, the ten lines
@@ -72,6 +73,7 @@ class Config:
     offload: str = ""  # to host memory: comma list of optim, params, acts; and disk: the optimizer's part in files
     activation_checkpointing: bool = False  # recompute each block in backward instead of keeping its activations
     compile: bool = False  # torch.compile each block
+    # [end copy]
 
 
 # [copy: lr_at]
@@ -160,6 +162,7 @@ def main(argv=None) -> int:
         text_path, *_ = env.main_first(lambda: prepare(cfg.ptx_data, tokenizer=tokenizer_path))
         text = Windows(TokenFile(text_path, tokenizer), cfg.seq_len, batch_size=cfg.ptx_rows, seed=cfg.seed)
 
+    # [copy: shard]
     parameters, flops = model.parameter_count(), model.flops_per_token(cfg.seq_len)
     zero = Zero(model, units=model.units(), device=env.device, stage=cfg.zero, dtype=getattr(torch, cfg.dtype),
                 offload=tuple(filter(None, cfg.offload.split(","))), lr=cfg.lr, weight_decay=cfg.weight_decay,
@@ -169,6 +172,7 @@ def main(argv=None) -> int:
     # where were we
     lock = claim(cfg.out, cfg.resume) if env.is_main else None  # noqa: F841 - held until this function returns
     env.barrier()
+    # [end copy]
     config = {"model": dataclasses.asdict(model.config), "head": "lm", "chat_template": CHAT_TEMPLATE,
               "run": dataclasses.asdict(cfg)}
     # What a resumed run must share with the one it continues, and what it should, or else its curve bends:
@@ -187,6 +191,7 @@ def main(argv=None) -> int:
     # [end copy]
 
     micro = cfg.micro_batch_size or 10**9  # rows per forward
+    # [copy: open_log]
     log = Log(cfg.out, env, steps=cfg.steps, start=start, flops_per_token=flops,
               peak_flops=matmul_peak(env.device, getattr(torch, cfg.dtype)))
     log.say(f"{parameters:,} parameters, {flops / 1e6:.1f} MFLOP per token; a large matrix product runs at "
@@ -195,6 +200,7 @@ def main(argv=None) -> int:
     log.say(zero.report())
     if cfg.resume:
         log.say(f"going on after step {start}" if found else f"--resume: nothing in {cfg.out} yet, starting fresh")
+    # [end copy]
 
     def evaluate_and_show(step: int) -> None:
         log.event(step, **evaluate(model, val, min(micro, 16), env))
