@@ -3,10 +3,13 @@ import importlib
 import os
 import re
 import shlex
+import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from small_chat import ranked, write
 
 from common import parse
 
@@ -72,8 +75,8 @@ def test_commands_are_found():
 
 # ---- run.sh ---------------------------------------------------------------------------------------------------------
 
-def run_sh(*arguments, root=ROOT, **environment):
-    return subprocess.run(["bash", str(root / "run.sh"), *arguments], capture_output=True, text=True, timeout=60,
+def run_sh(*arguments, root=ROOT, timeout=60, **environment):
+    return subprocess.run(["bash", str(root / "run.sh"), *arguments], capture_output=True, text=True, timeout=timeout,
                           env={"PATH": os.environ["PATH"], **environment}, stdin=subprocess.DEVNULL)
 
 
@@ -125,6 +128,9 @@ def test_the_life_on_files_of_ones_own(tmp_path):
     own = tmp_path / "my files"
     own.mkdir()
     assert run_sh("--data-from", str(own), "--show").returncode == 2
+    (tmp_path / "text.txt").write_text("something")
+    (tmp_path / "preferences.json").write_text("something")
+    assert "no chats" in run_sh("--data-from", str(tmp_path), "--show").stderr
     lives = {"text.txt": ["train_pretrain", "sample", "evaluate", "plot"],
              "chats.json": ["train_pretrain", "sample", "train_sft", "evaluate", "plot", "sample"],
              "preferences.jsonl": ["train_pretrain", "sample", "train_sft", "train_rm", "train_ppo", "train_dpo",
@@ -183,3 +189,34 @@ def test_what_is_done_is_skipped_and_a_failure_says_how_to_go_on(tmp_path):
     assert second.returncode == 0, second.stderr
     assert ran() == ["sample.py", "evaluate.py"] and "pretrain: done before" in second.stdout
     assert re.search(r"^text +\d+  bits_per_byte 2.500$", second.stdout, re.M) and "no pictures" in second.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["--hack", "two ranks", "--data-from"])
+def test_a_short_life_lived_in_every_way(tmp_path, way):
+    """run.sh --quick as the README shows it, really run, to the end of its table: what no other test executes."""
+    for name in [*ROOT.glob("*.py"), ROOT / "run.sh", ROOT / "requirements.txt"]:
+        shutil.copy(name, tmp_path)
+    (tmp_path / ".venv" / "bin").mkdir(parents=True)
+    shutil.copy(ROOT / "requirements.txt", tmp_path / ".venv")
+    for name, module in (("python", ""), ("torchrun", "-m torch.distributed.run ")):
+        (tmp_path / ".venv" / "bin" / name).write_text(f'#!/bin/sh\nexec {sys.executable} {module}"$@"\n')
+        (tmp_path / ".venv" / "bin" / name).chmod(0o755)
+    flags, ranks, stages = [way], {}, ["pretrain", "sft", "rm", "ppo", "dpo"]
+    if way == "--data-from":
+        own = tmp_path / "own"
+        own.mkdir()
+        (own / "text.txt").write_text(Path(os.__file__).read_text(encoding="utf-8")[:60_000])
+        replies = ranked() * 4
+        write(own / "preferences.jsonl", replies)
+        write(own / "chats.jsonl", [{"instruction": r["prompt"], "output": r["responses"][0]} for r in replies])
+        flags += [str(own)]
+    elif way == "two ranks":
+        flags, ranks = [], {"NPROC": "2", "ZERO": "3"}
+    else:
+        stages += ["rm-plain", "ppo-free"]
+    result = run_sh("--quick", *flags, root=tmp_path, timeout=900, OUT="out/short", **ranks)
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    for stage in stages:
+        assert (tmp_path / "out" / "short" / stage / "final" / "model.pt").exists()
+        assert re.search(rf"^{stage} +\d+  \S", result.stdout, re.M), stage
