@@ -93,7 +93,8 @@ def losses(life: str, out: str) -> None:
 def rewards(life: str, out: str) -> None:
     """Over-optimisation: as PPO moves away from where it began, what it is paid rises; does the truth?"""
     runs = [(name, text, colour) for name, text, colour in (
-        ("ppo", "PPO", BLUE), ("ppo-free", "no KL penalty, no negatives", RED))
+        ("ppo", "PPO", BLUE), ("ppo-free", "lesser reward model, beta 0", RED),
+        ("ppo-leashed", "the same, beta 0.3", ORANGE))
         if os.path.exists(os.path.join(life, name, "rollouts.json"))]
     if not runs:
         return

@@ -2,7 +2,7 @@
 # The first command of the README: the whole life of a language model, one printed command per stage.
 #   bash run.sh                   in the Village, a small world that is made here
 #   bash run.sh --quick           every stage at its smallest, under three minutes: shows that all works, learns little
-#   bash run.sh --hack            also PPO without a leash, on a lesser reward model: reward hacking made visible
+#   bash run.sh --hack            also PPO with and without a leash, on a lesser reward model: reward hacking visible
 #   bash run.sh my_text.txt       on a text of yours (or stdlib, which comes with Python): pretraining and a sample
 #   bash run.sh --data-from DIR   on your own files, as far as they reach: text.txt (or .jsonl) -> pretraining;
 #                                 chats.json (or .jsonl) -> SFT; preferences.json (or .jsonl) -> reward model, PPO,
@@ -174,12 +174,15 @@ if [ ! "$own" ]; then
         stage rm-plain "a reward model that was told of the rankings alone" $out/rm-plain/final \
             "last eval_accuracy $out/rm-plain/metrics.jsonl" $launch train_rm.py --data "$preferences" --init $out/sft \
             $rm --negatives 0 --out $out/rm-plain --resume ${ZERO:+--zero $ZERO}
-        stage ppo-free "PPO against it, with nothing that holds it back" $out/ppo-free/final \
-            "last eval_score $out/ppo-free/metrics.jsonl" $launch train_ppo.py --data $prompts --init $out/sft \
-            --reward_model $out/rm-plain $ppo --beta 0 --ptx 0 --ptx_data "" --out $out/ppo-free --resume \
-            ${ZERO:+--zero $ZERO}
-        stage rollouts-free "and where that led" $out/ppo-free/rollouts.json "last gold $out/ppo-free/rollouts.json" \
-            $python evaluate.py --village $world --rollouts $out/ppo-free/samples.jsonl
+        for way in "free 0" "leashed 0.3"; do
+            run=ppo-${way% *}
+            stage $run "PPO against it, beta ${way#* }, no rehearsal" $out/$run/final \
+                "last eval_score $out/$run/metrics.jsonl" $launch train_ppo.py --data $prompts --init $out/sft \
+                --reward_model $out/rm-plain $ppo --beta ${way#* } --ptx 0 --ptx_data "" --out $out/$run --resume \
+                ${ZERO:+--zero $ZERO}
+            stage rollouts-${way% *} "and where that led" $out/$run/rollouts.json "last gold $out/$run/rollouts.json" \
+                $python evaluate.py --village $world --rollouts $out/$run/samples.jsonl
+        done
     fi
     look scorecard "all of them side by side" $python evaluate.py --cards $out/sft,$out/ppo,$out/dpo
 elif [ "$chats" ]; then

@@ -110,8 +110,8 @@ def test_the_life_in_the_village(quick, ranks):
 
 
 def test_reward_hacking_in_one_command():
-    """`bash run.sh --hack` adds a reward model without negatives, PPO against it without the KL penalty, and what
-    became of it; seeds reach every stage."""
+    """`bash run.sh --hack` adds a reward model without negatives, PPO against it without the KL penalty and with one,
+    all else equal, and what became of it; seeds reach every stage."""
     commands = pipeline("--hack", SEED="2")
     free = next(command for command in commands if "train_ppo" in command and "--beta 0" in command)
     check(free)
@@ -119,7 +119,9 @@ def test_reward_hacking_in_one_command():
     plain = next(command for command in commands if "--out out/village-2/rm-plain " in command)
     check(plain)
     assert plain.index("--negatives 1") < plain.index("--negatives 0")  # the last one counts
-    assert any("--rollouts out/village-2/ppo-free/samples.jsonl" in command for command in commands)
+    assert free.replace("ppo-free", "ppo-leashed").replace("--beta 0 ", "--beta 0.3 ") in commands
+    assert all(any(f"--rollouts out/village-2/{run}/samples.jsonl" in command for command in commands)
+               for run in ("ppo-free", "ppo-leashed"))
     assert all(re.search(r"--seed 2\b", command) for command in commands if re.search(r"train_|village.py", command))
 
 
@@ -214,7 +216,7 @@ def test_a_short_life_lived_in_every_way(tmp_path, way):
     elif way == "two ranks":
         flags, ranks = [], {"NPROC": "2", "ZERO": "3"}
     else:
-        stages += ["rm-plain", "ppo-free"]
+        stages += ["rm-plain", "ppo-free", "ppo-leashed"]
     result = run_sh("--quick", *flags, root=tmp_path, timeout=900, OUT="out/short", **ranks)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     for stage in stages:
