@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from small_chat import ranked, write
+from small_chat import TOPICS, ranked, write
 
 from common import parse
 
@@ -209,9 +209,9 @@ def test_a_short_life_lived_in_every_way(tmp_path, way):
         own = tmp_path / "own"
         own.mkdir()
         (own / "text.txt").write_text(Path(os.__file__).read_text(encoding="utf-8")[:60_000])
-        replies = ranked() * 4
+        replies = ranked([f"{topic} {n}" for n in range(4) for topic in TOPICS])
         write(own / "preferences.jsonl", replies)
-        write(own / "chats.jsonl", [{"instruction": r["prompt"], "output": r["responses"][0]} for r in replies])
+        write(own / "chats.jsonl", [{"instruction": r["prompt"], "output": r["responses"][0]} for r in replies[1:]])
         flags += [str(own)]
     elif way == "two ranks":
         flags, ranks = [], {"NPROC": "2", "ZERO": "3"}
