@@ -4,7 +4,8 @@
     out/final/           config.json, tokenizer.json, model.pt (plain {name: tensor})
 
 A folder is made as tmp-*, flushed to the disk and renamed when all ranks agree, so step-* is never half a checkpoint.
-One that a resumed run could not read is renamed to damaged-step-*: it counts no longer, but nothing is thrown away.
+One that a resumed run could not read is renamed to damaged-step-* (in place of an earlier one of that step): it counts
+no longer, but is not thrown away.
 Shards are slices of flat vectors, so any world size and any ZeRO stage loads what any other has written.
 Every torch.load is weights_only, which refuses to run code from a file.
 """
@@ -36,9 +37,10 @@ VERSION = 1
 
 def save_checkpoint(out: str, step: int, models: dict[str, Zero], extra: dict, *, keep: int = 2,
                     config: dict | None = None, tokenizer_path: str | None = None) -> str:
-    """Write out/step-XXXXXXXX; all ranks call it. extra: JSON-able, given back by load_checkpoint. Returns the folder.
+    """Write out/step-XXXXXXXX and return its path; all ranks call it, after claim(). extra: JSON-able, given back by
+    load_checkpoint.
 
-    Raises UserError on all ranks alike when any of them cannot write; then nothing of this step is left behind.
+    Raises UserError on all ranks alike when any of them cannot write; then no part of this step is left behind.
     """
     rank, world = rank_and_world()
     folder, tmp = os.path.join(out, f"step-{step:08d}"), os.path.join(out, f"tmp-{step:08d}")

@@ -266,12 +266,12 @@ class Env:
         return result
 
     def close(self) -> None:
-        for number, handler in self.old_handlers.items():
-            signal.signal(number, handler)
         if self.world > 1:
             self.barrier()  # leaving while a peer still talks to us is how gloo aborts at exit
             RollCall.stop()
             dist.destroy_process_group()
+        for number, handler in self.old_handlers.items():  # last: the second of two signals may still be coming
+            signal.signal(number, handler)
 
     def _on_signal(self, number, frame) -> None:
         if self.stop_signal:

@@ -107,7 +107,7 @@ stage() {  # stage NAME "what it does" FILE "FIGURE" command ...: look, unless i
     [ "$show" ] || before=$(grep "^$name"$'\t' $out/stages.tsv | tail -1) || true
     if [ "$before" ] && [ -e "$file" ]; then
         printf '\n%s: done before in %s s, %s\n' "$name" "$(cut -f2 <<< "$before")" "$(cut -f3 <<< "$before")"
-        [ "$(cut -f4 <<< "$before")" = "$*" ] || echo "but by another command: to redo it, remove $file"
+        [ "$(cut -f4 <<< "$before")" = "$*" ] || echo "but by another command: to redo it, remove ${file%/final}"
         return
     fi
     look "$name" "$what" "$@"
