@@ -28,8 +28,8 @@ from torch import Tensor
 # Exact, not an approximation: softmax does not change when a number is subtracted from all scores of a row, and a sum
 # made with an old maximum m becomes one with a new m' by the factor 2^(m - m') (online softmax, Milakov & Gimelshein
 # 2018). So a row carries its running maximum m, l = sum_j 2^(s_j - m) and acc = sum_j 2^(s_j - m) v_j; its result is
-# acc / l. Powers of two: torch.exp2 takes a third of exp's time on an AMD CPU, as much on an Intel one; log2(e) is part
-# of the scores' scale.
+# acc / l. Powers of two: torch.exp2 takes a third of exp's time on an AMD CPU, a little more than exp on an Intel one;
+# log2(e) is part of the scores' scale.
 #
 # Kept for the backward pass: o and L = m + log2(l), one number a row. Recomputed, tile by tile: P = 2^(S - L). With dO
 # the gradient of o and s = 1/sqrt(D) (FlashAttention, Dao et al. 2022, algorithm 4; Dao 2023):
