@@ -129,6 +129,8 @@ def peak_bytes(peer: str, layers: int) -> dict:
     step = training_step(peer, layers, batch(dist.get_rank(), 1, 4))
     for _ in range(2):
         step()
+    if hasattr(step, "zero"):
+        step.zero.comm.sent.clear()
     reset_peak()
     dist.barrier()
     wire = loopback_bytes()
@@ -138,7 +140,7 @@ def peak_bytes(peer: str, layers: int) -> dict:
     answer = {"peak": memory_now("VmHWM"), "wire": (loopback_bytes() - wire) / 3 / dist.get_world_size()}
     if hasattr(step, "zero"):
         z = step.zero
-        answer |= {"held": sum(zero_tools.held(z).values()), "sent": sum(z.comm.sent.values()) / 5}
+        answer |= {"held": sum(zero_tools.held(z).values()), "sent": sum(z.comm.sent.values()) / 3}
         assert answer["held"] == sum(zero_tools.held_by_formula(z).values())
         assert answer["sent"] == sum(zero_tools.sent_by_formula(z).values())
     return answer
@@ -149,21 +151,24 @@ def loopback_bytes() -> int:
         return next(int(line.split()[9]) for line in file if line.strip().startswith("lo:"))
 
 
-def memory_tables(args) -> list[Table]:
-    """Slopes over two depths, in units of 4 bytes per parameter: what does not grow with the model drops out."""
+def slopes(N: int, peer: str) -> dict:
+    """Growth over two depths, in units of 4 bytes per parameter: what does not grow with the model drops out."""
     unit = 4 * (gpt(12).parameter_count() - gpt(4).parameter_count())
+    small, large = (on_ranks(N, peak_bytes, peer, layers, environment=FRUGAL_MALLOC)[0] for layers in (4, 12))
+    return {name: (large[name] - small[name]) / unit for name in large}
+
+
+def memory_tables(args) -> list[Table]:
     tables = []
     for N in (2, 4):
-        f, slopes = (N - 1) / N, {}
+        f = (N - 1) / N
         held = {"ddp": 4, "fsdp2": 4 / N, "stage 0": 4, "stage 1": 2 + 2 / N, "stage 2": 1 + 3 / N, "stage 3": 4 / N}
-        for peer in held:
-            small, large = (on_ranks(N, peak_bytes, peer, layers, environment=FRUGAL_MALLOC)[0] for layers in (4, 12))
-            slopes[peer] = {name: (large[name] - small[name]) / unit for name in large}
+        found = {peer: slopes(N, peer) for peer in held}
         memory = Table(f"memory per rank, {N} ranks, float32: growth in units of 4 bytes per parameter")
-        for peer, slope in slopes.items():
+        for peer, slope in found.items():
             memory.add(peer, slope["peak"], formula=held[peer], counted=slope.get("held", ""))
         wire = Table(f"bytes on the wire per step and rank, {N} ranks: growth in units of 4 bytes per parameter")
-        for peer, slope in slopes.items():
+        for peer, slope in found.items():
             formula = 3 * f if peer in ("fsdp2", "stage 3") else 2 * f
             wire.add(peer, slope["wire"], formula=formula, counted=slope.get("sent", ""))
         tables += [memory, wire]

@@ -138,8 +138,7 @@ class Comm:
 
     def call(self, kind: str, n_bytes: int, collective: Callable, *args, later: bool = False):
         """Run one collective over N > 1 ranks and count it; later: do not wait, return a handle for wait()."""
-        if n_bytes:
-            self.sent[kind] += n_bytes
+        self.sent[kind] += n_bytes
         with naming_lost_ranks(kind):
             return collective(*args, async_op=later)
 
@@ -149,9 +148,9 @@ class Comm:
                 handle.wait()
 
     def broadcast(self, x: torch.Tensor) -> None:
-        """x <- rank 0's x. Only when the model is built, so it is not counted."""
+        """x <- rank 0's x, when the model is built. The others receive it once: (N-1)/N of x per rank on average."""
         if self.world > 1:
-            self.call("broadcast", 0, dist.broadcast, x, 0)
+            self.call("broadcast", (self.world - 1) * x.nbytes // self.world, dist.broadcast, x, 0)
 
     def all_reduce(self, x: torch.Tensor) -> None:
         """Sum over ranks, in place. A ring sends 2 (N-1)/N of the tensor."""
