@@ -1,10 +1,12 @@
 """ZeRO: every stage computes what one process computes, holds and sends what the formulas say, and fails loudly."""
+import collections
 import contextlib
 import copy
 import datetime
 import errno
 import functools
 import itertools
+import json
 import math
 import os
 import signal
@@ -1194,7 +1196,10 @@ def test_a_state_dict_is_a_copy():
 
 # ---- 15: on a GPU ---------------------------------------------------------------------------------------------------
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+@needs_cuda
 def test_cuda_bytes_and_offload():
     """torch.cuda.memory_allocated grows by exactly what the formula says (to the allocator's 512 bytes a tensor).
     Parking activations changes no bit; the CPU's AdamW rounds otherwise than the GPU's, in the last bits."""
@@ -1218,3 +1223,64 @@ def test_cuda_bytes_and_offload():
     assert_equal(states[1], states[0])
     for state in states[2:]:
         assert all(torch.allclose(state[k], states[0][k], atol=1e-5) for k in state)
+
+
+def on_cuda(offload, overlap=False):
+    """Three updates of the small model on the GPU at stage 3, all of its activations parked if any."""
+    model = gpt().cuda()
+    z = Zero(model, units=model.units(), stage=3, offload=offload, overlap=overlap, lr=LR, weight_decay=DECAY)
+    with mock.patch.object(zero_tools, "PARK_BYTES", 64):
+        for step in batches(z.comm.world, 2, steps=3):
+            for ids in step[z.comm.rank].cuda():
+                z.backward(loss_of(model, ids, z.comm.world * 48))
+            z.step(LR, CLIP)
+    return z
+
+
+@needs_cuda
+@pytest.mark.parametrize("offload", [("acts",), ("optim",), ("optim", "params", "acts")])
+def test_cuda_copies_are_as_counted(offload, tmp_path):
+    """Bytes between device and pinned memory as the profiler sees them are Memory.moved, both ways."""
+    on_cuda(offload)  # warm: libraries make copies of their own at their first call
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        z = on_cuda(offload)
+        torch.cuda.synchronize()
+    profile.export_chrome_trace(str(tmp_path / "trace.json"))
+    copies = collections.Counter()
+    for event in json.loads((tmp_path / "trace.json").read_text())["traceEvents"]:
+        if event.get("cat") == "gpu_memcpy" and "Pinned" in event["name"]:
+            copies["to_host" if "DtoH" in event["name"] else "from_host"] += event["args"]["bytes"]
+    born = 4 * sum(unit.S for unit in z.units) if "optim" in offload else 0  # the masters left when they were made
+    assert copies == {"to_host": z.memory.moved["to_host"] + born, "from_host": z.memory.moved["from_host"]}
+
+
+RACE = """
+import hashlib, sys
+sys.path[:0] = [{root!r}, {root!r} + "/tests"]
+import torch
+from test_zero import on_cuda
+state = on_cuda(("optim", "params", "acts"), overlap=True).full_state_dict()
+print(hashlib.sha256(b"".join(state[name].numpy().tobytes() for name in sorted(state))).hexdigest())
+"""
+
+
+@needs_cuda
+def test_cuda_streams_do_not_race():
+    """The copies run on a stream of their own. With CUDA_LAUNCH_BLOCKING=1 nothing runs beside anything: same bits."""
+    code = RACE.format(root=os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+    found = {subprocess.run([sys.executable, "-c", code], env=os.environ | {"CUDA_LAUNCH_BLOCKING": blocking},
+                            check=True, capture_output=True, text=True, timeout=120).stdout
+             for blocking in ("0", "1", "0")}
+    assert len(found) == 1
+
+
+def two_on_one_gpu():
+    return [on_cuda(offload, overlap).full_state_dict() for offload in ((), ("optim", "params")) for overlap in (0, 1)]
+
+
+@needs_cuda
+def test_two_ranks_on_one_gpu():
+    """Over gloo, since nccl refuses two ranks on one device: the weights of one process."""
+    expected, _ = one_process("untied", batches(2, 2, steps=3), 3)
+    for state in ranks().run(2, two_on_one_gpu)[0]:
+        assert near(state, expected, 1e-4)
