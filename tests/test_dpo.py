@@ -466,12 +466,19 @@ def test_no_whole_model_is_moved(files, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("more", [["--beta", "0.5"], ["--seed", "2"], ["--weight_decay", "0.5"], ["--clip", "0.001"],
                                   ["--val_fraction", "0.5"], ["--betas", "0.5,0.9"], ["--eps", "1e-2"],
-                                  ["--min_lr", "1e-3"], ["--decay", "flat-then-linear"]],
+                                  ["--min_lr", "1e-3"], ["--decay", "flat-then-linear"], ["--lr", "1e-3"],
+                                  ["--batch_size", "5"], ["--warmup_steps", "1"]],
                          ids=" ".join)
 def test_every_flag_does_something(files, reference, tmp_path, more):
     """The curve of a run with the flag is another one."""
     found = train(files, tmp_path, "--steps", "6", *more)
     assert any(abs(a - b) > 1e-5 for (_, a), (_, b) in zip(reference[1], found))
+
+
+@pytest.mark.parametrize("epochs, steps", [("0.5", 1), ("1", 2), ("2", 3)])
+def test_epochs_count_the_updates(files, tmp_path, epochs, steps):
+    """With --steps 0: as many updates of 7 as it takes to see so much of 10 prompts."""
+    assert [step for step, _ in train(files, tmp_path, "--epochs", epochs)] == [*range(1, steps + 1)]
 
 
 def test_text_is_rehearsed(files, reference, tmp_path, monkeypatch):

@@ -539,11 +539,18 @@ def test_low_precision_and_offload_train(files, reference, tmp_path, more):
 @pytest.mark.parametrize("more", [["--margin", "0.5"], ["--centre", "0.5"], ["--seed", "2"], ["--weight_decay", "0.5"],
                                   ["--clip", "0.001"], ["--min_lr", "1e-3"], ["--val_fraction", "0.5"],
                                   ["--betas", "0.5,0.9"], ["--eps", "1e-2"], ["--decay", "flat-then-linear"],
-                                  ["--negatives", "1"]], ids=" ".join)
+                                  ["--negatives", "1"], ["--lr", "1e-3"], ["--batch_size", "5"],
+                                  ["--warmup_steps", "1"]], ids=" ".join)
 def test_every_flag_does_something(files, reference, tmp_path, more):
     """The curve of a run with the flag is another one."""
     found = train(files, tmp_path, "--steps", "6", *more)
     assert any(abs(a - b) > 1e-5 for (_, a), (_, b) in zip(reference[1], found))
+
+
+@pytest.mark.parametrize("epochs, steps", [("0.5", 1), ("1", 2), ("2", 3)])
+def test_epochs_count_the_updates(files, tmp_path, epochs, steps):
+    """With --steps 0: as many updates of 7 as it takes to see so much of 10 prompts."""
+    assert [step for step, _ in train(files, tmp_path, "--epochs", epochs)] == [*range(1, steps + 1)]
 
 
 BAD = {
