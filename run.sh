@@ -24,7 +24,8 @@ sample="--k 8 --temperature 1 --batch_size 128"
 judge="--temperature 0.3"
 rm="--negatives 1 --lr 1e-3 --score_gap 0.3 --eval_every 0"
 ppo="--steps 120 --ppo_epochs 1 --lr 5e-4 --critic_lr 1e-3 --lam 1 --ptx 0.5 --ptx_data $world/pretrain.txt"
-dpo="--lr 1e-3 --beta 0.4 --label_smoothing 0.1 $rehearse 1"
+dpo="--beta 0.4 --label_smoothing 0.1 $rehearse 1"
+half="--epochs 0.5" rest="--limit 1500"  # of the prompts: DPO on replies of the SFT model, then on its own
 card=""
 best_of="--best_of 16"
 talks=dpo  # at the end
@@ -67,7 +68,7 @@ if [ "$quick" ]; then
     sample="--k 2 --temperature 1 --max_new_tokens 16 --batch_size 256"
     rm="--steps 20 --val_fraction 0.05 --reference_prompts 100"
     ppo="--steps 3 --batch_size 16 --minibatches 2 --max_new_tokens 16 --eval_prompts 16"
-    dpo="--steps 20 --val_fraction 0.05"
+    dpo="--steps 20 --val_fraction 0.05" rest="--limit 100"
     card="--max_new_tokens 16 --batch_size 64"
     best_of="--best_of 4 --best_of_prompts 10"
 fi
@@ -117,11 +118,11 @@ stage() {  # stage NAME "what it does" FILE "FIGURE" command ...: look, unless i
     printf '%s\t%s\t%s\t%s\n' "$name" $((SECONDS - start)) "$figure" "$*" >> $out/stages.tsv
     echo "=> $figure, $((SECONDS - start)) s"
 }
-train() {  # train NAME "what it does" FIGURE flags ...: train_NAME.py makes $out/NAME, FIGURE is in its metrics.jsonl
+train() {  # train NAME "what it does" FIGURE flags ...: makes $out/NAME, FIGURE is in its metrics.jsonl
     local name=$1 what=$2 figure=$3
     shift 3
     stage "$name" "$what" $out/$name/final "last $figure $out/$name/metrics.jsonl" \
-        $launch "train_$name.py" "$@" --out $out/$name --resume ${ZERO:+--zero $ZERO}
+        $launch "train_${name%-*}.py" "$@" --out $out/$name --resume ${ZERO:+--zero $ZERO}  # dpo-1: train_dpo.py
 }
 numbers() { grep -Eo "\"$1\": [-0-9.e]+" "$2" | tr -d '":' | awk '{printf "%s %.3f\n", $1, $2}'; }
 first() { numbers "$@" | sed -n 1p; }
@@ -156,8 +157,18 @@ if [ "$chats" ] && [ "$preferences" ]; then
     train rm "learn a number from the rankings" eval_accuracy --data "$preferences" --init $out/sft $rm
     train ppo "raise that number by trying answers, on a leash to the model as it was" eval_score \
         --data "${prompts:-$preferences}" --init $out/sft --reward_model $out/rm $ppo
-    train dpo "learn from the rankings without that number" eval_rewards/accuracies \
-        --data "$preferences" --init $out/sft $dpo
+    begin=sft does="learn from the rankings without that number"
+    if [ ! "$own" ]; then
+        train dpo-1 "$does, half the way from what the SFT model answered" eval_rewards/accuracies \
+            --data $preferences --init $out/sft $dpo $half
+        begin=dpo-1 preferences=$out/dpo-1-preferences.jsonl does="the other half from what it answers itself"
+        stage sample-dpo-1 "several answers of this model, which errs in other ways" $out/dpo-1.jsonl \
+            "lines $out/dpo-1.jsonl" $python sample.py --model $out/dpo-1 --prompts $prompts $sample $rest \
+            --out $out/dpo-1.jsonl
+        stage rank-dpo-1 "rank them like the first" $preferences "lines $preferences" \
+            $python village.py --judge $out/dpo-1.jsonl --village $world --out $preferences $judge
+    fi
+    train dpo "$does" eval_rewards/accuracies --data "$preferences" --init $out/$begin $dpo
 fi
 
 models=${chats:+sft}${preferences:+ ppo dpo}
@@ -171,15 +182,12 @@ if [ ! "$own" ]; then
     stage rollouts "PPO step by step: what the reward model thinks, and the truth" $out/ppo/rollouts.json \
         "last gold $out/ppo/rollouts.json" $python evaluate.py --village $world --rollouts $out/ppo/samples.jsonl
     if [ "$hack" ]; then
-        stage rm-plain "a reward model that was told of the rankings alone" $out/rm-plain/final \
-            "last eval_accuracy $out/rm-plain/metrics.jsonl" $launch train_rm.py --data "$preferences" --init $out/sft \
-            $rm --negatives 0 --out $out/rm-plain --resume ${ZERO:+--zero $ZERO}
+        train rm-plain "a reward model that was told of the rankings alone" eval_accuracy \
+            --data $out/preferences.jsonl --init $out/sft $rm --negatives 0
         for way in "free 0" "leashed 0.3"; do
             run=ppo-${way% *}
-            stage $run "PPO against it, beta ${way#* }, no rehearsal" $out/$run/final \
-                "last eval_score $out/$run/metrics.jsonl" $launch train_ppo.py --data $prompts --init $out/sft \
-                --reward_model $out/rm-plain $ppo --beta ${way#* } --ptx 0 --ptx_data "" --out $out/$run --resume \
-                ${ZERO:+--zero $ZERO}
+            train $run "PPO against it, beta ${way#* }, no rehearsal" eval_score --data $prompts --init $out/sft \
+                --reward_model $out/rm-plain $ppo --beta ${way#* } --ptx 0 --ptx_data ""
             stage rollouts-${way% *} "and where that led" $out/$run/rollouts.json "last gold $out/$run/rollouts.json" \
                 $python evaluate.py --village $world --rollouts $out/$run/samples.jsonl
         done

@@ -33,6 +33,7 @@ class Config:
     system: str = ""  # with --chat: what the assistant is told before the conversation
     prompts: str = ""  # file of prompts to answer: {"prompt"} records, or conversations without their last reply
     k: int = 1  # replies per prompt of the file
+    limit: int = 0  # prompts of the file that are answered, its first ones; 0: all
     out: str = "samples.jsonl"  # where the replies go
     batch_size: int = 64  # replies drawn at once
     # how
@@ -135,7 +136,7 @@ def chat(model, tokenizer, start: list[dict], cfg: Config) -> None:
 
 def answer_file(model, tokenizer, cfg: Config) -> None:
     """k replies to each prompt of the file. A reply depends on (seed, prompt, number) alone, not on the batch size."""
-    records = read_prompts(cfg.prompts)
+    records = read_prompts(cfg.prompts)[:cfg.limit or None]
     prompts = []
     for record in records:
         try:

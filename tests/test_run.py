@@ -92,7 +92,7 @@ def scripts(commands: list[str]) -> list[str]:
 
 
 LIFE = ["village", "train_pretrain", "sample", "train_sft", "sample", "village", "sample", "village", "train_rm",
-        "train_ppo", "train_dpo", *["evaluate"] * 5, "plot", "sample"]
+        "train_ppo", "train_dpo", "sample", "village", "train_dpo", *["evaluate"] * 5, "plot", "sample"]
 
 
 @pytest.mark.parametrize("quick", [[], ["--quick"]])

@@ -180,6 +180,8 @@ def test_replies_to_a_file(finished, tmp_path, capsys):
     assert [r["prompt"] for r in results[0]] == [asked("abc"), asked("a", "b", "c"), asked("de")]
     assert [r.get("tag") for r in results[0]] == ["x", None, None]
     assert all(len(r["responses"]) == len(r["ended"]) == 3 and len(set(r["responses"])) == 3 for r in results[0])
+    assert sample.main(["--model", str(out), *files, *flags, "--limit", "2"]) == 0
+    assert [json.loads(line) for line in open(tmp_path / "s.jsonl", encoding="utf-8")] == results[0][:2]
     (tmp_path / "p.jsonl").write_text(json.dumps({"prompt": "a" * 40}) + "\n")
     with pytest.raises(UserError, match="p.jsonl"):
         sample.main(["--model", str(out), "--prompts", str(tmp_path / "p.jsonl"), "--out", str(tmp_path / "t.jsonl")])
