@@ -193,17 +193,22 @@ def test_what_is_done_is_skipped_and_a_failure_says_how_to_go_on(tmp_path):
     assert re.search(r"^text +\d+  bits_per_byte 2.500$", second.stdout, re.M) and "no pictures" in second.stdout
 
 
+def copy_project(folder) -> None:
+    """The scripts in a folder of their own, with this Python as its .venv."""
+    for name in [*ROOT.glob("*.py"), ROOT / "run.sh", ROOT / "requirements.txt"]:
+        shutil.copy(name, folder)
+    (folder / ".venv" / "bin").mkdir(parents=True)
+    shutil.copy(ROOT / "requirements.txt", folder / ".venv")
+    for name, module in (("python", ""), ("torchrun", "-m torch.distributed.run ")):
+        (folder / ".venv" / "bin" / name).write_text(f'#!/bin/sh\nexec {sys.executable} {module}"$@"\n')
+        (folder / ".venv" / "bin" / name).chmod(0o755)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("way", ["--hack", "two ranks", "--data-from"])
 def test_a_short_life_lived_in_every_way(tmp_path, way):
     """run.sh --quick as the README shows it, really run, to the end of its table: what no other test executes."""
-    for name in [*ROOT.glob("*.py"), ROOT / "run.sh", ROOT / "requirements.txt"]:
-        shutil.copy(name, tmp_path)
-    (tmp_path / ".venv" / "bin").mkdir(parents=True)
-    shutil.copy(ROOT / "requirements.txt", tmp_path / ".venv")
-    for name, module in (("python", ""), ("torchrun", "-m torch.distributed.run ")):
-        (tmp_path / ".venv" / "bin" / name).write_text(f'#!/bin/sh\nexec {sys.executable} {module}"$@"\n')
-        (tmp_path / ".venv" / "bin" / name).chmod(0o755)
+    copy_project(tmp_path)
     flags, ranks, stages = [way], {}, ["pretrain", "sft", "rm", "ppo", "dpo"]
     if way == "--data-from":
         own = tmp_path / "own"
@@ -222,3 +227,63 @@ def test_a_short_life_lived_in_every_way(tmp_path, way):
     for stage in stages:
         assert (tmp_path / "out" / "short" / stage / "final" / "model.pt").exists()
         assert re.search(rf"^{stage} +\d+  \S", result.stdout, re.M), stage
+
+
+# ---- the shown commands, run ----------------------------------------------------------------------------------------
+
+TINY = {"train_pretrain": "--steps 2 --n_layer 1 --n_embd 32 --n_head 2 --batch_size 4 --eval_rows 8 --vocab_size 300",
+        "train_sft": "--steps 2", "train_rm": "--steps 2 --reference_prompts 8", "train_dpo": "--steps 2",
+        "train_ppo": "--steps 1 --batch_size 8 --minibatches 2 --max_new_tokens 8 --eval_prompts 4",
+        "sample": "--limit 8 --max_new_tokens 8", "evaluate": "--max_new_tokens 8 --batch_size 128 --best_of_prompts 4",
+        "tokenizer": "", "bench": "--quick", "data": "", "village": "", "checkpoint": "", "plot": ""}
+
+
+def runnable(path: Path) -> list[str]:
+    """What a page shows to be typed as it stands. Not here: two machines and bench.py zero, which test_zero.py runs; a
+    script named in a sentence, without a flag."""
+    return [command for command in shown_in(path) if re.match("python |torchrun ", command) and "..." not in command
+            and not re.search(r"--nnodes|bench\.py zero", command)
+            and (path.suffix == ".py" or len(shlex.split(command, comments=True)) > 2)]
+
+
+@pytest.fixture(scope="module")
+def short_life(tmp_path_factory):
+    """A folder with all that the shown commands read, made by run.sh --quick."""
+    folder = tmp_path_factory.mktemp("life")
+    copy_project(folder)
+    result = run_sh("--quick", root=folder, timeout=600, OUT="out/village")
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    life, world = folder / "out" / "village", folder / "data" / "village"
+    world.symlink_to(folder / "data" / "village-quick")
+    for name in ("pretrain", "sft", "rm", "ppo", "dpo"):
+        (folder / "out" / name).symlink_to(life / name)
+    shutil.copytree(life / "sft", folder / "out" / "mine")
+    for name in ("my.txt", "text.txt", "book.txt", "tinyshakespeare.txt"):
+        (folder / name).write_text(Path(os.__file__).read_text(encoding="utf-8")[:60_000])
+    for name, source in (("chats", world / "sft"), ("held_out", world / "sft"), ("prompts", world / "prompts"),
+                         ("preferences", life / "preferences"), ("samples", life / "samples")):
+        lines = source.with_suffix(".jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+        (folder / f"{name}.jsonl").write_text("".join(lines[:200]), encoding="utf-8")
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", [path for path in FILES if runnable(path)], ids=lambda path: path.name)
+def test_shown_commands_run(short_life, path):
+    """Every command of README, docs and docstrings, with flags behind it that make it small: to its end, and without an
+    error. Only what a command trains goes to a folder of its own, since a run that exists is not overwritten."""
+    for command in runnable(path):
+        words = shlex.split(command, comments=True)
+        script = next(word for word in words if word.endswith(".py"))[:-3]
+        if "--help" not in words and not (script == "sample" and "--prompts" not in words):
+            words += shlex.split(TINY[script])
+        if script in ("train_pretrain", "data") and ("--data" not in words or "shakespeare" in words):
+            words += ["--data", "my.txt"]
+        if script == "tokenizer" and "--train" in words:
+            words += ["--vocab_size", "300"]
+        if script.startswith("train_"):
+            shutil.rmtree(short_life / "out" / "trained", ignore_errors=True)
+            words += ["--out", "out/trained"]
+        result = subprocess.run([short_life / ".venv" / "bin" / words[0], *words[1:]], cwd=short_life, text=True,
+                                capture_output=True, stdin=subprocess.DEVNULL, timeout=300)
+        assert result.returncode == 0, f"{path.name} shows `{command}`: {result.stdout[-2000:]}{result.stderr[-2000:]}"
