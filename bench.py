@@ -347,7 +347,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--repeats", type=int, default=9, help="turns per measurement (more for short ones)")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads")
     parser.add_argument("--only", default="", help="one part: of attention, time, growth, length, errors or logp; "
-                                                   "of zero, time, memory, step or fit")
+                                                   "of zero, time, memory, step, fit or cuda")
     parser.add_argument("--quick", action="store_true", help="small shapes where the real ones take minutes")
     parser.add_argument("--out", default="", help="also write the figures to this JSON file")
     return parser

@@ -1,7 +1,7 @@
 """The part of bench.py that starts several ranks: ZeRO beside PyTorch's DistributedDataParallel (DDP) and FSDP2.
 
     python bench.py zero --out bench_zero.json          # all tables, about ten minutes on two cores
-    python bench.py zero --only fit                     # one of: time, memory, step, fit
+    python bench.py zero --only fit                     # one of: time, memory, step, fit; cuda, which needs a GPU
 
 Ranks are processes on this machine that talk through gloo. Times: all peers live in the same processes and take turns.
 Memory: every figure from fresh processes, with the two MALLOC_ variables that make malloc give back what was freed.
@@ -12,8 +12,10 @@ import datetime
 import multiprocessing
 import os
 import resource
+import statistics
 import tempfile
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -29,9 +31,10 @@ FRUGAL_MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "6
 LR, CLIP = 1e-4, 1.0
 
 
-def gpt(layers: int) -> GPT:
+def gpt(layers: int, width: int = 512) -> GPT:
     """8 layers: 29.1 M parameters."""
-    return GPT(GPTConfig(vocab_size=8192, n_layer=layers, n_head=8, n_embd=512, max_seq_len=256, tie_embeddings=True))
+    return GPT(GPTConfig(vocab_size=8192, n_layer=layers, n_head=width // 64, n_embd=width, max_seq_len=256,
+                         tie_embeddings=True))
 
 
 def batch(rank: int, B: int, T: int) -> torch.Tensor:
@@ -42,30 +45,33 @@ def batch(rank: int, B: int, T: int) -> torch.Tensor:
 
 def on_ranks(world: int, function, *args, environment: dict | None = None) -> list:
     """[function(*args) of each rank], in fresh processes joined by gloo; None for a rank that died."""
-    os.environ.update(environment or {})  # malloc reads its variables when a process starts
-    with tempfile.TemporaryDirectory() as folder, \
-            ProcessPoolExecutor(world, multiprocessing.get_context("spawn")) as pool:
+    with mock.patch.dict(os.environ, environment or {}), \
+            tempfile.TemporaryDirectory() as folder, \
+            ProcessPoolExecutor(world, multiprocessing.get_context("spawn")) as pool:  # malloc reads them at its start
         answers = [pool.submit(_rank, r, world, folder, function, args) for r in range(world)]
-        found = [None if isinstance(answer.exception(), BrokenExecutor) else answer.result() for answer in answers]
-    for key in environment or {}:
-        del os.environ[key]
-    return found
+        return [None if isinstance(answer.exception(), BrokenExecutor) else answer.result() for answer in answers]
 
 
 def _rank(rank: int, world: int, folder: str, function, args):
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // world))
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world,
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, init_method=f"file://{folder}/store", rank=rank, world_size=world,
                             timeout=datetime.timedelta(seconds=60))
     return function(*args)
 
 
 # ---- the peers ------------------------------------------------------------------------------------------------------
 
-def training_step(peer: str, layers: int, ids: torch.Tensor):
-    """A function that makes one update and returns its loss. peer: ddp, fsdp2, or stage 0..3 [overlap]."""
-    model, count = gpt(layers), ids[:, 1:].numel()
+def training_step(peer: str, layers: int, ids: torch.Tensor, width: int = 512):
+    """A function that makes one update on the device of ids and returns its loss. peer: plain, ddp, fsdp2 [offload], or
+    stage 0..3 [overlap] [offload optim,...]."""
+    count = ids[:, 1:].numel()
     if peer.startswith("stage"):
-        z = Zero(model, units=model.units(), stage=int(peer[6]), lr=LR, weight_decay=0.1, overlap="overlap" in peer)
+        with torch.device("meta"):  # unit by unit, since the device may not hold it whole
+            model = gpt(layers, width)
+        z = Zero(model, units=model.units(), stage=int(peer[6]), lr=LR, weight_decay=0.1, overlap="overlap" in peer,
+                 offload=tuple(filter(None, peer.partition("offload ")[2].split(","))), device=ids.device,
+                 init=lambda module, prefix: initialise(module, 0, prefix))
 
         def step() -> float:
             loss = -model(ids[:, :-1], ids[:, 1:]).sum() / count
@@ -75,14 +81,18 @@ def training_step(peer: str, layers: int, ids: torch.Tensor):
         step.zero = z
         return step
 
-    run = model
+    run = model = gpt(layers, width)
+    for buffer in model.buffers():  # with FSDP2's offload the parameters stay in main memory
+        buffer.data = buffer.to(ids.device)
+    model = model if "offload" in peer else model.to(ids.device)
     if peer == "ddp":
         run = nn.parallel.DistributedDataParallel(model)
-    elif peer == "fsdp2":
-        from torch.distributed.fsdp import fully_shard
+    elif peer.startswith("fsdp2"):
+        from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
+        options = {"offload_policy": CPUOffloadPolicy()} if "offload" in peer else {}
         for block in model.blocks:
-            fully_shard(block)
-        fully_shard(model)
+            fully_shard(block, **options)
+        fully_shard(model, **options)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
 
     def step() -> float:
@@ -224,8 +234,56 @@ def fit_table(args=None) -> list[Table]:
         what = f"stage {stage}, {psi[layers] / 1e6:.1f} M parameters, offload {','.join(offload) or 'nothing'}"
         table.add(what, int(not errors), model_states_MiB=16 * psi[layers] / 2**20,
                   note=errors[0][-90:] if errors else "ok")
-        assert expected == (not errors), found
+        if expected:
+            assert not errors, found
+        else:  # on every rank for want of memory, and for nothing else
+            assert len(errors) == 2 and all("alloc" in error or error == "MemoryError" for error in errors), found
     return [table]
 
 
-PARTS = {"time": time_tables, "memory": memory_tables, "step": step_table, "fit": fit_table}
+# ---- one GPU: what offload buys, and what it costs (written for a machine with one; not run yet) ---------------------
+
+WAYS = ["stage 3", *(f"stage 3 offload {kinds}" for kinds in ("acts", "optim", "optim,params", "optim,params,acts")),
+        "fsdp2 offload"]
+GPU_WIDTH, GPU_BATCH, GPU_CAP = 2048, (8, 256), 8 << 30  # 50 M parameters a layer; bytes of the GPU that a process gets
+
+
+def seconds_under_cap(peer: str, layers: int, repeats: int) -> float:
+    """Median time of an update in float32 with GPU_CAP bytes of the device; 0 where these do not suffice."""
+    torch.cuda.set_per_process_memory_fraction(GPU_CAP / torch.cuda.get_device_properties(0).total_memory)
+    try:
+        step = training_step(peer, layers, batch(0, *GPU_BATCH).cuda(), GPU_WIDTH)
+        return statistics.median(interleave({peer: step}, repeats)[peer])
+    except torch.OutOfMemoryError:
+        return 0.0
+
+
+def times_on_gpu(repeats: int) -> dict:
+    ids = batch(0, *GPU_BATCH).cuda()
+    return interleave({peer: training_step(peer, 4, ids, GPU_WIDTH) for peer in ("plain", *WAYS)}, repeats)
+
+
+def cuda_tables(args) -> list[Table]:
+    if not torch.cuda.is_available():
+        print("\nno CUDA device, so nothing of one GPU")
+        return []
+    largest = Table(f"largest model that trains in {GPU_CAP >> 30} GiB of one GPU, in layers of width {GPU_WIDTH}")
+    for peer in WAYS:
+        high = 2
+        while high < 64 and on_ranks(1, seconds_under_cap, peer, high, 1)[0]:
+            high *= 2
+        low = high // 2  # trains; high does not, or was not tried
+        while high - low > max(1, low // 8):
+            middle = (low + high) // 2
+            low, high = (middle, high) if on_ranks(1, seconds_under_cap, peer, middle, 1)[0] else (low, middle)
+        with torch.device("meta"):
+            size = gpt(low, GPU_WIDTH).parameter_count()
+        seconds = on_ranks(1, seconds_under_cap, peer, low, args.repeats)[0]
+        largest.add(peer, low, parameters=size, tokens_per_second=GPU_BATCH[0] * GPU_BATCH[1] / seconds)
+    table, seconds = Table("an update of 4 such layers (ours / peer)"), on_ranks(1, times_on_gpu, args.repeats)[0]
+    for ours, peer in [("stage 3", "plain"), *((way, "stage 3") for way in WAYS[1:-1]), (WAYS[-2], WAYS[-1])]:
+        table.compare(f"{ours} / {peer}", {name: seconds[name] for name in (ours, peer)}, ours, peer)
+    return [largest, table]
+
+
+PARTS = {"time": time_tables, "memory": memory_tables, "step": step_table, "fit": fit_table, "cuda": cuda_tables}

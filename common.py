@@ -396,7 +396,8 @@ def setup(device: str = "auto", timeout: float = 600.0, catch_signals: bool = Tr
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world))
     env = Env(rank, world, local_rank, local_world, chosen)
     if world > 1:
-        backend = "nccl" if chosen.type == "cuda" else "gloo"
+        alone = chosen.type == "cuda" and local_world <= torch.cuda.device_count()  # NCCL wants a GPU for each rank
+        backend = "nccl" if alone else "gloo"
         # NCCL's calls return before anything is sent, and on a timeout its watchdog kills the process, which could then
         # not say who was lost. Waiting on the host turns that into an exception. The price is small: a kernel launch
         # or two later per unit.

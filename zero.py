@@ -16,9 +16,9 @@ parameters, p bytes per weight in forward and backward (2 or 4), k micro-batches
     3 + weights                    4 P/N     + 4 P/N        + 8 P/N                 k f 3pP  (2 gathers, 1 reduce)
     * 0 when p = 4: then the masters are the weights, or a slice of them
 
-plus, for a moment, one unit (block) of weights at stage 3 and about three at every reduce of stages 2-3. So in float32
-stage 3 sends 1.5k x of data parallelism, with k micro-batches, and half of that where p = 2; stage 1, at 1x and 0.75x,
-is the stage to accumulate with.
+plus, for a moment, one unit (block) of weights at stage 3 and about three at every reduce of stages 2-3 (with overlap
+two and five). So in float32 stage 3 sends 1.5k x of data parallelism, with k micro-batches, and half of that where
+p = 2; stage 1, at 1x and 0.75x, is the stage to accumulate with.
 
 Example, 7 B parameters, p = 2, GB per GPU; last, the fewest GPUs that leave a quarter of their memory for activations:
                      N = 1      2      4      8     16     64      of 24 GB   80 GB   141 GB

@@ -108,8 +108,10 @@ def plug(slots: list[Slot], weights: list[torch.Tensor] | None) -> None:
                 module.__dict__[key] = weights[i]
 
 
-def sum_of_squares(x: torch.Tensor, chunk: int = 1 << 17) -> torch.Tensor:
-    """In float64, through a buffer that fits the cache: x.double() whole would double the gradient's memory."""
+def sum_of_squares(x: torch.Tensor) -> torch.Tensor:
+    """In float64, through a buffer: x.double() whole would be twice the gradient. On the CPU the buffer fits the cache;
+    on a GPU small parts would cost more in launches than in sums."""
+    chunk = 1 << (17 if x.device.type == "cpu" else 24)
     total = torch.zeros((), dtype=torch.float64, device=x.device)
     buffer = torch.empty(min(chunk, x.numel()), dtype=torch.float64, device=x.device)
     for part in x.split(chunk):
@@ -126,7 +128,7 @@ def rank_and_world() -> tuple[int, int]:
 
 
 class Comm:
-    """The collectives ZeRO needs; without a process group, a world of one. sent: bytes this rank put on the wire.
+    """The collectives ZeRO needs; without a process group, a world of one. sent: bytes put on the wire per rank.
 
     overlap: one reduce_scatter at a time stays under way while the computation goes on.
     """
@@ -272,7 +274,8 @@ class Memory:
         """What autograd keeps in place of x: with offload "acts", a host copy of its storage, one for all its views.
 
         Never of weights or buffers: they stay on the device anyway. Detached, since x may be the output of the very
-        node that keeps it: such a circle runs through C++, where no garbage collector finds it.
+        node that keeps it: such a circle runs through C++, where no garbage collector finds it. On a GPU the copy runs
+        beside the computation, so x must not be overwritten in place: plain PyTorch would raise, here nobody notices.
         """
         storage = x.untyped_storage()
         if "acts" not in self.offload or storage.nbytes() < PARK_BYTES or storage.data_ptr() in self.resident:

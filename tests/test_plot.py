@@ -19,6 +19,15 @@ def lines(path, rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
+def write_benchmarks(attention, zero):
+    """What bench.py attention and zero would leave, as far as plot.py reads it."""
+    row = {"T": 256, **{f"{peer} {unit}": 1.0 for peer in ("ours", "sdpa", "naive") for unit in ("ms", "MB")}}
+    attention.write_text(json.dumps({"tables": {"by length (ours / sdpa), torch.float32, causal": [row]}}))
+    peers = "ddp", "fsdp2", "stage 0", "stage 1", "stage 2", "stage 3"
+    zero.write_text(json.dumps({"tables": {"memory per rank, 2 ranks": [
+        {"what": peer, "value": 4.1, "formula": 4.0} for peer in peers]}}))
+
+
 def test_every_picture(tmp_path):
     """A life of two stages, and both benchmarks; a file that is none is one clear error."""
     pytest.importorskip("matplotlib")
@@ -32,11 +41,7 @@ def test_every_picture(tmp_path):
     (life / "sft" / "scorecard.json").write_text(json.dumps({
         "prompts": {"known": 2}, "sampled": numbers, "best_of": [{"n": 2, "kl": 0.2, "prompts": 2, "rm": numbers}]}))
     attention, zero = tmp_path / "attention.json", tmp_path / "zero.json"
-    row = {"T": 256, **{f"{peer} {unit}": 1.0 for peer in ("ours", "sdpa", "naive") for unit in ("ms", "MB")}}
-    attention.write_text(json.dumps({"tables": {"by length (ours / sdpa), torch.float32, causal": [row]}}))
-    peers = "ddp", "fsdp2", "stage 0", "stage 1", "stage 2", "stage 3"
-    zero.write_text(json.dumps({"tables": {"memory per rank, 2 ranks": [
-        {"what": peer, "value": 4.1, "formula": 4.0} for peer in peers]}}))
+    write_benchmarks(attention, zero)
     plot.main(["--life", str(life), "--attention", str(attention), "--zero", str(zero), "--out", str(out)])
     assert {path.name for path in out.iterdir()} == {f"{name}.png" for name in (
         "losses", "rewards", "scorecard", "attention", "zero")}

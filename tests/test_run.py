@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from small_chat import TOPICS, ranked, write
+from test_plot import write_benchmarks
 
 from common import parse
 
@@ -248,22 +249,29 @@ def runnable(path: Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def short_life(tmp_path_factory):
-    """A folder with all that the shown commands read, made by run.sh --quick."""
+    """A folder with all that the shown commands read, made by run.sh --quick; the benchmarks' files, by hand."""
     folder = tmp_path_factory.mktemp("life")
     copy_project(folder)
     result = run_sh("--quick", root=folder, timeout=600, OUT="out/village")
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     life, world = folder / "out" / "village", folder / "data" / "village"
     world.symlink_to(folder / "data" / "village-quick")
-    for name in ("pretrain", "sft", "rm", "ppo", "dpo"):
+    for name in ("pretrain", "sft", "rm", "ppo", "dpo", "dpo-1"):
         (folder / "out" / name).symlink_to(life / name)
-    shutil.copytree(life / "sft", folder / "out" / "mine")
+    for name, source in (("mine", "sft"), ("shakespeare", "pretrain"), ("sharded", "pretrain")):
+        shutil.copytree(life / source, folder / "out" / name)
+    newest = max((folder / "out" / "sharded").glob("step-*"))
+    newest.rename(newest.with_name("step-00000400"))
+    shutil.rmtree(folder / "out" / "sharded" / "final")
     for name in ("my.txt", "text.txt", "book.txt", "tinyshakespeare.txt"):
         (folder / name).write_text(Path(os.__file__).read_text(encoding="utf-8")[:60_000])
     for name, source in (("chats", world / "sft"), ("held_out", world / "sft"), ("prompts", world / "prompts"),
-                         ("preferences", life / "preferences"), ("samples", life / "samples")):
+                         ("preferences", life / "preferences"), ("samples", life / "samples"),
+                         ("dpo-1", life / "dpo-1"), ("dpo-1-preferences", life / "dpo-1-preferences")):
         lines = source.with_suffix(".jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
         (folder / f"{name}.jsonl").write_text("".join(lines[:200]), encoding="utf-8")
+    shutil.copy(life / "pretrain" / "final" / "tokenizer.json", folder)
+    write_benchmarks(folder / "bench_attention.json", folder / "bench_zero.json")
     return folder
 
 
@@ -271,7 +279,7 @@ def short_life(tmp_path_factory):
 @pytest.mark.parametrize("path", [path for path in FILES if runnable(path)], ids=lambda path: path.name)
 def test_shown_commands_run(short_life, path):
     """Every command of README, docs and docstrings, with flags behind it that make it small: to its end, and without an
-    error. Only what a command trains goes to a folder of its own, since a run that exists is not overwritten."""
+    error. What it makes goes to a place of its own, so that all commands find the same files."""
     for command in runnable(path):
         words = shlex.split(command, comments=True)
         script = next(word for word in words if word.endswith(".py"))[:-3]
@@ -281,9 +289,11 @@ def test_shown_commands_run(short_life, path):
             words += ["--data", "my.txt"]
         if script == "tokenizer" and "--train" in words:
             words += ["--vocab_size", "300"]
-        if script.startswith("train_"):
-            shutil.rmtree(short_life / "out" / "trained", ignore_errors=True)
-            words += ["--out", "out/trained"]
+        if script.startswith("train_") or "--out" in words:
+            shutil.rmtree(short_life / "out" / "made", ignore_errors=True)
+            (short_life / "out" / "made").mkdir()
+            form = Path(words[words.index("--out") + 1]).suffix if "--out" in words else ""
+            words += ["--out", f"out/made/it{form}"]
         result = subprocess.run([short_life / ".venv" / "bin" / words[0], *words[1:]], cwd=short_life, text=True,
                                 capture_output=True, stdin=subprocess.DEVNULL, timeout=300)
         assert result.returncode == 0, f"{path.name} shows `{command}`: {result.stdout[-2000:]}{result.stderr[-2000:]}"
