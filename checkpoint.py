@@ -11,23 +11,19 @@ Every torch.load is weights_only, which refuses to run code from a file.
 """
 from __future__ import annotations
 
-import contextlib
 import fcntl
-import hashlib
-import json
 import math
 import os
-import pickletools
 import re
 import shutil
-import struct
 import sys
-import zipfile
 
 import torch
 
-from common import LostRanks, UserError, run, sync, together, writing
+from checked import expect, is_number, load_tensors, read_json, reading, verify, write_files
+from common import LostRanks, UserError, run, sync, writing
 from model import GPT, GPTConfig
+from processes import together
 from tokenizer import Tokenizer
 from zero import Zero
 from zero_tools import rank_and_world
@@ -52,16 +48,16 @@ def save_checkpoint(out: str, step: int, models: dict[str, Zero], extra: dict, *
 
     @writing(folder)
     def write_shard():
-        return _write_all(tmp, {f"rank{rank:03d}.pt": {key: state_shards(z) for key, z in models.items()}})
+        return write_files(tmp, {f"rank{rank:03d}.pt": {key: state_shards(z) for key, z in models.items()}})
 
     @writing(folder)
     def finish():
         files = {name: entry for written in shards for name, entry in written.items()}
-        files |= _write_all(tmp, {"config.json": config, "tokenizer.json": tokenizer_path})
+        files |= write_files(tmp, {"config.json": config, "tokenizer.json": tokenizer_path})
         meta = {"version": VERSION, "step": step, "world": world, "threads": torch.get_num_threads(),
                 "torch": torch.__version__, "layout": {key: layout(z) for key, z in models.items()},
                 "files": files, "extra": extra}
-        _write_all(tmp, {"meta.json": meta})
+        write_files(tmp, {"meta.json": meta})
         _replace_folder(tmp, folder)
         _prune(out, keep)
 
@@ -93,7 +89,7 @@ def load_checkpoint(out: str, models: dict[str, Zero], *, same: dict | None = No
             found = []  # not sent to the others, who have it too
             together(lambda found=found, folder=folder: found.append(_examine(folder, share)))
             meta, = found
-            _expect(name == f"step-{meta['step']:08d}", f"{folder}/meta.json: is that of step {meta['step']}")
+            expect(name == f"step-{meta['step']:08d}", f"{folder}/meta.json: is that of step {meta['step']}")
         except LostRanks:
             raise
         except UserError as error:
@@ -104,11 +100,11 @@ def load_checkpoint(out: str, models: dict[str, Zero], *, same: dict | None = No
         _check_layout(folder, meta["layout"], {key: layout(z) for key, z in models.items()})
         extra, path = meta["extra"], os.path.join(folder, "meta.json")
         for key, value in (same or {}).items():
-            _expect(extra.get(key) == value, f"{path}: is of a run with another {key}; choose another --out")
+            expect(extra.get(key) == value, f"{path}: is of a run with another {key}; choose another --out")
         for key in numbers:
-            _expect(_is_number(extra.get(key)), f"{path}: expected a number as {key}")
+            expect(is_number(extra.get(key)), f"{path}: expected a number as {key}")
         for key, z in models.items():
-            with _reading(folder):
+            with reading(folder):
                 load_shards(z, _read_shards(folder, meta, key))
         now = {"threads": torch.get_num_threads(), "torch": torch.__version__, "world": world, **(bitwise or {})}
         changed = [f"{key} was {was!r:.80} and is {value!r:.80}" for key, value in now.items()
@@ -118,19 +114,19 @@ def load_checkpoint(out: str, models: dict[str, Zero], *, same: dict | None = No
         # Aside, since --keep must not count them. Not away: it may have been the disk that failed, for a moment.
         together((lambda: [_hide_folder(folder, "damaged") for folder in damaged]) if rank == 0 else None)
         return meta["step"], extra
-    _expect(not problem, f"{problem}; no checkpoint in {out} is whole: remove them, or choose another --out")
+    expect(not problem, f"{problem}; no checkpoint in {out} is whole: remove them, or choose another --out")
     return None
 
 
 def consolidate(folder: str, key: str = "model") -> dict[str, torch.Tensor]:
     """{name: tensor} of one model in a step folder: one process, no torch.distributed, no GPU, no model code."""
     meta = _examine(folder, slice(None))
-    _expect(key in meta["layout"], f"{folder}: holds {', '.join(meta['layout'])}, not {key}")
+    expect(key in meta["layout"], f"{folder}: holds {', '.join(meta['layout'])}, not {key}")
     shards, state = _read_shards(folder, meta, key), {}
-    with _reading(os.path.join(folder, "meta.json")):
+    with reading(os.path.join(folder, "meta.json")):
         for unit, tensors in meta["layout"][key].items():
             flat = torch.cat([shard["units"][unit]["master"] for shard in shards])
-            _expect(sum(abs(math.prod(shape)) for _, shape, _ in tensors) <= len(flat),
+            expect(sum(abs(math.prod(shape)) for _, shape, _ in tensors) <= len(flat),
                     f"{folder}/meta.json: the shapes in {ascii(unit)[:80]} are larger than what was saved")
             for names, shape, start in tensors:
                 state |= dict.fromkeys(names, flat[start:start + math.prod(shape)].view(shape).clone())
@@ -209,8 +205,8 @@ def save_final(out: str, state_dict: dict[str, torch.Tensor], config: dict, toke
     try:
         with writing(folder):
             os.makedirs(tmp)
-            config["files"] = _write_all(tmp, {"model.pt": state_dict, "tokenizer.json": tokenizer_path})
-            _write_all(tmp, {"config.json": config})
+            config["files"] = write_files(tmp, {"model.pt": state_dict, "tokenizer.json": tokenizer_path})
+            write_files(tmp, {"config.json": config})
             _replace_folder(tmp, folder)
     finally:
         shutil.rmtree(tmp, ignore_errors=True)
@@ -229,16 +225,16 @@ def load_model(folder: str, head: str = "", **changes) -> tuple[GPT, Tokenizer, 
     folder = final_folder(folder)
     config, weights = load_final(folder)
     tokenizer = Tokenizer.load(os.path.join(folder, "tokenizer.json"))
-    _expect(isinstance(config.get("model"), dict) and config.get("head") in ("lm", "scalar"),
+    expect(isinstance(config.get("model"), dict) and config.get("head") in ("lm", "scalar"),
             f'{folder}/config.json: expected "model" and "head", as training scripts write them')
     shape = GPTConfig.from_dict({**config["model"], **changes}, folder)
-    _expect(shape.vocab_size == tokenizer.vocab_size,
+    expect(shape.vocab_size == tokenizer.vocab_size,
             f"{folder}: the model has {shape.vocab_size} tokens, its tokenizer {tokenizer.vocab_size}")
     # config.json may claim any size. What follows from it is compared with the weights before memory is taken.
     layers = len({name.split(".")[1] for name in weights if name.startswith("blocks.")})
     found = shape.n_layer, (shape.vocab_size, shape.n_embd), shape.max_seq_len * shape.n_embd // shape.n_head <= 2**27
-    with _reading(os.path.join(folder, "config.json")):
-        _expect(found == (layers, tuple(weights["embed.weight"].shape), True),
+    with reading(os.path.join(folder, "config.json")):
+        expect(found == (layers, tuple(weights["embed.weight"].shape), True),
                 f"{folder}/config.json: its sizes are not those of the weights in model.pt, or too large to be true")
         with torch.device("meta"):
             GPT(shape, head=head or config["head"]).load_weights(weights, folder)
@@ -250,13 +246,13 @@ def load_model(folder: str, head: str = "", **changes) -> tuple[GPT, Tokenizer, 
 def load_final(folder: str) -> tuple[dict, dict[str, torch.Tensor]]:
     """(config, {name: tensor}) of a folder that save_final wrote, or of the run's; tensors are read when used."""
     folder = final_folder(folder)
-    config = _read_json(os.path.join(folder, "config.json"))
+    config = read_json(os.path.join(folder, "config.json"))
     files = config.setdefault("files", {})  # a folder made by hand has none
-    _expect(isinstance(files, dict), f"{folder}/config.json: expected 'files' to be of type dict")
+    expect(isinstance(files, dict), f"{folder}/config.json: expected 'files' to be of type dict")
     for name in {"model.pt", "tokenizer.json"} & files.keys():
-        _verify(folder, name, files[name])
-    state = _load(os.path.join(folder, "model.pt"))
-    _expect(isinstance(state, dict) and all(isinstance(name, str) and isinstance(t, torch.Tensor) and
+        verify(folder, name, files[name])
+    state = load_tensors(os.path.join(folder, "model.pt"))
+    expect(isinstance(state, dict) and all(isinstance(name, str) and isinstance(t, torch.Tensor) and
                                             t.is_floating_point() for name, t in state.items()),
             f"{folder}/model.pt: expected a plain {{name: tensor}} dictionary of floating-point numbers")
     return config, state
@@ -286,8 +282,8 @@ def claim(out: str, resume: bool):
             hidden, folder = (os.path.join(out, name) for name in (name, name.removeprefix("tmp-old-")))
             shutil.rmtree(hidden) if os.path.isdir(folder) else os.rename(hidden, folder)  # the last to be replaced
     newest, finished = "".join(steps(out)[:1]), os.path.isdir(os.path.join(out, "final"))
-    _expect(resume or not newest, f"{out}: holds a run ({newest}); go on by --resume, or choose another --out")
-    _expect(newest or not finished, f"{out}: holds final/ and no checkpoint to go on from; choose another --out")
+    expect(resume or not newest, f"{out}: holds a run ({newest}); go on by --resume, or choose another --out")
+    expect(newest or not finished, f"{out}: holds final/ and no checkpoint to go on from; choose another --out")
     return file
 
 
@@ -326,140 +322,22 @@ def _hide_folder(folder: str, prefix: str) -> str:
     return hidden
 
 
-# ---- files ----------------------------------------------------------------------------------------------------------
-
-def _size_and_hash(path: str) -> dict:
-    hashed = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            hashed.update(block)
-        return {"bytes": file.tell(), "sha256": hashed.hexdigest()}
-
-
-def _write(path: str, content: dict | str) -> dict:
-    """A new file, forced to the disk: a dict as JSON that holds its own checksum, or (*.pt) as tensors; a path as a
-    copy. Returns its size and hash."""
-    with open(path, "wb") as file:
-        if not isinstance(content, dict):
-            with open(content, "rb") as source:
-                shutil.copyfileobj(source, file)
-        elif path.endswith(".pt"):
-            try:
-                torch.save(content, file)
-            except RuntimeError as error:  # all that torch says of a full disk is "unexpected pos"
-                raise error.__context__ or OSError(str(error)) from None
-        else:
-            file.write(json.dumps({**content, "sha256": _digest(content)}, indent=1).encode())
-        file.flush()
-        os.fsync(file.fileno())
-    return _size_and_hash(path)
-
-
-def _write_all(folder: str, contents: dict) -> dict[str, dict]:
-    """{name: size and hash}; None is no file."""
-    return {name: _write(os.path.join(folder, name), content)
-            for name, content in contents.items() if content is not None}
-
-
-@contextlib.contextmanager
-def _reading(path: str):
-    """Whatever a missing, damaged or hostile file makes its reader raise becomes one line that names it."""
-    try:
-        if not (os.path.isfile(path) or os.path.isdir(path)):  # to open a pipe could wait for ever
-            raise FileNotFoundError
-        yield
-    except UserError:
-        raise
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; expected a folder written by a training script") from None
-    except Exception as error:
-        raise UserError(f"{path}: cannot be read: {(str(error) or repr(error)).splitlines()[0]}") from None
-
-
-def _read_json(path: str) -> dict:
-    """Without the checksum in it, which a config.json made by hand may lack."""
-    with _reading(path), open(path, encoding="utf-8") as file:
-        _expect(os.path.getsize(path) <= MAX_BYTES, f"{path}: found more than {MAX_BYTES} bytes")
-        content = json.load(file)
-        _expect(isinstance(content, dict), f"{path}: found {type(content).__name__}, expected an object")
-        own = content.pop("sha256", "" if path.endswith("meta.json") else None)
-        _expect(own in (None, _digest(content)), f"{path}: its checksum is not its own; the file is damaged")
-        return content
-
-
-def _expect(good: bool, otherwise: str) -> None:
-    if not good:
-        raise UserError(otherwise)
-
-
-def _is_number(x) -> bool:
-    """A finite one that is not negative: what counters, scales and coefficients are."""
-    return isinstance(x, (int, float)) and 0 <= x < 2**63
-
-
 def _examine(folder: str, part: slice) -> dict:
     """meta.json, after checking all of it that the loader relies on, and that part of the files it lists."""
     path = os.path.join(folder, "meta.json")
-    meta = _read_json(path)
-    _expect(meta.get("version") == VERSION,
+    meta = read_json(path)
+    expect(meta.get("version") == VERSION,
             f"{path}: checkpoint version {ascii(meta.get('version'))[:40]}, this program reads {VERSION}")
     kinds = {"step": int, "world": int, "threads": int, "torch": str, "layout": dict, "files": dict, "extra": dict}
     for key, kind in kinds.items():
-        _expect(isinstance(meta.get(key), kind), f"{path}: expected {key!r} to be of type {kind.__name__}")
+        expect(isinstance(meta.get(key), kind), f"{path}: expected {key!r} to be of type {kind.__name__}")
     world, files = meta["world"], meta["files"].keys()  # names are looked for in this folder and nowhere else
     ranks = {f"rank{r:03d}.pt" for r in range(min(world, len(files) + 1))}
-    _expect(world > 0 and ranks <= files <= ranks | {"config.json", "tokenizer.json"},
+    expect(world > 0 and ranks <= files <= ranks | {"config.json", "tokenizer.json"},
             f"{path}: expected the rank files of a world of {world}, config.json and tokenizer.json, found others")
     for name, entry in sorted(meta["files"].items())[part]:
-        _verify(folder, name, entry)
+        verify(folder, name, entry)
     return meta
-
-
-def _digest(meta: dict) -> str:
-    return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
-
-
-def _verify(folder: str, name: str, expected: dict) -> None:
-    path = os.path.join(folder, name)
-    with _reading(path):
-        found = _size_and_hash(path)
-    _expect(found == expected,
-            f"{path}: its {found['bytes']} bytes are not what was written: size or checksum differ; it is damaged")
-
-
-MAX_BYTES = 2**24  # of JSON, and of all in a .pt but its numbers: they hold 300 bytes per tensor, or per rank
-# What torch.save writes of dictionaries of plain tensors. weights_only takes more, as bytearray(10**10) and its memory.
-PLAIN = re.compile(r"collections OrderedDict|torch._utils _rebuild_(tensor_v2|parameter)|torch \w+Storage")
-
-
-def _load(path: str):
-    """torch.load that runs no code from the file (weights_only) and takes no memory before it is used (mmap), nor then
-    more than twice the file's size: a tied tensor stands under two names."""
-    with _reading(path):
-        size = os.path.getsize(path)
-        with open(path, "rb") as file, zipfile.ZipFile(file) as records:
-            file.seek(-98, os.SEEK_END)
-            # A zip can have two directories, one for zipfile and one for torch. Not if it ends as torch.save ends it:
-            # directory, its end, a locator of that end, and the end in its old form.
-            end, length, start, locator, there, old = struct.unpack("<4s36xQQ4s4xQ4x4s18x", file.read())
-            _expect(end + locator + old == b"PK\6\6PK\6\7PK\5\6" and start + length == there == size - 98 and
-                    all(record.compress_type == zipfile.ZIP_STORED for record in records.infolist()) and
-                    sum(record.file_size for record in records.infolist()) <= size,
-                    f"{path}: is packed, or its parts are larger than the file; expected what torch.save writes")
-        pickle = torch._C.PyTorchFileReader(path).get_record("data.pkl")  # the very bytes that torch.load will read
-        _expect(len(pickle) <= MAX_BYTES, f"{path}: found more than {MAX_BYTES} bytes beside the numbers")
-        for op, name, _ in pickletools.genops(pickle):
-            _expect(op.name != "GLOBAL" or PLAIN.fullmatch(name),
-                    f"{path}: holds {name}, expected plain tensors in dictionaries, as torch.save writes them")
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        nodes = [content]
-        for node in nodes:  # it grows. The file has some bytes for each, or else dictionaries hold each other
-            nodes += dict.values(node) if isinstance(node, dict) else ()
-            _expect(len(nodes) <= len(pickle), f"{path}: holds the same dictionary under many names")
-        tensors = [node for node in nodes if isinstance(node, torch.Tensor)]
-        _expect(all(x.is_contiguous() for x in tensors) and sum(x.nbytes for x in tensors) <= 2 * size,
-                f"{path}: does not hold plain tensors that are as large as they claim")
-        return content
 
 
 def _read_shards(folder: str, meta: dict, key: str) -> list[dict]:
@@ -467,10 +345,10 @@ def _read_shards(folder: str, meta: dict, key: str) -> list[dict]:
     shards = []
     for r in range(meta["world"]):
         path = os.path.join(folder, f"rank{r:03d}.pt")
-        with _reading(path):
-            shard = _load(path)[key]
+        with reading(path):
+            shard = load_tensors(path)[key]
             vectors = [vector for unit in meta["layout"][key] for vector in shard["units"][unit].values()]
-            _expect(all(_is_number(shard["scalars"][name]) for name in SCALARS) and shard["scalars"]["loss_scale"] > 0
+            expect(all(is_number(shard["scalars"][name]) for name in SCALARS) and shard["scalars"]["loss_scale"] > 0
                     and all(vector.dim() == 1 and vector.is_floating_point() for vector in vectors),
                     f"{path}: does not hold what meta.json says")
         shards.append(shard)
@@ -481,21 +359,21 @@ def _check_layout(folder: str, found: dict, expected: dict) -> None:
     """UserError naming the first tensor in which the layouts of the models differ."""
     if {key: found.get(key) for key in expected} == expected:
         return
-    with _reading(os.path.join(folder, "meta.json")):
+    with reading(os.path.join(folder, "meta.json")):
         have, want = ({f"{key}: {names[0]}": tuple(shape) for key, units in layouts.items()
                        for tensors in units.values() for names, shape, _ in tensors} for layouts in (found, expected))
     for name in [*want, *have]:
         there, here = (shapes.get(name, "missing") for shapes in (have, want))
-        _expect(there == here, f"{folder}: is of another model: {name} is {there} there and {here} here; choose "
+        expect(there == here, f"{folder}: is of another model: {name} is {there} there and {here} here; choose "
                                "another --out, or the flags it was made with")
     raise UserError(f"{folder}: has the tensors of this model, but cut into other units")
 
 
 def main() -> None:
     """python checkpoint.py out/run/step-00000300 [actor]: make out/run/final of a run that did not get to its end."""
-    _expect(len(sys.argv) in (2, 3), "usage: python checkpoint.py out/run/step-00000300 [name of the model]")
+    expect(len(sys.argv) in (2, 3), "usage: python checkpoint.py out/run/step-00000300 [name of the model]")
     folder = sys.argv[1].rstrip("/")
-    state, config = consolidate(folder, *sys.argv[2:]), _read_json(os.path.join(folder, "config.json"))
+    state, config = consolidate(folder, *sys.argv[2:]), read_json(os.path.join(folder, "config.json"))
     lock = claim(os.path.dirname(folder) or ".", resume=True)  # noqa: F841 - held until this function returns
     print(save_final(os.path.dirname(folder) or ".", state, config, os.path.join(folder, "tokenizer.json")))
 

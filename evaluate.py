@@ -29,10 +29,11 @@ import torch
 
 import village
 from checkpoint import load_model
-from common import UserError, parse, require_positive, run, setup
+from common import UserError, parse, require_positive, run
 from corpus import read_corpus, replacing, split_documents
 from data import CHAT_TEMPLATE, Conversations, collate, encode_prompt
 from model import GPT, LMHead, generate_sorted
+from processes import setup
 from records import Record, load_json, prompt_of, read_chats, read_prompts, read_records, read_text, split_records
 
 

@@ -16,9 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from checkpoint import load_model
-from common import UserError, parse, replacing, require_positive, run, setup
+from common import UserError, parse, replacing, require_positive, run
 from data import CHAT_TEMPLATE, encode_prompt
 from model import generate_sorted
+from processes import setup
 from records import read_prompts, read_text
 from tokenizer import Tokenizer
 

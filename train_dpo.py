@@ -26,10 +26,11 @@ import torch
 import torch.nn.functional as F
 
 from checkpoint import claim, final_folder, load_checkpoint, load_model, save_checkpoint, save_final
-from common import Log, UserError, matmul_peak, parse, require_positive, run, setup
+from common import Log, UserError, matmul_peak, parse, require_positive, run
 from corpus import TokenFile, prepare
 from data import CHAT_TEMPLATE, Replies, Windows, encode_prompt
 from model import generate
+from processes import setup
 from records import read_preferences, split_prompts
 from zero import Zero
 

@@ -44,11 +44,12 @@ import torch
 import torch.distributed as dist
 
 from checkpoint import claim, final_folder, load_checkpoint, load_model, save_checkpoint, save_final
-from common import Log, UserError, keep_lines, naming_lost_ranks, parse, require_positive, run, setup, writing
+from common import Log, UserError, keep_lines, parse, require_positive, run, writing
 from corpus import TokenFile, prepare
 from data import CHAT_TEMPLATE, Windows, collate, encode_prompt, pack, shuffled
 from kernels import target_logp
 from model import GPT, LMHead, generate_sorted
+from processes import naming_lost_ranks, setup
 from records import Record, read_prompts, split_records
 from zero import Zero
 

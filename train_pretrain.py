@@ -19,10 +19,11 @@ from typing import Literal
 import torch
 
 from checkpoint import claim, final_folder, load_checkpoint, load_model, save_checkpoint, save_final
-from common import Log, UserError, matmul_peak, parse, require_positive, run, setup
+from common import Log, UserError, matmul_peak, parse, require_positive, run
 from corpus import TokenFile, prepare
 from data import Windows, eval_windows
 from model import GPT, GPTConfig, generate, initialise
+from processes import setup
 from tokenizer import Tokenizer
 from zero import Zero
 

@@ -27,8 +27,9 @@ import torch
 import torch.nn.functional as F
 
 from checkpoint import claim, final_folder, load_checkpoint, load_model, save_checkpoint, save_final
-from common import Log, UserError, matmul_peak, parse, require_positive, run, setup
+from common import Log, UserError, matmul_peak, parse, require_positive, run
 from data import CHAT_TEMPLATE, Replies
+from processes import setup
 from records import random_negatives, read_preferences, split_prompts
 from zero import Zero
 

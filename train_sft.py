@@ -22,10 +22,11 @@ from typing import Literal
 import torch
 
 from checkpoint import claim, final_folder, load_checkpoint, load_model, save_checkpoint, save_final
-from common import Log, UserError, matmul_peak, parse, require_positive, run, setup
+from common import Log, UserError, matmul_peak, parse, require_positive, run
 from corpus import TokenFile, prepare
 from data import CHAT_TEMPLATE, Conversations, Windows, encode_prompt
 from model import generate
+from processes import setup
 from records import read_chats, split_records
 from zero import Zero
 

@@ -19,7 +19,8 @@ import torch.distributed as dist
 import torch.nn as nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from common import UserError, naming_lost_ranks
+from common import UserError
+from processes import naming_lost_ranks
 
 PARK_BYTES = 1 << 20  # smaller activations are not worth a copy to the host
 ALIGN = 16  # elements: vector kernels round a ragged end differently, so results of unaligned shards would depend on N

@@ -35,12 +35,14 @@ if __name__ == "__main__":
 import tiktoken  # noqa: E402
 import torch  # noqa: E402
 
+import checked  # noqa: E402
 import checkpoint  # noqa: E402
 import corpus  # noqa: E402
 import train_pretrain  # noqa: E402
-from common import Env, UserError  # noqa: E402
+from common import UserError  # noqa: E402
 from data import Conversations, Replies, Windows  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
+from processes import Env  # noqa: E402
 from records import read_chats, read_preferences, read_prompts  # noqa: E402
 from tokenizer import FORMAT, SPECIALS, Tokenizer, fingerprint, make_tokenizer  # noqa: E402
 from zero import Zero  # noqa: E402
@@ -232,7 +234,7 @@ def resign(folder: Path, name: str = "meta.json", **changes) -> None:
     """Change meta.json or config.json, with the right checksum: on purpose, not by accident."""
     content = {**json.loads((folder / name).read_bytes()), **changes}
     content.pop("sha256", None)
-    (folder / name).write_text(json.dumps({**content, "sha256": checkpoint._digest(content)}))
+    (folder / name).write_text(json.dumps({**content, "sha256": checked.digest(content)}))
 
 
 def put_shard(folder: Path, shard: dict | bytes) -> None:
@@ -240,7 +242,7 @@ def put_shard(folder: Path, shard: dict | bytes) -> None:
     path = folder / "rank000.pt"
     path.write_bytes(shard) if isinstance(shard, bytes) else torch.save(shard, path)
     files = json.loads((folder / "meta.json").read_text())["files"]
-    resign(folder, files={**files, "rank000.pt": checkpoint._size_and_hash(str(path))})
+    resign(folder, files={**files, "rank000.pt": checked.size_and_hash(str(path))})
 
 
 def use_meta(folder: Path, r: random.Random):

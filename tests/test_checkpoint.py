@@ -25,6 +25,7 @@ from ranks import RankFailed, ranks
 from test_zero import CLIP, DECAY, LR, assert_equal, loss_of, near
 from test_zero import make as make_model
 
+import checked
 import checkpoint
 from checkpoint import consolidate, load_checkpoint, load_final, load_model, save_checkpoint, save_final, steps
 from common import UserError
@@ -134,8 +135,8 @@ def test_only_the_newest_are_kept(tmp_path):
     """keep=2 keeps two; nothing else stands in the folder; during a save there are at most three, also after one that
     was killed before it threw the oldest away."""
     z, out, most = training(0), str(tmp_path), []
-    real = checkpoint._write
-    with mock.patch.object(checkpoint, "_write", lambda *a: most.append(len(os.listdir(out))) or real(*a)):
+    real = checked.write_file
+    with mock.patch.object(checked, "write_file", lambda *a: most.append(len(os.listdir(out))) or real(*a)):
         for step in range(1, 4):
             save_checkpoint(out, step, {"model": z}, {}, keep=2)
         with mock.patch.object(checkpoint, "_hide_folder", mock.Mock(side_effect=KeyboardInterrupt)), \
@@ -156,7 +157,7 @@ def save_and_die(out, rank, point):
     train(z, 2, 3)
     die = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # noqa: E731
     if z.comm.rank == rank:
-        real_write, real_rename = checkpoint._write, os.rename
+        real_write, real_rename = checked.write_file, os.rename
 
         def write(path, content):
             name = os.path.basename(path)
@@ -174,7 +175,7 @@ def save_and_die(out, rank, point):
             if point == "after the rename":
                 die()
 
-        checkpoint._write, os.rename = write, rename
+        checked.write_file, os.rename = write, rename
     save_checkpoint(out, 3, {"model": z}, {"seen": 18})
 
 

@@ -11,7 +11,8 @@ import pytest
 import torch
 from ranks import ranks
 
-from common import Env, Log, RollCall, UserError, keep_lines, matmul_peak, parse, replacing, require_positive, setup
+from common import Log, UserError, keep_lines, matmul_peak, parse, replacing, require_positive
+from processes import Env, RollCall, setup
 
 
 @dataclass
@@ -222,7 +223,8 @@ def test_a_full_disk_under_what_is_printed_is_one_line(flush):
 
 PIPED = """
 import os, signal, sys
-from common import Log, run, setup
+from common import Log, run
+from processes import setup
 def main():
     env = setup("cpu")
     log = Log(sys.argv[1], env, steps=2)

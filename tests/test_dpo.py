@@ -30,9 +30,10 @@ from small_chat import (
 import records
 import train_dpo
 from checkpoint import load_final, load_model
-from common import Env, Log, UserError, parse
+from common import Log, UserError, parse
 from data import Replies, Windows, chat_samples, collate, encode_prompt
 from model import GPT, Block
+from processes import Env
 from records import Record, read_preferences, split_prompts
 from tokenizer import make_tokenizer
 from train_dpo import Config, all_logps, dpo_loss, pair_metrics, precompute, read_logps

@@ -26,12 +26,14 @@ from fuzz import FORMS, Malicious, fuzz, make_models, put_shard, resign, small_z
 from kill import KEEP, PATIENCE, ROOT, SCRIPTS, Job, arguments, difference, folders, make_inputs, outcome, torment
 from ranks import ranks
 
+import checked
 import checkpoint
 import records
 from checkpoint import claim, load_checkpoint, load_model
-from common import Env, UserError
+from common import UserError
 from corpus import TokenFile, read_corpus
 from model import GPT
+from processes import Env
 from records import read_chats
 from tokenizer import Tokenizer
 from zero import Unit, Zero
@@ -716,7 +718,7 @@ def test_mutated_files_are_read_or_refused(form, n, capsys):
 def endless(folder, r):
     """A reader that hangs where whatever goes wrong is the file's fault."""
     yield
-    with checkpoint._reading(str(folder)):
+    with checked.reading(str(folder)):
         while True:
             pass
 

@@ -14,9 +14,10 @@ from small_chat import FORMS, assert_noticed, bandit, calls_of, in_form, split_b
 import records
 import train_ppo
 from checkpoint import load_checkpoint, load_model, save_final
-from common import Env, UserError
+from common import UserError
 from data import CHAT_TEMPLATE, Windows, encode_prompt
 from model import GPT, Block, GPTConfig
+from processes import Env
 from records import read_prompts
 from tokenizer import make_tokenizer
 from train_ppo import (

@@ -14,9 +14,10 @@ import torch
 
 import train_pretrain
 from checkpoint import load_checkpoint
-from common import Env, UserError, parse
+from common import UserError, parse
 from corpus import TokenFile, write_token_file
 from model import GPT, GPTConfig
+from processes import Env
 from tokenizer import make_tokenizer
 from train_pretrain import Config, lr_at
 from zero import Zero

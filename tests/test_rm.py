@@ -29,9 +29,10 @@ from small_chat import (
 import records
 import train_rm
 from checkpoint import load_final, load_model
-from common import Env, UserError, parse
+from common import UserError, parse
 from data import Replies, encode_prompt
 from model import Block
+from processes import Env
 from records import Record, random_negatives, read_preferences, split_prompts
 from tokenizer import make_tokenizer
 from train_rm import (

@@ -27,8 +27,9 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 import bench_zero
 import zero_tools
-from common import Env, UserError, setup
+from common import UserError
 from model import GPT, GPTConfig, generate, initialise
+from processes import Env, setup
 from zero import Unit, Zero, data_parallel_step
 
 STEPS, LR, DECAY, CLIP = 2, 1e-2, 0.1, 0.5
@@ -748,7 +749,7 @@ TWO_MACHINES = """
 import sys
 sys.path.insert(0, {root!r})
 sys.path.insert(0, {root!r} + "/tests")
-from common import setup
+from processes import setup
 env = setup("cpu", timeout=30)
 from test_zero import batches, sharded
 norms = sharded("untied", batches(2, 2), 3)[1]
@@ -1312,7 +1313,7 @@ def test_two_ranks_on_one_gpu():
 
 @needs_cuda
 def test_two_ranks_of_a_script_on_one_gpu(monkeypatch):
-    """common.setup chooses gloo where there are more ranks than GPUs."""
+    """processes.setup chooses gloo where there are more ranks than GPUs."""
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(torch.cuda.device_count() + 1))
     monkeypatch.setenv("WORLD_SIZE", str(torch.cuda.device_count() + 1))
     chosen = []
