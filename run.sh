@@ -22,9 +22,9 @@ pretrain="--tokenizer bpe --vocab_size 1184 --n_kv_head 2 --steps 1800 --lr 6e-3
 sft="--epochs 2 --lr 2e-3 $rehearse 1"
 sample="--k 8 --temperature 1 --batch_size 128"
 judge="--temperature 0.3"
-rm="--negatives 1 --lr 1e-3 --score_gap 0.3 --eval_every 0"
+rm="--negatives 1 --lr 1e-3 --score_gap 0.3 --eval_every 0 --log_every 5"
 ppo="--steps 120 --ppo_epochs 1 --lr 5e-4 --critic_lr 1e-3 --lam 1 --ptx 0.5 --ptx_data $world/pretrain.txt"
-dpo="--beta 0.4 --label_smoothing 0.1 $rehearse 1"
+dpo="--beta 0.4 --label_smoothing 0.1 --log_every 5 $rehearse 1"
 half="--epochs 0.5" rest="--limit 1500"  # of the prompts: DPO on replies of the SFT model, then on its own
 card=""
 best_of="--best_of 16"
