@@ -373,7 +373,7 @@ def test_a_checkpoint_under_another_name_and_a_giant_meta_are_damage(two_saved, 
     """A copy of step 1 that is called 300 would be saved over; a meta.json of gigabytes would be taken into memory."""
     shutil.copytree(two_saved / "step-00000001", two_saved / "step-00000300")
     with open(two_saved / "step-00000002" / "meta.json", "a") as file:
-        file.write(" " * checkpoint.MAX_BYTES)
+        file.write(" " * checked.MAX_BYTES)
     assert load_checkpoint(str(two_saved), {"model": training(0)})[0] == 1
     said = capsys.readouterr().err
     assert "00000300/meta.json: is that of step 1" in said and "00000002/meta.json: found more than" in said
@@ -408,11 +408,11 @@ def test_damaged_file_is_named_and_the_previous_checkpoint_used(two_saved, capsy
         load_checkpoint(str(two_saved), {"model": training(0)})
 
 
-@pytest.mark.parametrize("plain", [checkpoint.PLAIN, re.compile(".*")])
+@pytest.mark.parametrize("plain", [checked.PLAIN, re.compile(".*")])
 def test_pickles_that_run_code_are_refused(two_saved, tmp_path, monkeypatch, plain):
     """A pickle that would create a file, in place of a shard (with matching checksums) or of model.pt, is refused
     unrun; by weights_only alone as well."""
-    monkeypatch.setattr(checkpoint, "PLAIN", plain)
+    monkeypatch.setattr(checked, "PLAIN", plain)
     evil = Malicious(tmp_path / "trap")
     for content in (pickle.dumps(evil), torch_saved(evil), torch_saved({"model": evil})):
         for path, read in hostile(two_saved, content):
