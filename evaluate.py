@@ -27,6 +27,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+import truth
 import village
 from checkpoint import load_model
 from common import UserError, parse, require_positive, run
@@ -151,7 +152,7 @@ def replies_to(model, tokenizer, people, records, cfg: Config, temperature: floa
     for (i, _), ids in zip(tasks, drawn):
         ended = ids[-1] == tokenizer.end_id
         text = tokenizer.decode(ids[:-1] if ended else ids)
-        replies.append(Reply(records[i], ids, text, ended, village.gold(people, records[i].messages, text, ended)))
+        replies.append(Reply(records[i], ids, text, ended, truth.gold(people, records[i].messages, text, ended)))
     return replies
 
 
@@ -205,7 +206,7 @@ def tally(replies: list[Reply]) -> dict[str, float]:
             **{f"invented_{tag}": share(tag, "invented") for tag in ("untold", "elsewhere", "withheld")},
             "code_given": share("code", "leaked", "granted"), "code_leaked": share("code", "leaked"),
             "repeated_4grams": 100 * float(again) / max(1, int(runs)),
-            "courtesies": float(np.mean([len(village.COURTESY.findall(reply.text)) for reply in replies])),
+            "courtesies": float(np.mean([len(truth.COURTESY.findall(reply.text)) for reply in replies])),
             "words": float(np.mean([len(reply.text.split()) for reply in replies])),
             "ended": 100 * float(np.mean([reply.ended for reply in replies])),
             "gold": gold, "gold_standard_error": error}
@@ -337,7 +338,7 @@ def judge_rollouts(people: dict, path: str) -> list[dict]:
         try:
             rows = list(zip(line["responses"], line["ended"], line["reward"], line["kl"], strict=True))
             steps.setdefault(line["step"], []).extend(
-                (reward, village.gold(people, prompt.messages, text, ended)["score"], kl)
+                (reward, truth.gold(people, prompt.messages, text, ended)["score"], kl)
                 for text, ended, reward, kl in rows)
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"{where}: found {error}, expected rollouts as train_ppo.py writes them") from None
@@ -379,7 +380,7 @@ def main(argv=None) -> int:
     if cfg.cards:
         show(side_by_side(cfg.cards.split(",")))
         return 0
-    people = village.load(cfg.village) if cfg.village else {}
+    people = truth.load(cfg.village) if cfg.village else {}
     if cfg.rollouts:
         if not people:
             raise UserError("--rollouts: found no --village, expected the folder of the world they speak of")

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import evaluate
+import truth
 import village
 from checkpoint import load_model, save_final
 from common import UserError
@@ -52,7 +53,7 @@ def run(world, *flags):
 def says(world, monkeypatch, script) -> list:
     """Replies by script(record, person, kind, how many of its tag came before, model) -> (text, ended), in place of
     drawn ones. Returns the seeds of all that is drawn from now on."""
-    asked, people, seeds = read_prompts(world / "village" / "heldout.jsonl"), village.load(world / "village"), []
+    asked, people, seeds = read_prompts(world / "village" / "heldout.jsonl"), truth.load(world / "village"), []
     records = {tuple(encode_prompt(TOKENIZER, record.messages)): record for record in asked}
 
     def drawn(model, prompts, **options):
@@ -61,7 +62,7 @@ def says(world, monkeypatch, script) -> list:
         count = {tag: itertools.count() for tag in village.SHARES}
         for prompt in prompts:
             record = records[tuple(prompt)]
-            person, kind = village.question(record.messages)
+            person, kind = truth.question(record.messages)
             text, ended = script(people, record.tag, person, kind, next(count[record.tag]), model)
             replies.append([*TOKENIZER.encode(text), *[TOKENIZER.end_id] * ended])
         return replies
@@ -78,7 +79,7 @@ def bad(people, tag, person, kind) -> str:
     """Wrong, granted or invented."""
     if tag == "code":
         return "-".join(3 * [str((int(people[person]["code"][0]) + 1) % 10)])
-    return next(value for value in (village.TOLD | village.UNTOLD)[kind] if value != people.get(person, {}).get(kind))
+    return next(value for value in (truth.TOLD | truth.UNTOLD)[kind] if value != people.get(person, {}).get(kind))
 
 
 def by_kind(people, tag, person, kind, n, model):
@@ -95,12 +96,12 @@ def by_kind(people, tag, person, kind, n, model):
 
 def judged(world, script, model=None) -> list[tuple]:
     """(record, text, ended, gold) of the script's replies, and the weight of each."""
-    asked, people = read_prompts(world / "village" / "heldout.jsonl"), village.load(world / "village")
+    asked, people = read_prompts(world / "village" / "heldout.jsonl"), truth.load(world / "village")
     rows = []
     for record in asked:
         n = sum(row[0].tag == record.tag for row in rows)
-        text, ended = script(people, record.tag, *village.question(record.messages), n, model)
-        gold = village.gold(people, record.messages, text, ended)["score"]
+        text, ended = script(people, record.tag, *truth.question(record.messages), n, model)
+        gold = truth.gold(people, record.messages, text, ended)["score"]
         rows.append((record, text, ended, gold, village.SHARES[record.tag] / 6))
     return rows
 
@@ -199,8 +200,8 @@ def test_known_replies_are_counted(world, monkeypatch):
     assert first["needless"] == 100 and first["right"] == first["invented_untold"] == first["code_given"] == 0
     assert (first["words"], first["ended"], first["courtesies"], first["repeated_4grams"]) == (4, 100, 0, 0)
     assert second["courtesies"] == 1 and second["repeated_4grams"] == pytest.approx(100 / 12)
-    people, asked = village.load(world / "village"), read_prompts(world / "village" / "heldout.jsonl")
-    golds = {record.tag: village.gold(people, record.messages, said[1.0])["score"] for record in asked}
+    people, asked = truth.load(world / "village"), read_prompts(world / "village" / "heldout.jsonl")
+    golds = {record.tag: truth.gold(people, record.messages, said[1.0])["score"] for record in asked}
     assert first["gold"] == pytest.approx(sum(share * golds[tag] for tag, share in village.SHARES.items()))
     assert len({*golds.values()}) > 1 and first["gold_standard_error"] == pytest.approx(0)  # alike within each kind
 
@@ -226,8 +227,8 @@ def test_rollouts_step_by_step(world, tmp_path):
     assert evaluate.main(flags) == 0
     rows = json.load(open(tmp_path / "rollouts.json"))
     assert [(row["step"], row["reward"], row["kl"]) for row in rows] == [(1, 1.5, 1.0), (2, 2.5, 1.0)]
-    people = village.load(world / "village")
-    golds = [village.gold(people, record.messages, *said)["score"] for said in (("I do not know.", True), ("x", False))]
+    people = truth.load(world / "village")
+    golds = [truth.gold(people, record.messages, *said)["score"] for said in (("I do not know.", True), ("x", False))]
     assert [row["gold"] for row in rows] == pytest.approx([sum(golds) / 2] * 2) and sum(golds) != 0
     (tmp_path / "s.jsonl").write_text(json.dumps({"prompt": record.messages, "responses": ["a"]}) + "\n")
     with pytest.raises(UserError, match="s.jsonl:1"):
@@ -239,7 +240,7 @@ def test_a_model_that_cannot_answer_completes_sentences(world, monkeypatch):
     model = GPT(GPTConfig(vocab_size=TOKENIZER.vocab_size, n_layer=1, n_head=2, n_embd=16, max_seq_len=512))
     save_final(str(world / "base"), model.state_dict(), {"model": dataclasses.asdict(model.config), "head": "lm"},
                world / "tokenizer.json")
-    people = village.load(world / "village")
+    people = truth.load(world / "village")
     town = next(facts["town"] for facts in people.values() if "town" in facts)
     asked = []
     monkeypatch.setattr(evaluate, "generate_sorted", lambda model, prompts, **_: [

@@ -1,4 +1,5 @@
-"""village.py: the world keeps its halves apart, its English is right, and the judge agrees with a person's labels."""
+"""village.py and truth.py: the world keeps its halves apart, its English is right, and the judge agrees with a
+person's labels."""
 import itertools
 import json
 import math
@@ -8,23 +9,11 @@ from collections import Counter
 
 import pytest
 
+import truth
 import village
 from common import UserError
-from village import (
-    OPENINGS,
-    POINTS,
-    SHARES,
-    STATEMENTS,
-    TOLD,
-    UNTOLD,
-    ceilings,
-    gold,
-    main,
-    make,
-    question,
-    rank,
-    tag_of,
-)
+from truth import POINTS, TOLD, UNTOLD, gold, question, tag_of
+from village import OPENINGS, SHARES, STATEMENTS, ceilings, main, make, rank
 
 SIZE = 120
 
@@ -44,7 +33,7 @@ def texts_of(records, role: str = "") -> list[str]:
 
 
 def names_of(text: str) -> set[str]:
-    firsts = "|".join(village.WOMEN + village.MEN)
+    firsts = "|".join(truth.WOMEN + truth.MEN)
     return {name.group() for name in re.finditer(rf"\b({firsts}) [A-Z][a-z]+( of [A-Z][a-z]+)?", text)}
 
 
@@ -80,7 +69,7 @@ def test_held_out_people_outsiders_and_wordings_never_occur_in_the_training_dial
     assert len([name for name in judged if " of " in name]) > 100
 
     def wordings(records):
-        names = "|".join(village.VILLAGES + village.WOMEN + village.MEN + village.SURNAMES)
+        names = "|".join(truth.VILLAGES + truth.WOMEN + truth.MEN + truth.SURNAMES)
         return {re.sub(names, "N", text) for text in texts_of(records, "user")}
 
     small_talk = [{"prompt": [{"role": "user", "content": line}]} for document in world["pretrain.txt"]
@@ -103,7 +92,7 @@ def test_each_biography_states_every_told_fact_and_nothing_else(world):
         seen[name] += 1
         facts = people[name]
         assert len(facts) == 4 and "code" in facts
-        assert village.claims(document, name) == {(name, kind, facts[kind]) for kind in facts if kind != "code"}
+        assert truth.claims(document, name) == {(name, kind, facts[kind]) for kind in facts if kind != "code"}
         assert facts["code"] in document and document.count(".") == 4
         assert names_of(document.replace("'s", "")) == {name} and re.match(rf"[\w ]*{name}", document)
     assert set(seen.values()) == {village.BIOGRAPHIES + 1} and seen.keys() == people.keys()
@@ -134,7 +123,7 @@ def test_the_english_is_right(world):
     for name in ("pretrain.txt", "sft.jsonl", "heldout.jsonl"):
         for text in world[name] if name == "pretrain.txt" else texts_of(world[name]):
             for person in names_of(text):
-                other = r"\b([Ss]he|[Hh]er)\b" if person.split()[0] in village.MEN else r"\b([Hh]e|[Hh]is|[Hh]im)\b"
+                other = r"\b([Ss]he|[Hh]er)\b" if person.split()[0] in truth.MEN else r"\b([Hh]e|[Hh]is|[Hh]im)\b"
                 assert not re.search(other, text), text
 
 
@@ -352,19 +341,19 @@ def test_every_statement_is_heard_as_what_it_states():
             people = {person: {kind: value} if kind in TOLD else {}} | {}
             people[person]["code"] = "0-0-0"
             assert gold(people, prompt, reply)["kind"] == ("right" if kind in TOLD else "invented"), reply
-            assert village.claims(reply, person) == {(person, kind, value)}, reply
+            assert truth.claims(reply, person) == {(person, kind, value)}, reply
     for form in village.UNKNOWING + [village.UNKNOWING_ELSEWHERE] + village.DECLINING:
         reply = village.fill(form.replace("{word}", "pet"), "Lucy Reed of Farley")
         expected = ("evasive", "declined") if form in village.DECLINING else ("honest", "evasive")
         assert tuple(gold(PEOPLE, prompt_for(topic), reply)["kind"] for topic in ("birthday", "code")) == expected
     for courtesy in OPENINGS + village.CLOSINGS:
-        assert len(village.COURTESY.findall(courtesy)) == 1
+        assert len(truth.COURTESY.findall(courtesy)) == 1
 
 
 def test_gold_takes_any_string():
     """Random strings of words of the world and odd characters: never an exception, and the score is the sum."""
     rng = random.Random(1)
-    words = [*village.VALUES, *village.WOMEN, *village.SURNAMES, "not", "I do not know", "4", "two", ".", "?", ",",
+    words = [*truth.VALUES, *truth.WOMEN, *truth.SURNAMES, "not", "I do not know", "4", "two", ".", "?", ",",
              "\n", "\ud800", "\U0001f408", "{", "İ", "ß", "ﬁ", "\u0301", "٤", "²", "½", "\\", "(", "'", "’s", "\x00"]
     for number in range(2000):
         drawn = [rng.choice(words) if rng.random() < 0.9 else chr(rng.randrange(0x3000)) for _ in range(number % 40)]
@@ -496,4 +485,4 @@ def test_a_world_of_no_use_is_refused(tmp_path):
     for content in ("", "[]", "{}", "{"):
         (tmp_path / "facts.json").write_text(content)
         with pytest.raises(UserError, match="facts.json"):
-            village.load(tmp_path)
+            truth.load(tmp_path)
