@@ -102,7 +102,7 @@ def verify(folder: str, name: str, expected: dict) -> None:
     with reading(path):
         found = size_and_hash(path)
     expect(found == expected,
-            f"{path}: its {found['bytes']} bytes are not what was written: size or checksum differ; it is damaged")
+           f"{path}: its {found['bytes']} bytes are not what was written: size or checksum differ; it is damaged")
 
 
 def load_tensors(path: str):
@@ -116,14 +116,14 @@ def load_tensors(path: str):
             # directory, its end, a locator of that end, and the end in its old form.
             end, length, start, locator, there, old = struct.unpack("<4s36xQQ4s4xQ4x4s18x", file.read())
             expect(end + locator + old == b"PK\6\6PK\6\7PK\5\6" and start + length == there == size - 98 and
-                    all(record.compress_type == zipfile.ZIP_STORED for record in records.infolist()) and
-                    sum(record.file_size for record in records.infolist()) <= size,
-                    f"{path}: is packed, or its parts are larger than the file; expected what torch.save writes")
+                   all(record.compress_type == zipfile.ZIP_STORED for record in records.infolist()) and
+                   sum(record.file_size for record in records.infolist()) <= size,
+                   f"{path}: is packed, or its parts are larger than the file; expected what torch.save writes")
         pickle = torch._C.PyTorchFileReader(path).get_record("data.pkl")  # the very bytes that torch.load will read
         expect(len(pickle) <= MAX_BYTES, f"{path}: found more than {MAX_BYTES} bytes beside the numbers")
         for op, name, _ in pickletools.genops(pickle):
             expect(op.name != "GLOBAL" or PLAIN.fullmatch(name),
-                    f"{path}: holds {name}, expected plain tensors in dictionaries, as torch.save writes them")
+                   f"{path}: holds {name}, expected plain tensors in dictionaries, as torch.save writes them")
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         nodes = [content]
         for node in nodes:  # it grows. The file has some bytes for each, or else dictionaries hold each other
@@ -131,5 +131,5 @@ def load_tensors(path: str):
             expect(len(nodes) <= len(pickle), f"{path}: holds the same dictionary under many names")
         tensors = [node for node in nodes if isinstance(node, torch.Tensor)]
         expect(all(x.is_contiguous() for x in tensors) and sum(x.nbytes for x in tensors) <= 2 * size,
-                f"{path}: does not hold plain tensors that are as large as they claim")
+               f"{path}: does not hold plain tensors that are as large as they claim")
         return content

@@ -127,7 +127,7 @@ def consolidate(folder: str, key: str = "model") -> dict[str, torch.Tensor]:
         for unit, tensors in meta["layout"][key].items():
             flat = torch.cat([shard["units"][unit]["master"] for shard in shards])
             expect(sum(abs(math.prod(shape)) for _, shape, _ in tensors) <= len(flat),
-                    f"{folder}/meta.json: the shapes in {ascii(unit)[:80]} are larger than what was saved")
+                   f"{folder}/meta.json: the shapes in {ascii(unit)[:80]} are larger than what was saved")
             for names, shape, start in tensors:
                 state |= dict.fromkeys(names, flat[start:start + math.prod(shape)].view(shape).clone())
         return state | shards[0]["buffers"]
@@ -226,16 +226,16 @@ def load_model(folder: str, head: str = "", **changes) -> tuple[GPT, Tokenizer, 
     config, weights = load_final(folder)
     tokenizer = Tokenizer.load(os.path.join(folder, "tokenizer.json"))
     expect(isinstance(config.get("model"), dict) and config.get("head") in ("lm", "scalar"),
-            f'{folder}/config.json: expected "model" and "head", as training scripts write them')
+           f'{folder}/config.json: expected "model" and "head", as training scripts write them')
     shape = GPTConfig.from_dict({**config["model"], **changes}, folder)
     expect(shape.vocab_size == tokenizer.vocab_size,
-            f"{folder}: the model has {shape.vocab_size} tokens, its tokenizer {tokenizer.vocab_size}")
+           f"{folder}: the model has {shape.vocab_size} tokens, its tokenizer {tokenizer.vocab_size}")
     # config.json may claim any size. What follows from it is compared with the weights before memory is taken.
     layers = len({name.split(".")[1] for name in weights if name.startswith("blocks.")})
     found = shape.n_layer, (shape.vocab_size, shape.n_embd), shape.max_seq_len * shape.n_embd // shape.n_head <= 2**27
     with reading(os.path.join(folder, "config.json")):
         expect(found == (layers, tuple(weights["embed.weight"].shape), True),
-                f"{folder}/config.json: its sizes are not those of the weights in model.pt, or too large to be true")
+               f"{folder}/config.json: its sizes are not those of the weights in model.pt, or too large to be true")
         with torch.device("meta"):
             GPT(shape, head=head or config["head"]).load_weights(weights, folder)
         model = GPT(shape, head=head or config["head"])
@@ -253,8 +253,8 @@ def load_final(folder: str) -> tuple[dict, dict[str, torch.Tensor]]:
         verify(folder, name, files[name])
     state = load_tensors(os.path.join(folder, "model.pt"))
     expect(isinstance(state, dict) and all(isinstance(name, str) and isinstance(t, torch.Tensor) and
-                                            t.is_floating_point() for name, t in state.items()),
-            f"{folder}/model.pt: expected a plain {{name: tensor}} dictionary of floating-point numbers")
+                                           t.is_floating_point() for name, t in state.items()),
+           f"{folder}/model.pt: expected a plain {{name: tensor}} dictionary of floating-point numbers")
     return config, state
 
 
@@ -327,14 +327,14 @@ def _examine(folder: str, part: slice) -> dict:
     path = os.path.join(folder, "meta.json")
     meta = read_json(path)
     expect(meta.get("version") == VERSION,
-            f"{path}: checkpoint version {ascii(meta.get('version'))[:40]}, this program reads {VERSION}")
+           f"{path}: checkpoint version {ascii(meta.get('version'))[:40]}, this program reads {VERSION}")
     kinds = {"step": int, "world": int, "threads": int, "torch": str, "layout": dict, "files": dict, "extra": dict}
     for key, kind in kinds.items():
         expect(isinstance(meta.get(key), kind), f"{path}: expected {key!r} to be of type {kind.__name__}")
     world, files = meta["world"], meta["files"].keys()  # names are looked for in this folder and nowhere else
     ranks = {f"rank{r:03d}.pt" for r in range(min(world, len(files) + 1))}
     expect(world > 0 and ranks <= files <= ranks | {"config.json", "tokenizer.json"},
-            f"{path}: expected the rank files of a world of {world}, config.json and tokenizer.json, found others")
+           f"{path}: expected the rank files of a world of {world}, config.json and tokenizer.json, found others")
     for name, entry in sorted(meta["files"].items())[part]:
         verify(folder, name, entry)
     return meta
@@ -349,8 +349,8 @@ def _read_shards(folder: str, meta: dict, key: str) -> list[dict]:
             shard = load_tensors(path)[key]
             vectors = [vector for unit in meta["layout"][key] for vector in shard["units"][unit].values()]
             expect(all(is_number(shard["scalars"][name]) for name in SCALARS) and shard["scalars"]["loss_scale"] > 0
-                    and all(vector.dim() == 1 and vector.is_floating_point() for vector in vectors),
-                    f"{path}: does not hold what meta.json says")
+                   and all(vector.dim() == 1 and vector.is_floating_point() for vector in vectors),
+                   f"{path}: does not hold what meta.json says")
         shards.append(shard)
     return shards
 
@@ -365,7 +365,7 @@ def _check_layout(folder: str, found: dict, expected: dict) -> None:
     for name in [*want, *have]:
         there, here = (shapes.get(name, "missing") for shapes in (have, want))
         expect(there == here, f"{folder}: is of another model: {name} is {there} there and {here} here; choose "
-                               "another --out, or the flags it was made with")
+                              "another --out, or the flags it was made with")
     raise UserError(f"{folder}: has the tensors of this model, but cut into other units")
 
 

@@ -5,8 +5,8 @@
     python plot.py --attention bench_attention.json                 attention.png, of bench.py attention
     python plot.py --zero bench_zero.json                           zero.png, of bench.py zero
 
-A life is a folder with the runs pretrain, sft, rm, ppo and dpo, or some of them, as run.sh makes it. What is not there
-is not drawn.
+A life is a folder with the runs pretrain, sft, rm, ppo, dpo-1 and dpo, or some of them, as run.sh makes it. What is
+not there is not drawn.
 """
 from __future__ import annotations
 
@@ -67,6 +67,7 @@ def save(figure, out: str, name: str) -> None:
 CURVES = [("pretrain", "loss", "eval_loss", "pretraining", "loss (nats per token)"),
           ("sft", "loss", "eval_loss", "supervised fine-tuning", "loss (nats per reply token)"),
           ("rm", "loss", "eval_loss", "reward model", "loss (nats per prompt)"),
+          ("dpo-1", "loss", "eval_loss", "DPO, first round", "loss (nats per pair)"),
           ("dpo", "loss", "eval_loss", "DPO", "loss (nats per pair)"),
           ("ppo", "objective/scores", "eval_score", "PPO: what it raises", "score (training: less penalty)"),
           ("ppo", "objective/kl", "eval_kl", "PPO: what that costs", "KL (nats per reply)")]

@@ -162,7 +162,8 @@ def naming_lost_ranks(what: str):
 
 
 def together(action) -> list:
-    """Run action() (None: nothing to do) on every rank; returns all results in rank order. If one fails, all raise."""
+    """Run action() (None: nothing to do) on every rank; returns all results in rank order. If one fails, all raise.
+    Checkpoints are made and read so."""
     inside = dist.is_available() and dist.is_initialized()
     bug, world = None, dist.get_world_size() if inside else 1
     try:

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The first command of the README: the whole life of a language model, one printed command per stage.
-#   bash run.sh                   in the Village, a small world that is made here
+#   bash run.sh                   in the Village, a small world that is made here, with a judge at hand: DPO in two rounds
 #   bash run.sh --quick           every stage at its smallest, under three minutes: shows that all works, learns little
 #   bash run.sh --hack            also PPO with and without a leash, on a lesser reward model: reward hacking visible
 #   bash run.sh my_text.txt       on a text of yours (or stdlib, which comes with Python): pretraining and a sample
@@ -25,7 +25,7 @@ judge="--temperature 0.3"
 rm="--negatives 1 --lr 1e-3 --score_gap 0.3 --eval_every 0 --log_every 5"
 ppo="--steps 120 --ppo_epochs 1 --lr 5e-4 --critic_lr 1e-3 --lam 1 --ptx 0.5 --ptx_data $world/pretrain.txt"
 dpo="--beta 0.4 --label_smoothing 0.1 --log_every 5 $rehearse 1"
-half="--epochs 0.5" rest="--limit 1500"  # of the prompts: DPO on replies of the SFT model, then on its own
+half="--epochs 0.5" own_half="--limit 1500"  # of the prompts: DPO on replies of the SFT model, then on its own
 card=""
 best_of="--best_of 16"
 talks=dpo  # at the end
@@ -68,7 +68,7 @@ if [ "$quick" ]; then
     sample="--k 2 --temperature 1 --max_new_tokens 16 --batch_size 256"
     rm="--steps 20 --val_fraction 0.05 --reference_prompts 100"
     ppo="--steps 3 --batch_size 16 --minibatches 2 --max_new_tokens 16 --eval_prompts 16"
-    dpo="--steps 20 --val_fraction 0.05" rest="--limit 100"
+    dpo="--steps 20 --val_fraction 0.05" own_half="--limit 100"
     card="--max_new_tokens 16 --batch_size 64"
     best_of="--best_of 4 --best_of_prompts 10"
 fi
@@ -162,8 +162,8 @@ if [ "$chats" ] && [ "$preferences" ]; then
         train dpo-1 "$does, half the way from what the SFT model answered" eval_rewards/accuracies \
             --data $preferences --init $out/sft $dpo $half
         begin=dpo-1 preferences=$out/dpo-1-preferences.jsonl does="the other half from what it answers itself"
-        stage sample-dpo-1 "several answers of this model, which errs in other ways" $out/dpo-1.jsonl \
-            "lines $out/dpo-1.jsonl" $python sample.py --model $out/dpo-1 --prompts $prompts $sample $rest \
+        stage sample-dpo-1 "several answers of this model, to half of the prompts" $out/dpo-1.jsonl \
+            "lines $out/dpo-1.jsonl" $python sample.py --model $out/dpo-1 --prompts $prompts $sample $own_half \
             --out $out/dpo-1.jsonl
         stage rank-dpo-1 "rank them like the first" $preferences "lines $preferences" \
             $python village.py --judge $out/dpo-1.jsonl --village $world --out $preferences $judge
@@ -208,9 +208,11 @@ if [ "$show" ] || $python -c "import matplotlib" 2> /dev/null; then
 else
     printf '\nno pictures: they need matplotlib (%s -m pip install matplotlib, then the same command)\n' $python
 fi
-[ "$show" ] || awk -F'\t' 'BEGIN { printf "\n%-10s %7s  %s\n", "stage", "seconds", "figure" }
-    { printf "%-10s %7d  %s\n", $1, $2, $3; total += $2 }
-    END { printf "%-10s %7d\n", "total", total }' $out/stages.tsv
+[ "$show" ] || awk -F'\t' '{ seconds[$1] = $2; figure[$1] = $3; if (!seen[$1]++) names[++n] = $1 }  # done again: the last
+    END { printf "\n%-16s %7s  %s\n", "stage", "seconds", "figure"
+          for (i = 1; i <= n; i++) { printf "%-16s %7d  %s\n", names[i], seconds[names[i]], figure[names[i]]
+                                     total += seconds[names[i]] }
+          printf "%-16s %7d\n", "total", total }' $out/stages.tsv
 
 [ -t 0 ] || [ "$show" ] || exit 0
 [ "$preferences" ] || talks=sft

@@ -12,6 +12,7 @@ import pytest
 from small_chat import TOPICS, ranked, write
 from test_plot import write_benchmarks
 
+import plot
 from common import parse
 
 ROOT = Path(__file__).parent.parent
@@ -110,6 +111,17 @@ def test_the_life_in_the_village(quick, ranks):
         assert ("--resume" in command) == training
 
 
+def test_dpo_goes_on_from_its_own_replies():
+    """In the Village: half the way from the SFT model's replies, then from what the model of that answers; with files
+    of one's own, where nobody is there to judge, from the SFT model in one go (below)."""
+    first, second = (command for command in pipeline() if "train_dpo" in command)
+    assert "--data out/village/preferences.jsonl --init out/village/sft " in first and "--epochs 0.5 " in first
+    assert "--data out/village/dpo-1-preferences.jsonl --init out/village/dpo-1 " in second and "--epochs" not in second
+    drawn, judged = (next(command for command in pipeline() if f"--out out/village/{name}" in command)
+                     for name in ("dpo-1.jsonl", "dpo-1-preferences.jsonl"))
+    assert "--model out/village/dpo-1 " in drawn and "--judge out/village/dpo-1.jsonl " in judged
+
+
 def test_reward_hacking_in_one_command():
     """`bash run.sh --hack` adds a reward model without negatives, PPO against it without the KL penalty and with one,
     all else equal, and what became of it; seeds reach every stage."""
@@ -147,6 +159,8 @@ def test_the_life_on_files_of_ones_own(tmp_path):
             check(command)
         seen.add(re.search(r"--out (\S+)", commands[0])[1])
     assert len(seen) == 3  # other files, another folder
+    dpo = next(command for command in commands if "train_dpo" in command)
+    assert re.search(r"--init out/\S+/sft ", dpo) and "preferences.jsonl" in dpo
     ppo = next(command for command in commands if "train_ppo" in command)
     assert shlex.split(ppo)[shlex.split(ppo).index("--data") + 1] == str(own / "preferences.jsonl")
     (own / "prompts.jsonl").write_text("something")
@@ -192,6 +206,15 @@ def test_what_is_done_is_skipped_and_a_failure_says_how_to_go_on(tmp_path):
     assert second.returncode == 0, second.stderr
     assert ran() == ["sample.py", "evaluate.py"] and "pretrain: done before" in second.stdout
     assert re.search(r"^text +\d+  bits_per_byte 2.500$", second.stdout, re.M) and "no pictures" in second.stdout
+
+    table = tmp_path / "out" / "x" / "stages.tsv"  # of an older run.sh, which had other flags
+    table.write_text(table.read_text().replace("train_pretrain.py", "train_pretrain.py --older"))
+    third = run_sh(str(tmp_path / "mine.txt"), root=tmp_path, OUT="out/x")
+    assert "but by another command: to redo it, remove out/x/pretrain\n" in third.stdout
+    shutil.rmtree(tmp_path / "out" / "x" / "pretrain")
+    fourth = run_sh(str(tmp_path / "mine.txt"), root=tmp_path, OUT="out/x")
+    assert ran() == ["sample.py", "train_pretrain.py", "sample.py"]
+    assert len(re.findall(r"^pretrain +\d+  eval_bits_per_byte 1.500$", fourth.stdout, re.M)) == 1  # not two
 
 
 def copy_project(folder) -> None:
@@ -240,10 +263,10 @@ TINY = {"train_pretrain": "--steps 2 --n_layer 1 --n_embd 32 --n_head 2 --batch_
 
 
 def runnable(path: Path) -> list[str]:
-    """What a page shows to be typed as it stands. Not here: two machines and bench.py zero, which test_zero.py runs; a
-    script named in a sentence, without a flag."""
+    """What a page shows to be typed as it stands, `python ...` or `torchrun ...`. Not here: two machines and bench.py
+    zero, which test_zero.py runs; a script without a flag in a sentence; pictures, without matplotlib."""
     return [command for command in shown_in(path) if re.match("python |torchrun ", command) and "..." not in command
-            and not re.search(r"--nnodes|bench\.py zero", command)
+            and not re.search(r"--nnodes|bench\.py zero" + ("" if plot.plt else r"|plot\.py"), command)
             and (path.suffix == ".py" or len(shlex.split(command, comments=True)) > 2)]
 
 
@@ -267,7 +290,8 @@ def short_life(tmp_path_factory):
         (folder / name).write_text(Path(os.__file__).read_text(encoding="utf-8")[:60_000])
     for name, source in (("chats", world / "sft"), ("held_out", world / "sft"), ("prompts", world / "prompts"),
                          ("preferences", life / "preferences"), ("samples", life / "samples"),
-                         ("dpo-1", life / "dpo-1"), ("dpo-1-preferences", life / "dpo-1-preferences")):
+                         ("dpo-1", life / "dpo-1"), ("dpo-1-preferences", life / "dpo-1-preferences"),
+                         ("please", world / "heldout"), ("replies", life / "samples")):
         lines = source.with_suffix(".jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
         (folder / f"{name}.jsonl").write_text("".join(lines[:200]), encoding="utf-8")
     shutil.copy(life / "pretrain" / "final" / "tokenizer.json", folder)
