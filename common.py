@@ -235,8 +235,9 @@ def _show(value) -> str:
 class Log:
     """One JSON object per event in out/metrics.jsonl, one line on the screen; only rank 0 writes.
 
-    steps: the last step of the run; start: the step it begins after (later events of an earlier life are dropped, so
-    that a resumed run has one curve); flops_per_token and peak_flops (per process): for MFU, 0 leaves it out.
+    env: a processes.Env; steps: the last step of the run; start: the step it begins after (later events of an earlier
+    life are dropped, so that a resumed run has one curve); flops_per_token and peak_flops (per process): for MFU, 0
+    leaves it out.
     """
 
     def __init__(self, out: str, env, *, steps: int, start: int = 0, flops_per_token=0.0, peak_flops=0.0):
