@@ -2,6 +2,7 @@
 
     cfg = parse(Config, argv, __doc__)   a dataclass becomes the command line; the comment behind each field is its help
     log = Log(cfg.out, env, ...)         one readable line on the screen, one JSON object per event in metrics.jsonl
+    progress = Progress("replies")       how far, and how much time is left, where there is no log
     run(main)                            a UserError becomes one line on stderr and exit code 2
 """
 from __future__ import annotations
@@ -230,6 +231,19 @@ def _show(value) -> str:
     if not isinstance(value, float):
         return str(value)
     return f"{value:.4f}" if 0.1 <= abs(value) < 100 else f"{value:.4g}"
+
+
+class Progress:
+    """progress(done, total): on a terminal one line with the time left, which the next one overwrites; else nothing."""
+
+    def __init__(self, what: str):
+        self.what, self.start = what, time.perf_counter()
+
+    def __call__(self, done: int, total: int) -> None:
+        if sys.stdout.isatty():
+            left = datetime.timedelta(seconds=round((total - done) * (time.perf_counter() - self.start) / done))
+            line = f"{self.what} {done:,} of {total:,} | {left} left" if done < total else ""
+            print(f"\r\033[K{line}", end="", flush=True)
 
 
 class Log:

@@ -30,7 +30,7 @@ import torch
 import truth
 import village
 from checkpoint import load_model
-from common import UserError, parse, require_positive, run
+from common import Progress, UserError, parse, require_positive, run
 from corpus import read_corpus, replacing, split_documents
 from data import CHAT_TEMPLATE, Conversations, collate, encode_prompt
 from model import GPT, LMHead, generate_sorted
@@ -117,7 +117,7 @@ def answers(model, tokenizer, records, cfg: Config, device) -> dict:
     asked = [i for i, prompt in enumerate(prompts) if len(prompt) + cfg.max_new_tokens <= longest]
     replies = generate_sorted(model, [prompts[i] for i in asked], batch_size=cfg.batch_size, seeds=asked, temperature=0,
                               max_new_tokens=cfg.max_new_tokens, eos_id=tokenizer.end_id,
-                              banned=tokenizer.specials_but_end)
+                              banned=tokenizer.specials_but_end, progress=Progress("replies"))
     ended = sum(reply[-1] == tokenizer.end_id for reply in replies)
     exact = sum(reply == [*tokenizer.encode(records[i].messages[-1]["content"]), tokenizer.end_id]
                 for i, reply in zip(asked, replies))
@@ -147,7 +147,7 @@ def replies_to(model, tokenizer, people, records, cfg: Config, temperature: floa
     drawn = generate_sorted(model, [prompts[i] for i, _ in tasks], batch_size=4 * cfg.batch_size,
                             seeds=[(cfg.seed << 64) + (i << 32) + j for i, j in tasks], temperature=temperature,
                             max_new_tokens=cfg.max_new_tokens, eos_id=tokenizer.end_id,
-                            banned=tokenizer.specials_but_end)
+                            banned=tokenizer.specials_but_end, progress=Progress("replies"))
     replies = []
     for (i, _), ids in zip(tasks, drawn):
         ended = ids[-1] == tokenizer.end_id
@@ -263,7 +263,8 @@ def completions(model, tokenizer, people, cfg: Config) -> dict:
                     asked.append((kind, before.rstrip().removesuffix(" a"), after))
     prompts = [[tokenizer.bos_id, *tokenizer.encode(before)] for _, before, _ in asked]
     said = generate_sorted(model, prompts, batch_size=8 * cfg.batch_size, seeds=range(len(asked)), temperature=0,
-                           max_new_tokens=16, eos_id=tokenizer.end_id, banned=tokenizer.specials_but_end)
+                           max_new_tokens=16, eos_id=tokenizer.end_id, banned=tokenizer.specials_but_end,
+                           progress=Progress("sentences"))
     for (kind, _, after), ids in zip(asked, said):
         text = tokenizer.decode(ids).removeprefix(" ").removeprefix("an ").removeprefix("a ")
         right[kind] += text.startswith(after)

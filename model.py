@@ -433,9 +433,10 @@ def generate(model, prompts, *, max_new_tokens, temperature=1.0, top_k=0, top_p=
     return (new, logps) if return_logp else new
 
 
-def generate_sorted(model, prompts, *, batch_size, seeds, on_token=None, **options):
+def generate_sorted(model, prompts, *, batch_size, seeds, on_token=None, progress=None, **options):
     """generate, for any number of prompts: batch_size at a time, those of like length together, so that little is
-    padding. Returns the replies in the order of the prompts; with return_logp each is a pair (ids, logp)."""
+    padding. Returns the replies in the order of the prompts; with return_logp each is a pair (ids, logp).
+    progress(done, total) is called after every batch."""
     order, replies = sorted(range(len(prompts)), key=lambda i: len(prompts[i])), [None] * len(prompts)
     for start in range(0, len(order), batch_size):
         some = order[start:start + batch_size]
@@ -443,4 +444,6 @@ def generate_sorted(model, prompts, *, batch_size, seeds, on_token=None, **optio
         new = generate(model, [prompts[i] for i in some], seeds=[seeds[i] for i in some], on_token=tell, **options)
         for i, reply in zip(some, zip(*new) if options.get("return_logp") else new):
             replies[i] = reply
+        if progress:
+            progress(start + len(some), len(order))
     return replies

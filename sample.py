@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from checkpoint import load_model
-from common import UserError, parse, replacing, require_positive, run
+from common import Progress, UserError, parse, replacing, require_positive, run
 from data import CHAT_TEMPLATE, encode_prompt
 from model import generate_sorted
 from processes import setup
@@ -59,12 +59,13 @@ class Printer:
             print(self.decoder.decode(self.tokenizer.decode_bytes([token])), end="", flush=True)
 
 
-def draw(model, tokenizer, prompts: list[list[int]], seeds: list[int], cfg: Config, length: int, on_token=None):
+def draw(model, tokenizer, prompts: list[list[int]], seeds: list[int], cfg: Config, length: int, on_token=None,
+         progress=None):
     """At most `length` new ids for each prompt, as the flags say."""
     return generate_sorted(model, prompts, batch_size=cfg.batch_size, seeds=seeds, max_new_tokens=length,
                            temperature=cfg.temperature, top_k=cfg.top_k, top_p=cfg.top_p, eos_id=tokenizer.end_id,
                            repetition_penalty=cfg.repetition_penalty, banned=tokenizer.specials_but_end,
-                           on_token=on_token)
+                           on_token=on_token, progress=progress)
 
 
 def room(model, prompt_length: int, cfg: Config) -> int:
@@ -151,7 +152,7 @@ def answer_file(model, tokenizer, cfg: Config) -> None:
     length = room(model, max(len(prompts[i]) for i in kept), cfg)
     tasks = [(i, number) for i in kept for number in range(cfg.k)]
     drawn = draw(model, tokenizer, [prompts[i] for i, _ in tasks],
-                 [(cfg.seed << 64) + (i << 32) + number for i, number in tasks], cfg, length)
+                 [(cfg.seed << 64) + (i << 32) + number for i, number in tasks], cfg, length, None, Progress("replies"))
     ended = [new[-1] == tokenizer.end_id for new in drawn]
     texts = [tokenizer.decode(new[:-1] if end else new) for new, end in zip(drawn, ended)]
     with replacing(Path(cfg.out)) as temporary, open(temporary, "w", encoding="utf-8") as file:

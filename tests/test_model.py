@@ -118,11 +118,13 @@ def test_generation_ends_at_eos_and_does_not_depend_on_neighbours():
 
 
 def test_any_number_of_prompts_in_the_order_they_were_given():
-    """generate_sorted: the replies of generate, prompt by prompt; on_token counts the prompts as the caller does."""
-    model, seen = lively(dtype=torch.float32), []
+    """generate_sorted: the replies of generate, prompt by prompt; on_token counts the prompts as the caller does, and
+    progress what is done."""
+    model, seen, done = lively(dtype=torch.float32), [], []
     prompts = [[1, 2, 3, 4], [5], [6, 7, 8], [9, 10], [11]]
     replies = generate_sorted(model, prompts, batch_size=2, seeds=range(5), max_new_tokens=6,
-                              on_token=lambda *said: seen.append(said))
+                              on_token=lambda *said: seen.append(said), progress=lambda *told: done.append(told))
+    assert done == [(2, 5), (4, 5), (5, 5)]
     alone = [generate(model, [prompt], seeds=[i], max_new_tokens=6)[0] for i, prompt in enumerate(prompts)]
     assert replies == alone
     assert [[token for row, token in seen if row == i] for i in range(5)] == replies

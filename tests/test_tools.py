@@ -2,6 +2,8 @@
 import dataclasses
 import json
 import math
+import re
+import sys
 
 import numpy as np
 import pytest
@@ -186,6 +188,21 @@ def test_replies_to_a_file(finished, tmp_path, capsys):
     with pytest.raises(UserError, match="p.jsonl"):
         sample.main(["--model", str(out), "--prompts", str(tmp_path / "p.jsonl"), "--out", str(tmp_path / "t.jsonl")])
     assert not (tmp_path / "t.jsonl").exists()
+
+
+def test_progress_on_a_terminal(finished, tmp_path, capsys, monkeypatch):
+    """A file of replies tells on a terminal how far it is and how much time is left, on one line that goes away at the
+    end; into a pipe nothing of that."""
+    out, _, _ = finished
+    (tmp_path / "p.jsonl").write_text(json.dumps({"prompt": "abc"}) + "\n")
+    args = ["--model", str(out), "--prompts", str(tmp_path / "p.jsonl"), "--out", str(tmp_path / "s.jsonl"), "--k", "3",
+            "--batch_size", "1", "--max_new_tokens", "4"]
+    assert sample.main(args) == 0 and "left" not in capsys.readouterr().out
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    assert sample.main(args) == 0
+    lines = capsys.readouterr().out.split("\r\033[K")
+    assert [line.partition(" | ")[0] for line in lines[1:3]] == ["replies 1 of 3", "replies 2 of 3"]
+    assert all(re.search(r"\d:\d\d:\d\d left$", line) for line in lines[1:3]) and "3 replies to 1 prompts" in lines[3]
 
 
 @pytest.mark.parametrize("limit, length", [("0", 13), ("8", 8)])
