@@ -23,10 +23,10 @@ from typing import Literal, NamedTuple
 import numpy as np
 import torch
 
-from common import UserError, parse, run
-from corpus import TokenFile, prepare
-from records import Record, read_chats
-from tokenizer import Tokenizer, make_tokenizer
+from lib.corpora import TokenFile, prepare
+from lib.program import UserError, parse, start
+from lib.records import Record, read_chats
+from lib.tokenizer import Tokenizer, make_tokenizer
 
 IGNORE = -100  # the target of a position that is not trained
 
@@ -380,6 +380,42 @@ class Replies(Shuffled):
             yield ReplyRows(torch.tensor(at, dtype=torch.long), self.sizes([chosen[g] for g in groups]), *tensors, ends)
 
 
+# ---- rehearsal ----------------------------------------------------------------------------------------------------
+
+class Rehearsal:
+    """Text of pretraining beside the batches of a later stage: what a small model knows and is not asked about is
+    otherwise soon overwritten (Ouyang et al. 2022, equation 2, the term with gamma).
+
+    cfg: has ptx, the weight of the text's mean loss (0: off), ptx_data, ptx_rows, seq_len, seed, micro_batch_size.
+    """
+
+    def __init__(self, cfg, tokenizer: Tokenizer, ranks):
+        if bool(cfg.ptx) != bool(cfg.ptx_data):
+            raise UserError(f"--ptx {cfg.ptx} with --ptx_data {cfg.ptx_data!r}: expected both or neither")
+        self.cfg, self.ranks, self.text = cfg, ranks, None
+        if cfg.ptx:
+            path, *_ = ranks.main_first(lambda: prepare(cfg.ptx_data, tokenizer=tokenizer.path))
+            self.text = Windows(TokenFile(path, tokenizer), cfg.seq_len, batch_size=cfg.ptx_rows, seed=cfg.seed)
+
+    def fingerprint(self) -> str:
+        return self.text.tokens.note if self.text else ""
+
+    def backward(self, model, zero, batch: int) -> tuple[dict, float]:
+        """Add ptx times the gradient of the mean loss of one batch of text. Returns ({"loss/ptx_avg": that loss}, how
+        many tokens it had), over all ranks; without text ({}, 0)."""
+        if self.text is None:
+            return {}, 0
+        rows = [x.to(self.ranks.device) for x in self.text.batch(batch, self.ranks.rank, self.ranks.world)]
+        n_tokens, = self.ranks.sum((rows[1] >= 0).sum())
+        loss_sum = torch.zeros((), device=self.ranks.device)
+        for ids, targets, segment_ids in zip(*(x.split(self.cfg.micro_batch_size or len(x)) for x in rows)):  # (b, T)
+            loss = -model(ids, targets, segment_ids=segment_ids, equal_weights=True).sum() / n_tokens
+            zero.backward(self.cfg.ptx * loss)
+            loss_sum += loss.detach()
+        loss, = self.ranks.sum(loss_sum)
+        return {"loss/ptx_avg": loss}, n_tokens
+
+
 # ---- the command --------------------------------------------------------------------------------------------------
 
 @dataclasses.dataclass
@@ -432,4 +468,4 @@ def main(argv=None) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    start(main)

@@ -27,15 +27,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import truth
-import village
-from checkpoint import load_model
-from common import Progress, UserError, parse, require_positive, run
-from corpus import read_corpus, replacing, split_documents
 from data import CHAT_TEMPLATE, Conversations, collate, encode_prompt
-from model import GPT, LMHead, generate_sorted
-from processes import setup
-from records import Record, load_json, prompt_of, read_chats, read_prompts, read_records, read_text, split_records
+from lib.corpora import read_corpus, replacing, split_documents
+from lib.program import Progress, UserError, parse, require_positive, start
+from lib.ranks import setup
+from lib.records import Record, load_json, prompt_of, read_chats, read_prompts, read_records, read_text, split_records
+from model import GPT, LMHead, generate_sorted, load_model
+from village import truth
+from village import world as village
 
 
 @dataclass
@@ -404,4 +403,4 @@ def main(argv=None) -> int:
 
 
 if __name__ == "__main__":
-    run(main)
+    start(main)

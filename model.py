@@ -13,6 +13,7 @@ flash_attention (never holds T x T scores) and target_logp (never holds B x T x 
 from __future__ import annotations
 
 import dataclasses
+import os
 import zlib
 from dataclasses import dataclass
 from typing import Literal, get_args, get_type_hints
@@ -22,8 +23,11 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common import UserError
 from kernels import flash_attention, naive_attention, sdpa_attention, target_logp
+from lib.checked import expect, reading
+from lib.checkpoint import final_folder, load_final
+from lib.program import UserError
+from lib.tokenizer import Tokenizer
 
 
 @dataclass
@@ -165,11 +169,19 @@ class LMHead(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(config.vocab_size, config.n_embd))
+        self.register_buffer("bias", None, persistent=False)
+
+    def forbid(self, ids) -> None:
+        """Give these ids probability 0, in drawing and in every log-probability alike.
+
+        Forbidden to the sampler alone, they would make each log-probability wrong by log(1 - p(forbidden))."""
+        self.bias = self.weight.new_zeros(len(self.weight)).index_fill(0, torch.tensor(ids), -torch.inf)  # (V,)
 
     def forward(self, x, targets=None, temperature=1.0, with_stats=False, equal_weights=False):
         if targets is None:
-            return F.linear(x, self.weight) / temperature  # (B, T, V)
-        out = target_logp(x.flatten(0, 1), self.weight, targets.flatten(), temperature=temperature,
+            logits = F.linear(x, self.weight) / temperature  # (B, T, V)
+            return logits if self.bias is None else logits + self.bias
+        out = target_logp(x.flatten(0, 1), self.weight, targets.flatten(), bias=self.bias, temperature=temperature,
                           with_stats=with_stats, equal_weights=equal_weights)
         return tuple(o.view_as(targets) for o in out) if with_stats else out.view_as(targets)  # (B, T)
 
@@ -303,6 +315,32 @@ def initialise(module: nn.Module, seed: int, prefix: str = "") -> None:
             else:
                 std = (0.02 if tied else 1.0) if kind[-2] == "embed" else p.shape[1] ** -0.5
                 p.copy_(torch.randn(p.shape, generator=generator, dtype=torch.float32) * std)
+
+
+# ---- finished models ------------------------------------------------------------------------------------------------
+
+def load_model(folder: str, head: str = "", **changes) -> tuple[GPT, Tokenizer, dict]:
+    """(model, tokenizer, config) of a finished run. head: "lm" or "scalar", a new one if the model has the other;
+    changes: fields of GPTConfig that are no weights, as attention."""
+    folder = final_folder(folder)
+    config, weights = load_final(folder)
+    tokenizer = Tokenizer.load(os.path.join(folder, "tokenizer.json"))
+    expect(isinstance(config.get("model"), dict) and config.get("head") in ("lm", "scalar"),
+           f'{folder}/config.json: expected "model" and "head", as training scripts write them')
+    shape = GPTConfig.from_dict({**config["model"], **changes}, folder)
+    expect(shape.vocab_size == tokenizer.vocab_size,
+           f"{folder}: the model has {shape.vocab_size} tokens, its tokenizer {tokenizer.vocab_size}")
+    # config.json may claim any size. What follows from it is compared with the weights before memory is taken.
+    layers = len({name.split(".")[1] for name in weights if name.startswith("blocks.")})
+    found = shape.n_layer, (shape.vocab_size, shape.n_embd), shape.max_seq_len * shape.n_embd // shape.n_head <= 2**27
+    with reading(os.path.join(folder, "config.json")):
+        expect(found == (layers, tuple(weights["embed.weight"].shape), True),
+               f"{folder}/config.json: its sizes are not those of the weights in model.pt, or too large to be true")
+        with torch.device("meta"):
+            GPT(shape, head=head or config["head"]).load_weights(weights, folder)
+        model = GPT(shape, head=head or config["head"])
+        model.load_weights(weights, folder)
+    return model, tokenizer, config
 
 
 # ---- generation ---------------------------------------------------------------------------------------------------
@@ -447,3 +485,12 @@ def generate_sorted(model, prompts, *, batch_size, seeds, on_token=None, progres
         if progress:
             progress(start + len(some), len(order))
     return replies
+
+
+def greedy_replies(model, prompts, tokenizer, longest: int = 64) -> list[str]:
+    """Each prompt (a list of ids) with the likeliest reply to it, as text; prompts that leave no room are left out."""
+    prompts = [prompt for prompt in prompts if len(prompt) < model.config.max_seq_len]
+    room = model.config.max_seq_len - max(map(len, prompts), default=0)
+    replies = generate(model, prompts, max_new_tokens=min(room, longest), temperature=0, eos_id=tokenizer.end_id,
+                       banned=tokenizer.specials_but_end)
+    return [tokenizer.decode(prompt + reply) for prompt, reply in zip(prompts, replies)]

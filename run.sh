@@ -132,7 +132,7 @@ lines() { echo "$(grep -c "" "$1") lines"; }
 if [ ! "$own" ]; then
     text=$world/pretrain.txt chats=$world/sft.jsonl prompts=$world/prompts.jsonl preferences=$out/preferences.jsonl
     stage village "a world of people, questions about them, and a judge who knows" $chats "lines $chats" \
-        $python village.py --out $world $village
+        $python -m village.world --out $world $village
 fi
 train pretrain "learn to predict the next token of plain text" eval_bits_per_byte --data "$text" $pretrain
 look write "what it writes by itself" $python sample.py --model $out/pretrain --n 2 --max_new_tokens 100
@@ -144,12 +144,12 @@ if [ ! "$own" ]; then
     stage sample "several answers to each question" $out/samples.jsonl "lines $out/samples.jsonl" \
         $python sample.py --model $out/sft --prompts $prompts $sample --out $out/samples.jsonl
     stage judge "rank them, with the noise of a human judge" $preferences "lines $preferences" \
-        $python village.py --judge $out/samples.jsonl --village $world --out $preferences $judge
+        $python -m village.world --judge $out/samples.jsonl --village $world --out $preferences $judge
     stage sample-heldout "answers to questions about people of whom no training file tells" $out/heldout.jsonl \
         "lines $out/heldout.jsonl" $python sample.py --model $out/sft --prompts $world/heldout.jsonl $sample \
         --out $out/heldout.jsonl
     stage judge-heldout "rank these too, to test the reward model on" $out/heldout-preferences.jsonl \
-        "lines $out/heldout-preferences.jsonl" $python village.py --judge $out/heldout.jsonl --village $world \
+        "lines $out/heldout-preferences.jsonl" $python -m village.world --judge $out/heldout.jsonl --village $world \
         --out $out/heldout-preferences.jsonl $judge
     rm+=" --val_data $out/heldout-preferences.jsonl"
 fi
@@ -166,7 +166,7 @@ if [ "$chats" ] && [ "$preferences" ]; then
             "lines $out/dpo-1.jsonl" $python sample.py --model $out/dpo-1 --prompts $prompts $sample $own_half \
             --out $out/dpo-1.jsonl
         stage rank-dpo-1 "rank them like the first" $preferences "lines $preferences" \
-            $python village.py --judge $out/dpo-1.jsonl --village $world --out $preferences $judge
+            $python -m village.world --judge $out/dpo-1.jsonl --village $world --out $preferences $judge
     fi
     train dpo "$does" eval_rewards/accuracies --data "$preferences" --init $out/$begin $dpo
 fi
@@ -204,7 +204,7 @@ else
         $python evaluate.py --model $out/pretrain --data "$text" --val_fraction 0.1 --stride 64 --out $out/text.json
 fi
 if [ "$show" ] || $python -c "import matplotlib" 2> /dev/null; then
-    look pictures "curves and bars" $python plot.py --life $out --out $out/pictures
+    look pictures "curves and bars" $python -m bench.pictures --life $out --out $out/pictures
 else
     printf '\nno pictures: they need matplotlib (%s -m pip install matplotlib, then the same command)\n' $python
 fi

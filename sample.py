@@ -15,13 +15,12 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from checkpoint import load_model
-from common import Progress, UserError, parse, replacing, require_positive, run
 from data import CHAT_TEMPLATE, encode_prompt
-from model import generate_sorted
-from processes import setup
-from records import read_prompts, read_text
-from tokenizer import Tokenizer
+from lib.program import Progress, UserError, parse, replacing, require_positive, start
+from lib.ranks import setup
+from lib.records import read_prompts, read_text
+from lib.tokenizer import Tokenizer
+from model import generate_sorted, load_model
 
 
 @dataclass
@@ -191,4 +190,4 @@ def main(argv=None) -> int:
 
 
 if __name__ == "__main__":
-    run(main)
+    start(main)

@@ -43,14 +43,14 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from checkpoint import claim, final_folder, load_checkpoint, load_model, save_checkpoint, save_final
-from common import Log, UserError, keep_lines, parse, require_positive, run, writing
-from corpus import TokenFile, prepare
 from data import CHAT_TEMPLATE, Windows, collate, encode_prompt, pack, shuffled
 from kernels import target_logp
-from model import GPT, LMHead, generate_sorted
-from processes import naming_lost_ranks, setup
-from records import Record, read_prompts, split_records
+from lib.checkpoint import claim, final_folder, load_checkpoint, save_checkpoint, save_final
+from lib.corpora import TokenFile, prepare
+from lib.program import Log, UserError, keep_lines, parse, require_positive, start, writing
+from lib.ranks import naming_lost_ranks, setup
+from lib.records import Record, read_prompts, split_records
+from model import GPT, LMHead, generate_sorted, load_model
 from zero import Zero
 
 
@@ -635,4 +635,4 @@ def main(argv=None) -> int:
 
 
 if __name__ == "__main__":
-    run(main)
+    start(main)

@@ -18,13 +18,13 @@ from typing import Literal
 
 import torch
 
-from checkpoint import claim, final_folder, load_checkpoint, load_model, save_checkpoint, save_final
-from common import Log, UserError, matmul_peak, parse, require_positive, run
-from corpus import TokenFile, prepare
 from data import Windows, eval_windows
-from model import GPT, GPTConfig, generate, initialise
-from processes import setup
-from tokenizer import Tokenizer
+from lib.checkpoint import claim, final_folder, load_checkpoint, save_checkpoint, save_final
+from lib.corpora import TokenFile, prepare
+from lib.program import Log, UserError, matmul_peak, parse, require_positive, start
+from lib.ranks import setup
+from lib.tokenizer import Tokenizer
+from model import GPT, GPTConfig, generate, initialise, load_model
 from zero import Zero
 
 
@@ -243,4 +243,4 @@ def main(argv=None) -> int:
 
 
 if __name__ == "__main__":
-    run(main)
+    start(main)

@@ -26,11 +26,12 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 
-from checkpoint import claim, final_folder, load_checkpoint, load_model, save_checkpoint, save_final
-from common import Log, UserError, matmul_peak, parse, require_positive, run
 from data import CHAT_TEMPLATE, Replies
-from processes import setup
-from records import random_negatives, read_preferences, split_prompts
+from lib.checkpoint import claim, final_folder, load_checkpoint, save_checkpoint, save_final
+from lib.program import Log, UserError, matmul_peak, parse, require_positive, start
+from lib.ranks import setup
+from lib.records import random_negatives, read_preferences, split_prompts
+from model import load_model
 from zero import Zero
 
 
@@ -333,4 +334,4 @@ def main(argv=None) -> int:
 
 
 if __name__ == "__main__":
-    run(main)
+    start(main)

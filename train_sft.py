@@ -21,13 +21,13 @@ from typing import Literal
 
 import torch
 
-from checkpoint import claim, final_folder, load_checkpoint, load_model, save_checkpoint, save_final
-from common import Log, UserError, matmul_peak, parse, require_positive, run
-from corpus import TokenFile, prepare
 from data import CHAT_TEMPLATE, Conversations, Windows, encode_prompt
-from model import generate
-from processes import setup
-from records import read_chats, split_records
+from lib.checkpoint import claim, final_folder, load_checkpoint, save_checkpoint, save_final
+from lib.corpora import TokenFile, prepare
+from lib.program import Log, UserError, matmul_peak, parse, require_positive, start
+from lib.ranks import setup
+from lib.records import read_chats, split_records
+from model import generate, load_model
 from zero import Zero
 
 
@@ -266,4 +266,4 @@ def main(argv=None) -> int:
 
 
 if __name__ == "__main__":
-    run(main)
+    start(main)

@@ -51,9 +51,9 @@ import torch.nn as nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
-import zero_tools
-from common import UserError
-from zero_tools import Slot, aligned, plug, sum_of_squares
+from lib import collectives as zero_tools
+from lib.collectives import Slot, aligned, plug, sum_of_squares
+from lib.program import UserError
 
 
 def data_parallel_step(model: nn.Module, optimizer: torch.optim.Optimizer, clip: float) -> float:
@@ -108,12 +108,12 @@ class Unit:
         self.is_block = name.split(".")[-1].isdigit()  # a member of a ModuleList, not an embedding or a head
         self.numel, self.length = sum(slot.numel for slot in slots), aligned(slots[-1].start + slots[-1].numel)
         self.ends = [*(slot.start for slot in slots), self.length]  # ends[n]: where the first n slots end
-        self.S = aligned(-(-self.length // world))
-        flat = memory.empty(self.S * world, zero.wide if trainable else zero.dtype).zero_()
+        self.shard_size = aligned(-(-self.length // world))
+        flat = memory.empty(self.shard_size * world, zero.wide if trainable else zero.dtype).zero_()
         for view, value in zip(self.views(flat), values):
             view.copy_(value.detach())
         zero.comm.broadcast(flat)  # ranks that were seeded differently would train a mixture
-        self.low, self.high = (0, self.S * world) if stage == 0 else (rank * self.S, (rank + 1) * self.S)
+        self.low, self.high = (0, self.shard_size * world) if stage == 0 else (rank * self.shard_size, (rank + 1) * self.shard_size)
         # resident: the weights that compute, as far as they stay on the device: all at stages 0-2; at stage 3 this
         # rank's part if its master alone is in the host. master: its part of the truth; without a cast it is a slice
         # of resident and costs nothing.
@@ -179,7 +179,7 @@ class Unit:
                 part.add_(gradient) if self.filled else part.copy_(gradient)
             self.filled = True
             return
-        flat, end = self.zero.memory.temporary("reduced", self.S * self.zero.comm.world, self.zero.dtype), 0
+        flat, end = self.zero.memory.temporary("reduced", self.shard_size * self.zero.comm.world, self.zero.dtype), 0
         for slot, part, gradient in zip(self.slots, self.views(flat), gradients):
             flat[end:slot.start].zero_()  # padding between parameters
             part.copy_(gradient) if gradient is not None else part.zero_()
@@ -198,7 +198,7 @@ class Unit:
             self.resident.copy_(self.compute_shard())
 
     def start_gather(self, later: bool = False):
-        whole = self.zero.memory.temporary("gathered", self.S * self.zero.comm.world, self.zero.dtype)
+        whole = self.zero.memory.temporary("gathered", self.shard_size * self.zero.comm.world, self.zero.dtype)
         shard = self.compute_shard() if self.resident is None else self.resident
         return whole, self.zero.comm.all_gather(whole, shard, later)
 
@@ -449,7 +449,7 @@ class Zero:
         for unit in self.units:
             whole = unit.master
             if self.stage > 0 and unit.master.numel() < unit.length:
-                whole = self.memory.empty(unit.S * self.comm.world, unit.master.dtype)
+                whole = self.memory.empty(unit.shard_size * self.comm.world, unit.master.dtype)
                 self.comm.all_gather(whole, unit.master.to(self.device))
             if self.comm.rank == 0:
                 for slot, view in zip(unit.slots, unit.views(whole)):

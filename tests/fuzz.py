@@ -35,16 +35,18 @@ if __name__ == "__main__":
 import tiktoken  # noqa: E402
 import torch  # noqa: E402
 
-import checked  # noqa: E402
-import checkpoint  # noqa: E402
-import corpus  # noqa: E402
 import train_pretrain  # noqa: E402
-from common import UserError  # noqa: E402
 from data import Conversations, Replies, Windows  # noqa: E402
+from lib import (
+    checked,  # noqa: E402
+    checkpoint,  # noqa: E402
+)
+from lib import corpora as corpus  # noqa: E402
+from lib.program import UserError  # noqa: E402
+from lib.ranks import Ranks  # noqa: E402
+from lib.records import read_chats, read_preferences, read_prompts  # noqa: E402
+from lib.tokenizer import FORMAT, SPECIALS, Tokenizer, fingerprint, make_tokenizer  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
-from processes import Env  # noqa: E402
-from records import read_chats, read_preferences, read_prompts  # noqa: E402
-from tokenizer import FORMAT, SPECIALS, Tokenizer, fingerprint, make_tokenizer  # noqa: E402
 from zero import Zero  # noqa: E402
 
 SECONDS, HANG = 5, 120  # of computing, so that a busy machine is no failure; and of waiting for something
@@ -198,7 +200,7 @@ def use_tokens(folder: Path, r: random.Random):
     tokens = corpus.TokenFile(path, BYTES if r.random() < 0.5 else None)
     Windows(tokens, 8, batch_size=4).batch(0)
     train_pretrain.evaluate(lambda ids, *_, **__: torch.zeros(ids.shape), tokens, 4, train_pretrain.Config(seq_len=8),
-                            Env(0, 1, 0, 1, torch.device("cpu")))
+                            Ranks(0, 1, 0, 1, torch.device("cpu")))
 
 
 def use_tokenizer(folder: Path, r: random.Random):

@@ -76,10 +76,10 @@ def play(script: str, argv: list[str], before) -> int:
     module.matmul_peak = lambda *_: 1e10  # the speed of this machine is not what is tested
     if before:
         before(module)
-    from common import run
+    from lib.program import start
     faulthandler.dump_traceback_later(PATIENCE - 10)  # where it hangs
     try:
-        run(lambda: module.main(argv))
+        start(lambda: module.main(argv))
     except SystemExit as end:
         return end.code
     except BaseException:
@@ -168,8 +168,8 @@ def folders(out: Path) -> list[str]:
 
 def check_folders(out: Path) -> str:
     """What is wrong with the checkpoints of a run that was killed; "" if nothing is."""
-    from checkpoint import _examine
-    from common import UserError
+    from lib.checkpoint import _examine
+    from lib.program import UserError
 
     found = folders(out)
     if len(found) > KEEP + 1:

@@ -50,7 +50,7 @@ def _play(pipe):
     import torch
     import torch.distributed as dist
 
-    from processes import RollCall
+    from lib.ranks import RollCall
     torch.set_num_threads(1)
     pipe.send_bytes(b"ready")
     while True:

@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from checkpoint import save_final
 from data import CHAT_TEMPLATE
+from lib.checkpoint import save_final
+from lib.tokenizer import make_tokenizer
 from model import GPT, GPTConfig
-from tokenizer import make_tokenizer
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 SHAPE = {"n_layer": 2, "n_embd": 32, "n_head": 2, "max_seq_len": 96}

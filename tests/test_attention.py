@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-import bench
 import kernels
+from bench import attention as bench
 from kernels import flash_attention, naive_attention, sdpa_attention
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]

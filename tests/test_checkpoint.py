@@ -25,11 +25,10 @@ from ranks import RankFailed, ranks
 from test_zero import CLIP, DECAY, LR, assert_equal, loss_of, near
 from test_zero import make as make_model
 
-import checked
-import checkpoint
-from checkpoint import consolidate, load_checkpoint, load_final, load_model, save_checkpoint, save_final, steps
-from common import UserError
-from model import GPT, GPTConfig
+from lib import checked, checkpoint
+from lib.checkpoint import consolidate, load_checkpoint, load_final, save_checkpoint, save_final, steps
+from lib.program import UserError
+from model import GPT, GPTConfig, load_model
 from zero import Zero
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -53,11 +52,11 @@ def moments(z):
     whole = {}
     for unit in z.units:
         for key, vector in checkpoint._vectors(unit).items():
-            full = torch.zeros(unit.S * z.comm.world)
+            full = torch.zeros(unit.shard_size * z.comm.world)
             if z.stage == 0 or z.comm.world == 1:
                 full[:vector.numel()] = vector
             else:
-                padded = torch.zeros(unit.S)
+                padded = torch.zeros(unit.shard_size)
                 padded[:vector.numel()] = vector
                 z.comm.all_gather(full, padded)
             whole[unit.name, key] = full[:unit.end if key != "master" and z.comm.world == 1 else unit.length].clone()
@@ -616,7 +615,7 @@ def test_not_a_model_folder(tmp_path, name, content, words):
 def test_command_line(tmp_path):
     """python checkpoint.py STEP writes final/ from a checkpoint; a wrong folder is one line and exit code 2."""
     def command(folder):
-        return subprocess.run([sys.executable, "checkpoint.py", folder], cwd=ROOT, capture_output=True, text=True)
+        return subprocess.run([sys.executable, "-m", "lib.checkpoint", folder], cwd=ROOT, capture_output=True, text=True)
 
     out, z = str(tmp_path), training(0)
     (tmp_path / "tokenizer.json").write_text("{}")

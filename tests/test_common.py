@@ -11,8 +11,8 @@ import pytest
 import torch
 from ranks import ranks
 
-from common import Log, UserError, keep_lines, matmul_peak, parse, replacing, require_positive
-from processes import Env, RollCall, setup
+from lib.program import Log, UserError, keep_lines, matmul_peak, parse, replacing, require_positive
+from lib.ranks import Ranks, RollCall, setup
 
 
 @dataclass
@@ -70,7 +70,7 @@ def test_counts_without_an_off_value_are_refused_at_zero():
 def test_log_keeps_one_curve_over_a_resume(tmp_path, capsys):
     """Events go to metrics.jsonl; a run that resumes after step 2 drops what an earlier life wrote beyond it, and a
     last line that was cut short."""
-    env = Env(0, 1, 0, 1, torch.device("cpu"))
+    env = Ranks(0, 1, 0, 1, torch.device("cpu"))
     log = Log(str(tmp_path), env, steps=4, flops_per_token=1e6, peak_flops=1e9)
     for step in (1, 2, 3):
         log.count(100)
@@ -103,7 +103,7 @@ def test_replaced_files_are_on_the_disk_before_they_get_their_name(tmp_path, mon
 
 
 def test_other_ranks_write_nothing(tmp_path, capsys):
-    log = Log(str(tmp_path), Env(1, 2, 1, 2, torch.device("cpu")), steps=1)
+    log = Log(str(tmp_path), Ranks(1, 2, 1, 2, torch.device("cpu")), steps=1)
     log.event(1, loss=1.0)
     log.say("hello")
     assert not list(tmp_path.iterdir()) and not capsys.readouterr().out
@@ -125,7 +125,7 @@ def make_slowly(path):
         return found
 
     rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    return Env(rank, world, rank, world, torch.device("cpu")).main_first(make)
+    return Ranks(rank, world, rank, world, torch.device("cpu")).main_first(make)
 
 
 def test_main_first(tmp_path):
@@ -191,14 +191,14 @@ def test_run_turns_user_errors_into_exit_code_2(monkeypatch):
     was printed before reaches the pipe. Ranks that are lost while all leave as asked to are an error as well."""
     monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
     program = """
-from common import LostRanks, Stopped, UserError, run
+from lib.program import LostRanks, Stopped, UserError, start
 class Peerless:
     def close(self):
         raise LostRanks("rank 1 died")
 def main():
     print("before")
     {}
-run(main)"""
+start(main)"""
     for body, code, said in (("raise UserError('found this')", 2, "error: found this\n"), ("return 130", 130, ""),
                              (r"raise UserError('a\n\x1b[2Jb' + 'c' * 10**6)", 2, f"error: a\\n\\x1b[2Jb{'c' * 993}\n"),
                              ("raise OSError(28, 'No space left')", 2, "error: [Errno 28] No space left\n"),
@@ -214,7 +214,7 @@ run(main)"""
 @pytest.mark.parametrize("flush", [True, False])
 def test_a_full_disk_under_what_is_printed_is_one_line(flush):
     """python train_...py > log, where the log's disk is full: at a print, or only at the end."""
-    program = f"from common import run\nrun(lambda: print('x', flush={flush}))"
+    program = f"from lib.program import start\nstart(lambda: print('x', flush={flush}))"
     with open("/dev/full", "w") as full:
         result = subprocess.run([sys.executable, "-c", program], stdout=full, stderr=subprocess.PIPE, text=True,
                                 cwd=__file__.rsplit("/", 2)[0])
@@ -223,8 +223,8 @@ def test_a_full_disk_under_what_is_printed_is_one_line(flush):
 
 PIPED = """
 import os, signal, sys
-from common import Log, run
-from processes import setup
+from lib.program import Log, start
+from lib.ranks import setup
 def main():
     env = setup("cpu")
     log = Log(sys.argv[1], env, steps=2)
@@ -236,7 +236,7 @@ def main():
     log.say("saved")
     env.close()
     return env.exit_code
-run(main)
+start(main)
 """
 
 

@@ -22,12 +22,12 @@ import pytest
 import regex
 import torch
 
-import corpus
 import data
-from common import UserError
-from corpus import TokenFile, prepare, read_corpus, read_documents, write_token_file
 from data import Windows, eval_windows
-from tokenizer import Tokenizer, make_tokenizer
+from lib import corpora as corpus
+from lib.corpora import TokenFile, prepare, read_corpus, read_documents, write_token_file
+from lib.program import UserError
+from lib.tokenizer import Tokenizer, make_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 MANY_SCRIPTS = "One line.\r\nनमस्ते दुनिया\n你好，世界\n😀👩‍👩‍👧 end\n"
@@ -568,7 +568,7 @@ def test_ten_gigabytes_cost_little_memory_and_time(tmp_path):
     os.truncate(tmp_path / "ids.bin", corpus.HEADER.size + 2 * count)
     program = """
 import os, re, resource, sys, time
-from corpus import TokenFile
+from lib.corpora import TokenFile
 from data import Windows
 def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 Windows(TokenFile(sys.argv[2]), 8, batch_size=2).batch(0)  # what numpy and torch need for themselves

@@ -27,15 +27,15 @@ from small_chat import (
     write,
 )
 
-import records
 import train_dpo
-from checkpoint import load_final, load_model
-from common import Log, UserError, parse
 from data import Replies, Windows, chat_samples, collate, encode_prompt
-from model import GPT, Block
-from processes import Env
-from records import Record, read_preferences, split_prompts
-from tokenizer import make_tokenizer
+from lib import records
+from lib.checkpoint import load_final
+from lib.program import Log, UserError, parse
+from lib.ranks import Ranks
+from lib.records import Record, read_preferences, split_prompts
+from lib.tokenizer import make_tokenizer
+from model import GPT, Block, load_model
 from train_dpo import Config, all_logps, dpo_loss, pair_metrics, precompute, read_logps
 from zero import Zero
 
@@ -166,7 +166,7 @@ def test_d14_the_bandit_reaches_the_gibbs_policy(beta):
 
 # ---- log-probabilities --------------------------------------------------------------------------------------------
 
-ONE_RANK = Env(rank=0, world=1, local_rank=0, local_world=1, device=torch.device("cpu"))
+ONE_RANK = Ranks(rank=0, world=1, local_rank=0, local_world=1, device=torch.device("cpu"))
 
 
 def records_of(lines):

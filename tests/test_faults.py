@@ -26,16 +26,14 @@ from fuzz import FORMS, Malicious, fuzz, make_models, put_shard, resign, small_z
 from kill import KEEP, PATIENCE, ROOT, SCRIPTS, Job, arguments, difference, folders, make_inputs, outcome, torment
 from ranks import ranks
 
-import checked
-import checkpoint
-import records
-from checkpoint import claim, load_checkpoint, load_model
-from common import UserError
-from corpus import TokenFile, read_corpus
-from model import GPT
-from processes import Env
-from records import read_chats
-from tokenizer import Tokenizer
+from lib import checked, checkpoint, records
+from lib.checkpoint import claim, load_checkpoint
+from lib.corpora import TokenFile, read_corpus
+from lib.program import UserError
+from lib.ranks import Ranks
+from lib.records import read_chats
+from lib.tokenizer import Tokenizer
+from model import GPT, load_model
 from zero import Unit, Zero
 
 slow = functools.partial(pytest.param, marks=pytest.mark.slow)
@@ -134,7 +132,7 @@ def signalled_before_an_endless_evaluation(module, updates):
     """SIGTERM in the middle of the step; an evaluation after that would not end (here it ends the process at once)."""
     signalled(module, signal.SIGTERM, updates, rank=0)
     evaluate, asked = module.evaluate, []
-    ask, Env._on_signal = Env._on_signal, lambda *args: (asked.append(1), ask(*args))
+    ask, Ranks._on_signal = Ranks._on_signal, lambda *args: (asked.append(1), ask(*args))
     module.evaluate = lambda *args: os._exit(7) if asked else evaluate(*args)
 
 
@@ -245,7 +243,7 @@ def test_ctrl_c_that_also_ends_the_reader_of_our_output(inputs, tmp_path):
 
 def test_a_second_signal_later_means_it():
     """Within a second it is an echo of the first; after that it stops the program at once."""
-    env = Env(1, 2, 0, 1, torch.device("cpu"))
+    env = Ranks(1, 2, 0, 1, torch.device("cpu"))
     for _ in range(3):
         env._on_signal(signal.SIGINT, None)
     env.stop_time -= 2
@@ -257,7 +255,7 @@ WRAPPED = """
 import os, signal, sys
 sys.path.insert(0, {root!r})
 import train_pretrain
-from common import run
+from lib.program import start
 from zero import Zero
 train_pretrain.matmul_peak = lambda *_: 1e10
 original = Zero.step
@@ -267,7 +265,7 @@ def step(self, *args):
     return original(self, *args)
 Zero.step = step
 if __name__ == "__main__":
-    run(train_pretrain.main)
+    start(train_pretrain.main)
 """
 
 

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from test_attention import mutant, normal
 from torch.utils.checkpoint import checkpoint
 
-import bench
 import kernels
+from bench import attention as bench
 from kernels import target_logp
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from common import UserError
+from lib.program import UserError
 from model import GPT, GPTConfig, KVCache, choose, generate, generate_sorted, restarting_positions, rotate
 
 SMALL = dict(vocab_size=37, n_layer=2, n_head=4, n_embd=32, max_seq_len=48)

@@ -3,8 +3,8 @@ import json
 
 import pytest
 
-import plot
-from common import UserError
+from bench import pictures as plot
+from lib.program import UserError
 
 
 def test_without_matplotlib(monkeypatch):

@@ -11,15 +11,15 @@ import torch
 from ranks import as_torchrun, ranks
 from small_chat import FORMS, assert_noticed, bandit, calls_of, in_form, split_by_hand
 
-import records
 import train_ppo
-from checkpoint import load_checkpoint, load_model, save_final
-from common import UserError
 from data import CHAT_TEMPLATE, Windows, encode_prompt
-from model import GPT, Block, GPTConfig
-from processes import Env
-from records import read_prompts
-from tokenizer import make_tokenizer
+from lib import records
+from lib.checkpoint import load_checkpoint, save_final
+from lib.program import UserError
+from lib.ranks import Ranks
+from lib.records import read_prompts
+from lib.tokenizer import make_tokenizer
+from model import GPT, Block, GPTConfig, load_model
 from train_ppo import (
     Config,
     Models,
@@ -40,7 +40,7 @@ from train_ppo import (
 from zero import Zero
 
 TOKENIZER = make_tokenizer("char", "abcdefg ")
-ENV = Env(0, 1, 0, 1, torch.device("cpu"))
+ENV = Ranks(0, 1, 0, 1, torch.device("cpu"))
 
 
 def replies(B=6, R=9, seed=0):
@@ -353,7 +353,7 @@ def test_every_rank_has_as_many_rows_and_together_they_have_all():
     """Whatever the world, each reply is in one rank's rows, and all ranks run the same number of forwards."""
     _, _, rollout = rolled_out(small())
     for world in (1, 2, 3, 7):
-        batches = [list(micro_batches(rollout, list(range(10)), small(micro_batch_size=1), Env(
+        batches = [list(micro_batches(rollout, list(range(10)), small(micro_batch_size=1), Ranks(
             rank, world, 0, 1, torch.device("cpu")))) for rank in range(world)]
         assert len({len(mine) for mine in batches}) == 1
         assert sorted(i for mine in batches for which, *_ in mine for i in which.tolist()) == list(range(10))

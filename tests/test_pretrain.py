@@ -13,12 +13,12 @@ import pytest
 import torch
 
 import train_pretrain
-from checkpoint import load_checkpoint
-from common import UserError, parse
-from corpus import TokenFile, write_token_file
+from lib.checkpoint import load_checkpoint
+from lib.corpora import TokenFile, write_token_file
+from lib.program import UserError, parse
+from lib.ranks import Ranks
+from lib.tokenizer import make_tokenizer
 from model import GPT, GPTConfig
-from processes import Env
-from tokenizer import make_tokenizer
 from train_pretrain import Config, lr_at
 from zero import Zero
 
@@ -316,7 +316,7 @@ def test_a_validation_text_without_anything_to_predict(tmp_path):
     write_token_file(tmp_path / "val.bin", [np.array([1, 2] + [tokenizer.bos_id] * 20)], tokenizer, n_bytes=20)
     tokens = TokenFile(tmp_path / "val.bin")
     tokens.ids = tokens.ids[2:]
-    env = Env(0, 1, 0, 1, torch.device("cpu"))
+    env = Ranks(0, 1, 0, 1, torch.device("cpu"))
     with pytest.raises(UserError, match="val.bin: found nothing to predict"):
         train_pretrain.evaluate(lambda ids, *_, **__: torch.zeros(ids.shape), tokens, 2, Config(seq_len=4), env)
 

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from common import UserError
-from records import read_chats, read_preferences, read_prompts, read_records, split_records
+from lib.program import UserError
+from lib.records import read_chats, read_preferences, read_prompts, read_records, split_records
 
 USER, REPLY = {"role": "user", "content": "Hi 你好"}, {"role": "assistant", "content": "Hello 🙂"}
 

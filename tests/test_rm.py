@@ -26,15 +26,15 @@ from small_chat import (
     write,
 )
 
-import records
 import train_rm
-from checkpoint import load_final, load_model
-from common import UserError, parse
 from data import Replies, encode_prompt
-from model import Block
-from processes import Env
-from records import Record, random_negatives, read_preferences, split_prompts
-from tokenizer import make_tokenizer
+from lib import records
+from lib.checkpoint import load_final
+from lib.program import UserError, parse
+from lib.ranks import Ranks
+from lib.records import Record, random_negatives, read_preferences, split_prompts
+from lib.tokenizer import make_tokenizer
+from model import Block, load_model
 from train_rm import (
     Config,
     all_rewards,
@@ -152,7 +152,7 @@ def records_of(lines):
                    line["prompt"], line["responses"], line["tag"], line["tags"], line["scores"]) for line in lines]
 
 
-ONE_RANK = Env(rank=0, world=1, local_rank=0, local_world=1, device=torch.device("cpu"))
+ONE_RANK = Ranks(rank=0, world=1, local_rank=0, local_world=1, device=torch.device("cpu"))
 
 
 def plain_reward(model, record, text):

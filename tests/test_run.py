@@ -12,8 +12,8 @@ import pytest
 from small_chat import TOPICS, ranked, write
 from test_plot import write_benchmarks
 
-import plot
-from common import parse
+from bench import pictures as plot
+from lib.program import parse
 
 ROOT = Path(__file__).parent.parent
 # a command in a code block, or between backticks in a sentence; scripts at its beginning, or after python or torchrun

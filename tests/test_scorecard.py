@@ -8,14 +8,14 @@ import pytest
 import torch
 
 import evaluate
-import truth
-import village
-from checkpoint import load_model, save_final
-from common import UserError
 from data import CHAT_TEMPLATE, encode_prompt
-from model import GPT, GPTConfig
-from records import read_prompts
-from tokenizer import make_tokenizer
+from lib.checkpoint import save_final
+from lib.program import UserError
+from lib.records import read_prompts
+from lib.tokenizer import make_tokenizer
+from model import GPT, GPTConfig, load_model
+from village import truth
+from village import world as village
 
 TOKENIZER = make_tokenizer("byte")
 OTHER = make_tokenizer("char", "".join(map(chr, range(32, 32 + TOKENIZER.vocab_size - 6))))  # of as many ids

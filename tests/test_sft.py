@@ -11,8 +11,6 @@ from small_chat import calls_of, split_by_hand
 
 import data
 import train_sft
-from checkpoint import load_model, save_final
-from common import UserError
 from data import (
     IGNORE,
     Conversations,
@@ -25,9 +23,11 @@ from data import (
     shuffled,
     truncate,
 )
-from model import GPT, GPTConfig, generate
-from records import Record
-from tokenizer import make_tokenizer
+from lib.checkpoint import save_final
+from lib.program import UserError
+from lib.records import Record
+from lib.tokenizer import make_tokenizer
+from model import GPT, GPTConfig, generate, load_model
 from train_sft import sft_loss
 from zero import Zero
 

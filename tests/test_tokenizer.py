@@ -15,9 +15,9 @@ import pytest
 import regex
 import tiktoken
 
-import tokenizer as tokenizer_module
-from common import UserError
-from tokenizer import (
+from lib import tokenizer as tokenizer_module
+from lib.program import UserError
+from lib.tokenizer import (
     FORMAT,
     SPECIALS,
     WORD_PATTERN,

@@ -11,12 +11,12 @@ import torch
 
 import evaluate
 import sample
-from checkpoint import save_final
-from common import UserError
 from data import CHAT_TEMPLATE, encode_chat, encode_prompt
 from evaluate import perplexity, strided_rows
+from lib.checkpoint import save_final
+from lib.program import UserError
+from lib.tokenizer import make_tokenizer
 from model import GPT, GPTConfig, generate
-from tokenizer import make_tokenizer
 
 
 @pytest.fixture(scope="module")

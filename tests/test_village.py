@@ -9,11 +9,11 @@ from collections import Counter
 
 import pytest
 
-import truth
-import village
-from common import UserError
-from truth import POINTS, TOLD, UNTOLD, gold, question, tag_of
-from village import OPENINGS, SHARES, STATEMENTS, ceilings, main, make, rank
+from lib.program import UserError
+from village import truth
+from village import world as village
+from village.truth import POINTS, TOLD, UNTOLD, gold, question, tag_of
+from village.world import OPENINGS, SHARES, STATEMENTS, ceilings, main, make, rank
 
 SIZE = 120
 

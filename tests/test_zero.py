@@ -25,11 +25,11 @@ import torch.nn.functional as F
 from ranks import RankFailed, ranks
 from torch.multiprocessing.reductions import StorageWeakRef
 
-import bench_zero
-import zero_tools
-from common import UserError
+from bench import zero as bench_zero
+from lib import collectives as zero_tools
+from lib.program import UserError
+from lib.ranks import Ranks, setup
 from model import GPT, GPTConfig, generate, initialise
-from processes import Env, setup
 from zero import Unit, Zero, data_parallel_step
 
 STEPS, LR, DECAY, CLIP = 2, 1e-2, 0.1, 0.5
@@ -708,7 +708,7 @@ def test_twenty_skipped_in_a_row_is_an_error():
 
 def faulty(fault, where, stage):
     rank, world = dist.get_rank(), dist.get_world_size()
-    env, model = Env(rank, world, rank, world, torch.device("cpu")), gpt()
+    env, model = Ranks(rank, world, rank, world, torch.device("cpu")), gpt()
     if where == "birth":
         strike(fault)
     z = Zero(model, units=model.units(), stage=stage, overlap=where == "backward")
@@ -749,7 +749,7 @@ TWO_MACHINES = """
 import sys
 sys.path.insert(0, {root!r})
 sys.path.insert(0, {root!r} + "/tests")
-from processes import setup
+from lib.ranks import setup
 env = setup("cpu", timeout=30)
 from test_zero import batches, sharded
 norms = sharded("untied", batches(2, 2), 3)[1]
@@ -1270,7 +1270,7 @@ def test_cuda_copies_are_as_counted(offload, tmp_path):
         n_bytes = event.get("args", {}).get("bytes", 0)
         if event.get("cat") == "gpu_memcpy" and "Pinned" in event["name"] and n_bytes >= 64:  # less: an .item()
             copies["to_host" if "DtoH" in event["name"] else "from_host"] += n_bytes
-    born = 4 * sum(unit.S for unit in z.units) if "optim" in offload else 0  # the masters left when they were made
+    born = 4 * sum(unit.shard_size for unit in z.units) if "optim" in offload else 0  # the masters left when they were made
     assert copies == {"to_host": z.memory.moved["to_host"] + born, "from_host": z.memory.moved["from_host"]}
 
 

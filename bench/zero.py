@@ -21,9 +21,9 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 
-import zero_tools
-from bench import Table, interleave, memory_now, reset_peak
-from common import UserError
+from bench.attention import Table, interleave, memory_now, reset_peak
+from lib import collectives as zero_tools
+from lib.program import UserError
 from model import GPT, GPTConfig, initialise
 from zero import Zero
 

@@ -28,9 +28,9 @@ from pathlib import Path
 import numpy as np
 import tiktoken
 
-from common import UserError, replacing
-from records import check_text, read_records, read_text
-from tokenizer import SPECIALS, Tokenizer, make_tokenizer
+from lib.program import UserError, replacing
+from lib.records import check_text, read_records, read_text
+from lib.tokenizer import SPECIALS, Tokenizer, make_tokenizer
 
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"

@@ -18,11 +18,11 @@ import time
 import torch
 import torch.distributed as dist
 
-from common import LostRanks, Stopped, UserError
+from lib.program import LostRanks, Stopped, UserError
 
 
 @dataclasses.dataclass
-class Env:
+class Ranks:
     """Where this process stands. One process is rank 0 of world 1 and uses no torch.distributed at all."""
     rank: int
     world: int
@@ -31,7 +31,7 @@ class Env:
     device: torch.device
     stop_signal: int = 0           # the signal that asked us to stop (0: none); agree on it with `sum` before acting
     stop_time: float = 0.0         # when it came
-    old_handlers: dict = dataclasses.field(default_factory=dict, repr=False)  # they hold the Env before: 2^n to print
+    old_handlers: dict = dataclasses.field(default_factory=dict, repr=False)  # they hold the Ranks before: 2^n to print
 
     @property
     def is_main(self) -> bool:
@@ -49,6 +49,18 @@ class Env:
             with naming_lost_ranks("sum"):
                 dist.all_reduce(total)
         return total.tolist()
+
+    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+        """The sum of x over all ranks, in x's dtype, on the device; x itself with one rank."""
+        x = x.to(self.device)
+        if self.world > 1:
+            with naming_lost_ranks("all_reduce"):
+                dist.all_reduce(x)
+        return x
+
+    def asked_to_stop(self) -> bool:
+        """Whether any rank was: all ranks get one answer."""
+        return bool(self.sum(self.stop_signal != 0)[0])
 
     def check_stop(self) -> None:
         """Leave here, by Stopped, if any rank was asked to stop: for long work that a resumed run does again, as an
@@ -183,11 +195,11 @@ def together(action) -> list:
     return [result for _, result in everyone]
 
 
-def setup(device: str = "auto", timeout: float = 600.0, catch_signals: bool = True) -> Env:
+def setup(device: str = "auto", timeout: float = 600.0, catch_signals: bool = True) -> Ranks:
     """Join the process group that torchrun describes in the environment (or none), pick device and thread count.
 
     timeout: seconds after which a collective whose peer died or hangs becomes an error instead of waiting for ever.
-    catch_signals: SIGTERM and Ctrl-C ask to stop (Env.stop_signal); off: they stop the program at once.
+    catch_signals: SIGTERM and Ctrl-C ask to stop (Ranks.stop_signal); off: they stop the program at once.
     """
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local_rank, local_world = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -207,7 +219,7 @@ def setup(device: str = "auto", timeout: float = 600.0, catch_signals: bool = Tr
         torch.cuda.set_device(chosen)
     if local_world > 1:  # torchrun sets OMP_NUM_THREADS=1, which leaves most cores idle
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world))
-    env = Env(rank, world, local_rank, local_world, chosen)
+    env = Ranks(rank, world, local_rank, local_world, chosen)
     if world > 1:
         alone = chosen.type == "cuda" and local_world <= torch.cuda.device_count()  # NCCL wants a GPU for each rank
         backend = "nccl" if alone else "gloo"

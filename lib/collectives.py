@@ -19,8 +19,8 @@ import torch.distributed as dist
 import torch.nn as nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from common import UserError
-from processes import naming_lost_ranks
+from lib.program import UserError
+from lib.ranks import naming_lost_ranks
 
 PARK_BYTES = 1 << 20  # smaller activations are not worth a copy to the host
 ALIGN = 16  # elements: vector kernels round a ragged end differently, so results of unaligned shards would depend on N
@@ -329,7 +329,7 @@ def held_by_formula(z) -> dict[str, int]:
     N, p, w = z.comm.world, z.dtype.itemsize, z.wide.itemsize
     total = dict.fromkeys(("weights", "gradients", "masters", "moments"), 0)
     for unit in z.units:
-        whole, part = unit.S * N, unit.S if z.stage else unit.S * N
+        whole, part = unit.shard_size * N, unit.shard_size if z.stage else unit.shard_size * N
         truth = w if unit.trainable else p
         total["weights"] += p * (whole if z.stage < 3 else part) if unit.resident is not None else 0
         total["masters"] += part * truth if z.stage == 3 or unit.offloaded or truth != p else 0
@@ -343,9 +343,9 @@ def held_by_formula(z) -> dict[str, int]:
 def sent_by_formula(z, micro_batches: int = 1) -> dict[str, int]:
     """Bytes that this rank sends per step, by collective: the other half of the table."""
     N, p, w, k = z.comm.world, z.dtype.itemsize, z.wide.itemsize, micro_batches
-    trained = sum(unit.S for unit in z.trained)
+    trained = sum(unit.shard_size for unit in z.trained)
     # The root is gathered once for forward and backward; reading an embedding needs no weights in backward.
-    gathers = sum(unit.S * (1 if unit is z.root or isinstance(unit.module, nn.Embedding) else 2) for unit in z.units)
+    gathers = sum(unit.shard_size * (1 if unit is z.root or isinstance(unit.module, nn.Embedding) else 2) for unit in z.units)
     norm = 2 * (N - 1) * 8 * len(z.trained) // N
     sent = {"all_reduce": 2 * (N - 1) * trained * w if z.stage == 0 else norm,
             "all_gather": (0, trained * p, trained * p, k * gathers * p)[z.stage] * (N - 1),

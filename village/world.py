@@ -31,10 +31,10 @@ from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
 
-from common import UserError, parse, require_positive, run
-from corpus import replacing
-from records import check_text, prompt_of, read_records
-from truth import MEN, SURNAMES, TOLD, UNTOLD, VILLAGES, WOMEN, gold, load, tag_of
+from lib.corpora import replacing
+from lib.program import UserError, parse, require_positive, start
+from lib.records import check_text, prompt_of, read_records
+from village.truth import MEN, SURNAMES, TOLD, UNTOLD, VILLAGES, WOMEN, gold, load, tag_of
 
 
 @dataclass
@@ -318,4 +318,4 @@ def main(argv=None) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    start(main)

@@ -3,7 +3,7 @@
     cfg = parse(Config, argv, __doc__)   a dataclass becomes the command line; the comment behind each field is its help
     log = Log(cfg.out, env, ...)         one readable line on the screen, one JSON object per event in metrics.jsonl
     progress = Progress("replies")       how far, and how much time is left, where there is no log
-    run(main)                            a UserError becomes one line on stderr and exit code 2
+    start(main)                          a UserError becomes one line on stderr and exit code 2
 """
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ class UserError(Exception):
 
 
 class Stopped(Exception):
-    """All ranks leave together, as they were asked to: see Env.check_stop."""
+    """All ranks leave together, as they were asked to: see Ranks.check_stop."""
 
 
 class LostRanks(UserError):
     """A collective failed: what this rank was told to do may be in order."""
 
 
-def run(main) -> None:
+def start(main) -> None:
     """Run `main()` as a program: UserError -> one line and exit 2; an integer result is the exit code."""
     try:
         try:
@@ -249,7 +249,7 @@ class Progress:
 class Log:
     """One JSON object per event in out/metrics.jsonl, one line on the screen; only rank 0 writes.
 
-    env: a processes.Env; steps: the last step of the run; start: the step it begins after (later events of an earlier
+    env: a processes.Ranks; steps: the last step of the run; start: the step it begins after (later events of an earlier
     life are dropped, so that a resumed run has one curve); flops_per_token and peak_flops (per process): for MFU, 0
     leaves it out.
     """

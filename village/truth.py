@@ -9,8 +9,8 @@ import re
 import unicodedata
 from pathlib import Path
 
-from common import UserError
-from records import load_json, read_text
+from lib.program import UserError
+from lib.records import load_json, read_text
 
 WOMEN = ("Alice Anna Clara Edith Ellen Emma Flora Hannah Helen Ida Jane Julia Laura Lucy Martha Mary Nora Ruth Sarah "
          "Sophie").split()

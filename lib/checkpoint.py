@@ -20,18 +20,15 @@ import sys
 
 import torch
 
-from checked import expect, is_number, load_tensors, read_json, reading, verify, write_files
-from common import LostRanks, UserError, run, sync, writing
-from model import GPT, GPTConfig
-from processes import together
-from tokenizer import Tokenizer
-from zero import Zero
-from zero_tools import rank_and_world
+from lib.checked import expect, is_number, load_tensors, read_json, reading, verify, write_files
+from lib.collectives import rank_and_world
+from lib.program import LostRanks, UserError, start, sync, writing
+from lib.ranks import together
 
 VERSION = 1
 
 
-def save_checkpoint(out: str, step: int, models: dict[str, Zero], extra: dict, *, keep: int = 2,
+def save_checkpoint(out: str, step: int, models: dict, extra: dict, *, keep: int = 2,
                     config: dict | None = None, tokenizer_path: str | None = None) -> str:
     """Write out/step-XXXXXXXX and return its path; all ranks call it, after claim(). extra: JSON-able, given back by
     load_checkpoint.
@@ -72,7 +69,7 @@ def save_checkpoint(out: str, step: int, models: dict[str, Zero], extra: dict, *
     return folder
 
 
-def load_checkpoint(out: str, models: dict[str, Zero], *, same: dict | None = None, numbers=(),
+def load_checkpoint(out: str, models: dict, *, same: dict | None = None, numbers=(),
                     bitwise: dict | None = None) -> tuple[int, dict] | None:
     """Restore the newest whole checkpoint of `out`; all ranks call it. Returns (step, extra), None if there is none.
 
@@ -138,7 +135,7 @@ def consolidate(folder: str, key: str = "model") -> dict[str, torch.Tensor]:
 SCALARS = ("updates", "loss_scale", "good_steps", "skipped")
 
 
-def layout(z: Zero) -> dict:
+def layout(z) -> dict:
     """JSON-able: which tensors lie in which flat vector. A checkpoint must match it; world size and stage are free."""
     return {unit.name: [[[name for name, _, _ in slot.places], list(slot.shape), slot.start] for slot in unit.slots]
             for unit in z.units}
@@ -149,7 +146,7 @@ def _vectors(unit) -> dict[str, torch.Tensor]:
     return {key: getattr(unit, key) for key in ("master", "exp_avg", "exp_avg_sq")[:3 if unit.trainable else 1]}
 
 
-def state_shards(z: Zero) -> dict:
+def state_shards(z) -> dict:
     """This rank's part of all that training needs: {"units": {unit: {vector: (n,) tensor}}, "buffers", "scalars"}.
 
     A vector is master, exp_avg or exp_avg_sq: elements [r S, (r+1) S) of the flat one, without the padding at its end.
@@ -161,14 +158,14 @@ def state_shards(z: Zero) -> dict:
 
     units = {}
     for unit in z.units:
-        first, last = (min(r * unit.S, unit.length) - unit.low for r in (z.comm.rank, z.comm.rank + 1))
+        first, last = (min(r * unit.shard_size, unit.length) - unit.low for r in (z.comm.rank, z.comm.rank + 1))
         units[unit.name] = {key: compact(vector[first:last]) for key, vector in _vectors(unit).items()}
     return {"units": units, "buffers": {name: compact(x) for name, x in z.model.state_dict().items()},
             "scalars": {key: getattr(z, key) for key in SCALARS}}
 
 
 @torch.no_grad()
-def load_shards(z: Zero, shards: list[dict]) -> None:
+def load_shards(z, shards: list[dict]) -> None:
     """shards: state_shards() of all ranks of the run that saved, in rank order, whatever its world size and stage."""
     for unit in z.units:
         for key, mine in _vectors(unit).items():
@@ -217,30 +214,6 @@ def final_folder(folder: str) -> str:
     """The folder of the finished model, given that folder or the run's."""
     final = os.path.join(folder, "final")
     return final if os.path.isdir(final) else folder
-
-
-def load_model(folder: str, head: str = "", **changes) -> tuple[GPT, Tokenizer, dict]:
-    """(model, tokenizer, config) of a finished run. head: "lm" or "scalar", a new one if the model has the other;
-    changes: fields of GPTConfig that are no weights, as attention."""
-    folder = final_folder(folder)
-    config, weights = load_final(folder)
-    tokenizer = Tokenizer.load(os.path.join(folder, "tokenizer.json"))
-    expect(isinstance(config.get("model"), dict) and config.get("head") in ("lm", "scalar"),
-           f'{folder}/config.json: expected "model" and "head", as training scripts write them')
-    shape = GPTConfig.from_dict({**config["model"], **changes}, folder)
-    expect(shape.vocab_size == tokenizer.vocab_size,
-           f"{folder}: the model has {shape.vocab_size} tokens, its tokenizer {tokenizer.vocab_size}")
-    # config.json may claim any size. What follows from it is compared with the weights before memory is taken.
-    layers = len({name.split(".")[1] for name in weights if name.startswith("blocks.")})
-    found = shape.n_layer, (shape.vocab_size, shape.n_embd), shape.max_seq_len * shape.n_embd // shape.n_head <= 2**27
-    with reading(os.path.join(folder, "config.json")):
-        expect(found == (layers, tuple(weights["embed.weight"].shape), True),
-               f"{folder}/config.json: its sizes are not those of the weights in model.pt, or too large to be true")
-        with torch.device("meta"):
-            GPT(shape, head=head or config["head"]).load_weights(weights, folder)
-        model = GPT(shape, head=head or config["head"])
-        model.load_weights(weights, folder)
-    return model, tokenizer, config
 
 
 def load_final(folder: str) -> tuple[dict, dict[str, torch.Tensor]]:
@@ -379,4 +352,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    start(main)

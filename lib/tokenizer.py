@@ -40,8 +40,8 @@ import regex  # comes with tiktoken; the standard `re` knows no \p{L}
 import tiktoken
 import tiktoken.load
 
-from common import UserError, parse, replacing, run
-from records import read_text, unique_keys
+from lib.program import UserError, parse, replacing, start
+from lib.records import read_text, unique_keys
 
 SPECIALS = ("<|pad|>", "<|bos|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
 
@@ -263,7 +263,7 @@ class Tokenizer:
     def __init__(self, kind: str, **learned):
         """learned: {"alphabet": str} for char, {"pattern": str, "merged": list of latin-1 strings} for bpe."""
         self.content = {"format": FORMAT, "kind": kind, "specials": list(SPECIALS), **learned}
-        self.kind = kind
+        self.kind, self.path = kind, ""  # path: of the file it was read from
         self.fingerprint = fingerprint(self.content)
         self.encoding = build_encoding(self.content)
         self.alphabet = set(learned["alphabet"]) if kind == "char" else None
@@ -323,7 +323,9 @@ class Tokenizer:
             raise UserError(f"{path}: found no valid JSON ({error}), {EXPECTED}") from None
         check_content(content, path)
         with without_network(path, content["kind"]):
-            return Tokenizer(content["kind"], **{key: content[key] for key in LEARNED_KEYS.get(content["kind"], [])})
+            tokenizer = Tokenizer(content["kind"], **{key: content[key] for key in LEARNED_KEYS.get(content["kind"], [])})
+        tokenizer.path = str(path)
+        return tokenizer
 
 
 def make_tokenizer(spec: str, text_or_documents: str | Iterable[str] = "", vocab_size: int = 4096) -> Tokenizer:
@@ -380,4 +382,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    start(main)

@@ -20,7 +20,7 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from common import UserError
+from lib.program import UserError
 
 # ---- reading files ------------------------------------------------------------------------------------------------
 

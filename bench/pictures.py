@@ -16,9 +16,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from common import UserError, parse, run
 from evaluate import side_by_side
-from records import load_json, read_records, read_text
+from lib.program import UserError, parse, start
+from lib.records import load_json, read_records, read_text
 
 try:
     import matplotlib
@@ -197,4 +197,4 @@ def main(argv=None) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    start(main)

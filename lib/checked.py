@@ -17,7 +17,7 @@ import zipfile
 
 import torch
 
-from common import UserError
+from lib.program import UserError
 
 MAX_BYTES = 2**24  # of JSON, and of all in a .pt but its numbers: they hold 300 bytes per tensor, or per rank
 # What torch.save writes of dictionaries of plain tensors. weights_only takes more, as bytearray(10**10) and its memory.
