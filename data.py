@@ -107,6 +107,13 @@ def eval_windows(tokens: TokenFile, seq_len: int, batch_size: int, rank: int = 0
 CHAT_TEMPLATE = "<|bos|>{<|system|>text<|end|>}[<|user|>text<|end|><|assistant|>text<|end|>]..."
 
 
+def expect_chat(folder: str, config: dict) -> None:
+    """UserError unless the model in this folder, with this config.json, has learned to chat by our template."""
+    if config.get("chat_template") != CHAT_TEMPLATE:
+        raise UserError(f"{folder}: found a model with the chat template {config.get('chat_template')!r}, expected "
+                        f"{CHAT_TEMPLATE!r}; train it to chat with train_sft.py")
+
+
 def encode_chat(tokenizer: Tokenizer, messages: list[dict]) -> tuple[list[int], list[int]]:
     """(ids, mask) of a conversation by CHAT_TEMPLATE; mask 1: trained, which is what an assistant says and its end."""
     role_ids = {"system": tokenizer.system_id, "user": tokenizer.user_id, "assistant": tokenizer.assistant_id}

@@ -320,13 +320,16 @@ def initialise(module: nn.Module, seed: int, prefix: str = "") -> None:
 # ---- finished models ------------------------------------------------------------------------------------------------
 
 def load_model(folder: str, head: str = "", **changes) -> tuple[GPT, Tokenizer, dict]:
-    """(model, tokenizer, config) of a finished run. head: "lm" or "scalar", a new one if the model has the other;
-    changes: fields of GPTConfig that are no weights, as attention."""
+    """(model, tokenizer, config) of a finished run. changes: fields of GPTConfig that are no weights, as attention.
+
+    head "scalar": a language model gets a new head of zeros in place of its own. head "lm": a reward model is refused.
+    """
     folder = final_folder(folder)
     config, weights = load_final(folder)
     tokenizer = Tokenizer.load(os.path.join(folder, "tokenizer.json"))
     expect(isinstance(config.get("model"), dict) and config.get("head") in ("lm", "scalar"),
            f'{folder}/config.json: expected "model" and "head", as training scripts write them')
+    expect(head != "lm" or config["head"] == "lm", f"{folder}: found a reward model, expected a language model")
     shape = GPTConfig.from_dict({**config["model"], **changes}, folder)
     expect(shape.vocab_size == tokenizer.vocab_size,
            f"{folder}: the model has {shape.vocab_size} tokens, its tokenizer {tokenizer.vocab_size}")

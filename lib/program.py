@@ -174,7 +174,7 @@ def parse(config_class, argv=None, doc: str | None = None):
         if title := re.match(r"    # ([^\[].*)", line):  # not "[copy: ...]"
             group = parser.add_argument_group(title[1])
         match = re.match(r"    (\w+): .*?(?:  # (.*))?$", line)
-        if not match or match[1] not in fields or match[1] in known:
+        if not match or match[1] not in fields or match[1] in known or not match[2]:
             continue
         known.add(match[1])
         name, default = match[1], fields[match[1]].default

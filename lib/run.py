@@ -1,0 +1,308 @@
+"""One training run: its flags, its learning rate, its folder. The loop itself stays in the script.
+
+    class Config(RunConfig): ...           a stage's own flags, and its other defaults of the shared ones
+    run = Run(cfg, ranks, {"model": zero}, tokenizer, inputs={"data": fingerprint})
+    for step in run.steps(evaluate):              evaluates, saves and stops between the turns
+        ...                                       batch, forward, loss, zero.backward, zero.step
+        run.log(step, tokens=n, loss=loss)
+    return run.finish()                           writes out/final
+
+Run never sees a batch, a model's output or a loss. It calls nothing of the script but evaluate().
+"""
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import json
+import math
+import os
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+
+from lib.checkpoint import claim, load_checkpoint, save_checkpoint, save_final
+from lib.program import UserError, keep_lines, require_positive, writing
+
+# ---- flags that all stages share ---------------------------------------------------------------------------
+
+
+@dataclass
+class RunConfig:
+    # optimisation
+    steps: int = 0  # updates; 0: as many as --epochs takes
+    batch_size: int = 16  # items per update over all ranks
+    micro_batch_size: int = 0  # items per rank and forward; 0: the rank's whole share at once
+    seq_len: int = 0  # tokens in a row (T); 0: the longest that the model was made for
+    lr: float = 1e-3  # peak learning rate
+    min_lr: float = 0.0  # what the learning rate falls to, one update after the last
+    warmup_steps: int = 10  # updates over which the rate climbs from 0
+    decay: Literal["cosine", "linear", "flat-then-linear"] = "linear"  # how it falls afterwards
+    weight_decay: float = 0.0  # AdamW's, on matrices and embeddings; 0: off
+    clip: float = 1.0  # largest gradient norm; 0: off
+    # run
+    out: str = "out/run"  # folder of this run: checkpoints, metrics.jsonl, final/
+    init: str = ""  # folder of the finished model to start from (weights and tokenizer)
+    resume: bool = False  # go on from the newest checkpoint in out
+    eval_every: int = 100  # updates between evaluations; 0: only at the end
+    save_every: int = 400  # updates between checkpoints; 0: only at the end
+    log_every: int = 20  # updates between log lines
+    seed: int = 1  # of all that is random in this run
+    # machine
+    device: str = "auto"  # auto, cpu, cuda, cuda:N
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of weights and activations in the passes
+    attention: Literal["flash", "sdpa", "naive"] = "flash"  # ours, PyTorch's C++ kernel, the ten lines
+    zero: Literal[0, 1, 2, 3] = 0  # ZeRO stage: what is sharded over the ranks
+    offload: str = ""  # to host memory: comma list of optim, params, acts
+    activation_checkpointing: bool = False  # recompute each block in backward, keep no activations
+    compile: bool = False  # torch.compile each block
+
+    betas, eps = (0.9, 0.95), 1e-8  # AdamW's, the same in most papers; no flags
+    # A resumed run may change these. All other flags should be as they were, or its curve bends.
+    may_change: ClassVar[set[str]] = {
+        "out", "init", "resume", "data", "val_data", "ptx_data", "steps", "epochs", "eval_every",
+        "eval_prompts", "save_every", "log_every", "device", "zero", "offload", "activation_checkpointing"}
+
+    def __post_init__(self):
+        require_positive(self, "batch_size", "log_every")
+
+    def compared(self) -> dict:
+        """The flags that a resumed run should share with the one it continues, as a checkpoint holds them."""
+        return {f"--{name}": value for name, value in dataclasses.asdict(self).items()
+                if name not in self.may_change}
+
+    def fit_rows(self, longest: int) -> None:
+        """Fill in seq_len; UserError if a model made for rows of `longest` tokens cannot read so many."""
+        self.seq_len = self.seq_len or longest
+        if self.seq_len > longest:
+            raise UserError(f"--seq_len {self.seq_len}: the model's rows end at {longest}; lower it, or "
+                            "pretrain a model for longer rows by --max_seq_len")
+
+    def fit_steps(self, items: int) -> None:
+        """Fill in steps: as many as it takes to see `items` items so many epochs long."""
+        self.steps = self.steps or math.ceil(self.epochs * items / self.batch_size)
+        require_positive(self, "steps")
+
+    def zero_options(self, ranks) -> dict:
+        """What Zero() takes of these flags."""
+        return {"stage": self.zero, "device": ranks.device, "dtype": getattr(torch, self.dtype),
+                "lr": self.lr, "weight_decay": self.weight_decay, "betas": self.betas, "eps": self.eps,
+                "offload": tuple(filter(None, self.offload.split(","))),
+                "activation_checkpointing": self.activation_checkpointing, "compile": self.compile}
+
+
+def lr_at(step: int, cfg: RunConfig, peak: float = 0.0) -> float:
+    """Learning rate of update `step` (1..steps): linear warmup to `peak` (0: cfg.lr), then decay.
+
+    The decay would reach min_lr at update steps + 1: a rate of 0 would make the last update a no-op.
+    """
+    peak = peak or cfg.lr
+    if step < cfg.warmup_steps:
+        return peak * step / cfg.warmup_steps
+    done = (step - cfg.warmup_steps) / max(1, cfg.steps + 1 - cfg.warmup_steps)  # 0..1
+    if cfg.decay == "cosine":
+        left = 0.5 * (1 + math.cos(math.pi * done))
+    elif cfg.decay == "linear":
+        left = 1 - done
+    else:
+        left = min(1.0, (1 - done) / 0.6)  # flat for the first 40 %
+    return cfg.min_lr + (peak - cfg.min_lr) * left
+
+
+# ---- one run in one folder ---------------------------------------------------------------------------------
+
+
+class Run:
+    """The folder, the log and the checkpoints of one training run. All ranks call its methods alike.
+
+    models: {name: Zero}, what is trained and saved; the first one becomes final/.
+    inputs: {name: fingerprint} of what was read (data, frozen models). A resumed run should find the same.
+    final: what final/config.json says beside the model's shape and the flags: head, chat_template.
+    state: {name: number >= 0} that the script changes as it goes (run.state) and that checkpoints must hold.
+    flops: floating-point operations of one training token, for MFU; 0: no MFU.
+    stopped: a signal asked this run to stop. Then finish() writes no final/.
+    """
+
+    def __init__(self, cfg: RunConfig, ranks, models: dict, tokenizer, *, inputs: dict, final: dict,
+                 state: dict | None = None, flops: float = 0.0):
+        self.cfg, self.ranks, self.models, self.tokenizer, self.flops = cfg, ranks, models, tokenizer, flops
+        self.stopped, self.begun = False, set()  # begun: the files of append()
+        self.lock = claim(cfg.out, cfg.resume) if ranks.is_main else None  # held as long as this object lives
+        ranks.barrier()
+        shape = dataclasses.asdict(next(iter(models.values())).model.config)
+        self.config = {"model": shape, **final, "run": dataclasses.asdict(cfg)}
+        self.same = {"model": {**shape, "attention": ""}, "tokenizer": tokenizer.fingerprint}  # else: refused
+        self.should = {**inputs, **cfg.compared()}  # else: a warning
+        self.state = {"skipped": 0, **(state or {})}
+        found = load_checkpoint(cfg.out, models, same=self.same, numbers=[*self.state],
+                                bitwise=self.should) if cfg.resume else None
+        self.start, saved = found or (0, {})
+        self.state = {name: saved.get(name, value) for name, value in self.state.items()}
+        self.due = bool(saved.get("due"))  # it stopped at a step that was to be evaluated
+        if self.start > cfg.steps:
+            raise UserError(f"--steps {cfg.steps}: {cfg.out} is already at step {self.start}; give more")
+        self.path = os.path.join(cfg.out, "metrics.jsonl")
+        if ranks.is_main:
+            keep_lines(self.path, self.start)  # one curve, though a run may be killed and resumed many times
+        self.peak = matmul_peak(ranks.device, getattr(torch, cfg.dtype)) if flops else 0.0
+        for name, zero in models.items():
+            self.say(f"{name}: {zero.report()}")
+        if flops:
+            self.say(f"{flops / 1e6:.1f} MFLOP per token; a large matrix product runs at "
+                     f"{self.peak / 1e9:.0f} GFLOP/s per process")
+        if cfg.resume:
+            self.say(f"going on after step {self.start}" if found else
+                     f"--resume: nothing in {cfg.out} yet, starting fresh")
+        self._restart_clock()
+
+    def steps(self, evaluate: Callable[[], dict], first: bool = False) -> Iterator[int]:
+        """The steps from here to cfg.steps, counted from 1.
+
+        After each turn of the loop: evaluation and a checkpoint where they are due and at the last step; and
+        the end, if any rank was asked to stop. evaluate() returns {metric: number}. first: also evaluate
+        before step 1. `continue` counts as a whole turn. `break` leaves at once, and finish() then writes final/.
+        """
+        cfg = self.cfg
+        if self.due or self.start == cfg.steps or (first and self.start == 0):
+            self._evaluate(evaluate, self.start)  # start == steps: it has finished before; say how it went
+        for step in range(self.start + 1, cfg.steps + 1):
+            yield step
+            stop = self.ranks.asked_to_stop()  # not before the body: the save would come a step late
+            last = step == cfg.steps
+            due = last or bool(cfg.eval_every and step % cfg.eval_every == 0)
+            if due and not stop:  # whoever asks to stop may not wait for an evaluation
+                self._evaluate(evaluate, step)
+            if last or stop or (cfg.save_every and step % cfg.save_every == 0):
+                self._save(step, due=due and stop)
+            if stop:
+                self._stop(step)
+                return
+
+    def stop_before(self, step: int) -> bool:
+        """For a step that begins with long work, as a rollout: True if any rank was asked to stop in it.
+
+        The run is then saved as it is after step - 1, and the loop must `break`. A resumed run does that work
+        again."""
+        if self.ranks.asked_to_stop():
+            self._save(step - 1, due=False)
+            self._stop(step - 1)
+        return self.stopped
+
+    def log(self, step: int, *, tokens: float, skipped: int = 0, **numbers) -> None:
+        """Once a step. tokens (of all ranks) and skipped updates add up.
+
+        The numbers, the same on all ranks, are written at every log_every-th step, at the first and at the
+        last, with speed, MFU, memory and the time left."""
+        self.tokens, self.counted = self.tokens + tokens, self.counted + 1
+        self.state["skipped"] += skipped
+        if step % self.cfg.log_every and step not in (self.start + 1, self.cfg.steps):
+            return
+        if self.state["skipped"]:
+            numbers["skipped"] = self.state["skipped"]
+        seconds = max(time.perf_counter() - self.clock, 1e-9)
+        numbers["tokens_per_second"] = speed = self.tokens / seconds
+        words = [f"{speed:,.0f} tok/s"]
+        if self.flops:
+            numbers["mfu"] = speed * self.flops / (self.peak * self.ranks.world)
+            words.append(f"mfu {numbers['mfu']:.0%}")
+        numbers["memory"] = peak_memory(self.ranks.device)
+        left = datetime.timedelta(seconds=round((self.cfg.steps - step) * seconds / self.counted))
+        words += [f"{numbers['memory'] / 2**20:.0f} MiB", f"{left} left"]
+        self._write(step, numbers, words, live=True)
+        self._restart_clock()
+
+    def event(self, step: int, **numbers) -> None:
+        """A line of its own on the screen and in metrics.jsonl."""
+        self._write(step, numbers)
+
+    def say(self, text: str) -> None:
+        """For the person at the screen (rank 0 only); not in metrics.jsonl."""
+        if self.ranks.is_main:
+            print(f"\r\033[K{text}" if sys.stdout.isatty() else text, flush=True)
+
+    def append(self, name: str, lines: Iterable[dict]) -> None:
+        """Rank 0 adds lines, each with a "step", to out/name. A resumed run drops those after its start."""
+        if self.ranks.is_main:
+            path = os.path.join(self.cfg.out, name)
+            if name not in self.begun:
+                keep_lines(path, self.start)
+                self.begun.add(name)
+            with writing(path), open(path, "a", encoding="utf-8") as file:
+                file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+
+    def finish(self, change: Callable[[dict], None] | None = None, **config) -> int:
+        """Write final/ unless the run was stopped. Returns the exit code.
+
+        change(weights): a last edit of the weights in place, on rank 0. config: what else config.json says.
+        """
+        if not self.stopped:
+            weights = next(iter(self.models.values())).full_state_dict()
+            if self.ranks.is_main:
+                if change:
+                    change(weights)
+                save_final(self.cfg.out, weights, {**self.config, **config}, self.tokenizer.path)
+            self.say(f"finished: {self.cfg.out}/final")
+        self.ranks.close()
+        return self.ranks.exit_code
+
+    def _restart_clock(self) -> None:
+        """After evaluating and saving, so that tokens/s speaks of training alone."""
+        self.clock, self.tokens, self.counted = time.perf_counter(), 0, 0
+
+    def _write(self, step: int, numbers: dict, more_words=(), live: bool = False) -> None:
+        """live: on a terminal the next line overwrites this one."""
+        if not self.ranks.is_main:
+            return
+        finite = {k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in numbers.items()}
+        with writing(self.path), open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, **finite}) + "\n")  # JSON has no nan: null
+        shown = [f"{k} {v:.4f}" if isinstance(v, float) and 0.1 <= abs(v) < 100 else
+                 f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}"
+                 for k, v in numbers.items() if k not in ("tokens_per_second", "mfu", "memory")]
+        text = " | ".join([f"step {step}/{self.cfg.steps}", *shown, *more_words])
+        if live and sys.stdout.isatty():
+            print(f"\r\033[K{text}", end="", flush=True)
+        else:
+            self.say(text)
+
+    def _evaluate(self, evaluate, step: int) -> None:
+        numbers = evaluate()
+        if not math.isfinite(loss := numbers.get("eval_loss", 0.0)):  # what has blown up is not worth saving
+            raise UserError(f"the validation loss is {loss}; lower --lr, or use --dtype float32 or bfloat16")
+        if numbers:  # a script may have nothing to validate on
+            self.event(step, **numbers)
+        self._restart_clock()
+
+    def _save(self, step: int, due: bool) -> None:
+        extra = {**self.same, **self.should, **self.state, "due": due}
+        save_checkpoint(self.cfg.out, step, self.models, extra, config=self.config,
+                        tokenizer_path=self.tokenizer.path)
+        self._restart_clock()
+
+    def _stop(self, step: int) -> None:
+        self.stopped = True
+        self.say(f"asked to stop: saved after step {step}; the same command with --resume goes on")
+
+
+def matmul_peak(device: torch.device, dtype: torch.dtype, size: int = 1024, repeats: int = 8) -> float:
+    """FLOP/s of a large square matrix product here and now: the yardstick behind the MFU of a run."""
+    size = size if device.type == "cpu" else 8192
+    a, best = torch.randn(size, size, device=device, dtype=dtype), math.inf
+    for _ in range(repeats):
+        start = time.perf_counter()
+        a @ a
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best
+
+
+def peak_memory(device: torch.device) -> int:
+    """Most bytes that this process has held at once: on the GPU for CUDA, else resident in main memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
