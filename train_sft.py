@@ -3,9 +3,9 @@
     minimise  loss = - sum_t m_t log p(x_{t+1} | x_<=t) / sum_t m_t        (Ouyang et al. 2022, section 3.5)
 
 m_t is 1 where the next token is said by the assistant or ends its turn, and 0 elsewhere. So the user's words
-are read and never imitated. All assistant turns of a conversation are trained in one pass. Several conversations
-share a row without seeing each other. With --ptx, text of pretraining is rehearsed beside them (ibid.,
-equation 2): a small model soon forgets what it knows and is not asked about.
+are read and never imitated. All assistant turns of a conversation are trained in one pass. Several
+conversations share a row without seeing each other. With --ptx, text of pretraining is rehearsed beside them
+(ibid., equation 2): a small model soon forgets what it knows and is not asked about.
 
     python train_sft.py --data chats.jsonl --init out/pretrain --out out/sft    one process
     torchrun --nproc_per_node 2 train_sft.py --data chats.jsonl --init out/pretrain --zero 3 --out out/two

@@ -164,7 +164,7 @@ class Run:
 
         After each turn of the loop: evaluation and a checkpoint where they are due and at the last step; and
         the end, if any rank was asked to stop. evaluate() returns {metric: number}. first: also evaluate
-        before step 1. `continue` counts as a whole turn. `break` leaves at once, and finish() then writes final/.
+        before step 1. `continue` counts as a whole turn. After `break`, finish() writes final/ at once.
         """
         cfg = self.cfg
         if self.due or self.start == cfg.steps or (first and self.start == 0):
@@ -263,7 +263,8 @@ class Run:
         shown = [f"{k} {v:.4f}" if isinstance(v, float) and 0.1 <= abs(v) < 100 else
                  f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}"
                  for k, v in numbers.items() if k not in ("tokens_per_second", "mfu", "memory")]
-        text = " | ".join([f"step {step}/{self.cfg.steps}", *shown, *more_words])
+        rest = [f"{len(shown) - 12} more in metrics.jsonl"] if len(shown) > 12 else []
+        text = " | ".join([f"step {step}/{self.cfg.steps}", *shown[:12], *rest, *more_words])
         if live and sys.stdout.isatty():
             print(f"\r\033[K{text}", end="", flush=True)
         else:
