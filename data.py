@@ -130,6 +130,18 @@ def encode_prompt(tokenizer: Tokenizer, messages: list[dict]) -> list[int]:
     return encode_chat(tokenizer, messages)[0] + [tokenizer.assistant_id]
 
 
+def encode_prompts(tokenizer: Tokenizer, records: list[Record], longest: int) -> list[tuple[Record, list[int]]]:
+    """(record, ids) of the prompts that have at most `longest` tokens."""
+    pairs = []
+    for record in records:
+        try:
+            ids = encode_prompt(tokenizer, record.messages)
+        except UserError as error:  # a character outside the alphabet
+            raise UserError(f"{record.where}: {error}") from None
+        pairs += [(record, ids)] if len(ids) <= longest else []
+    return pairs
+
+
 def chat_samples(tokenizer: Tokenizer, messages: list[dict], turns="all") -> list[tuple[list[int], list[int]]]:
     """What is trained of one conversation, as a list of (ids, mask).
 

@@ -1,0 +1,144 @@
+"""Rollouts: replies drawn from a policy, and what the policy, a reference, a critic and a reward model say of them.
+
+    rollout = draw(prompts, seeds, actor, zero, tokenizer, cfg, ranks)    one reply to each prompt
+    score(rollout, batches, models, cfg, ranks)                           log-probabilities, values, scores
+    for which, ids, targets, segment_ids in micro_batches(...):           the replies again, in packed rows
+        in_slots(x, targets, rollout.mask[which])                         positions of rows -> slots of replies
+
+R is the number of slots: slot t of a reply holds its token t. Which number is read at which position of a row is
+drawn at the head of train_ppo.py. cfg: has max_new_tokens, temperature, seq_len, micro_batch_size, seed.
+"""
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from data import collate, pack
+from lib.records import Record
+from model import GPT, generate_sorted
+
+AT_ONCE = 32  # replies drawn at once per rank, to prompts of like length
+SAMPLING, EVALUATION, ORDER = 2, 3, 4  # uses of random_bits (0 and 1 are data.py's); ORDER + epoch
+
+
+class Models(NamedTuple):
+    actor: GPT
+    critic: GPT
+    reference: GPT
+    reward: GPT
+
+
+@dataclass
+class Rollout:
+    """One reply to each prompt, from all ranks, known to each of them. Tensors: (B, R), or (B,) for scores."""
+    prompts: list[list[int]]
+    replies: list[list[int]]  # with the end, if it was drawn
+    ended: list[bool]
+    sequences: list[list[int]]  # prompt and reply; what did not end gets an end, for the reward model alone
+    trained: list[list[int]]  # 1 where a token of `sequences` is the reply's
+    mask: torch.Tensor  # bool: the slot holds a token. Where it is False nothing counts, whatever stands there
+    sampled_logp: torch.Tensor  # as the sampler saw it
+    logp: torch.Tensor  # the actor's, at the time of the rollout
+    ref_logp: torch.Tensor
+    values: torch.Tensor
+    scores: torch.Tensor  # the reward model's
+
+    def log_ratio(self) -> torch.Tensor:
+        """log pi - log ref of each token, (B, R). Its mean over the policy's own samples is the KL."""
+        return masked(self.logp - self.ref_logp, self.mask)
+
+
+def masked(x, mask):
+    return torch.where(mask > 0, x, 0.0)  # not x * mask: what stands beyond a reply may be inf or NaN
+
+
+def random_bits(seed: int, step: int, use: int, n: int) -> np.ndarray:
+    """n random 64-bit numbers, a function of the arguments alone."""
+    return np.random.Philox(key=seed, counter=[0, step, use, 0]).random_raw(n)
+
+
+def draw(prompts: list[list[int]], seeds: list[int], actor: GPT, zero, tokenizer, cfg, ranks) -> Rollout:
+    """One reply to each prompt; ranks share the work. Reply i depends on prompt i and seed i alone."""
+    B, R = len(prompts), cfg.max_new_tokens
+    tokens, sampled_logp = torch.zeros(B, R, dtype=torch.int64), torch.zeros(B, R)  # (B, R) each
+    lengths = torch.zeros(B, dtype=torch.int64)
+    mine = range(ranks.rank, B, ranks.world)
+    with zero.gathered():  # no communication inside: each rank may take as many steps as its replies need
+        drawn = generate_sorted(actor, [prompts[i] for i in mine], batch_size=AT_ONCE,
+                                seeds=[seeds[i] for i in mine], max_new_tokens=R, temperature=cfg.temperature,
+                                eos_id=tokenizer.end_id, return_logp=True)
+    for i, (new, logp) in zip(mine, drawn):
+        lengths[i] = len(new)
+        tokens[i, :len(new)], sampled_logp[i, :len(new)] = torch.tensor(new), torch.tensor(logp)
+    tokens, sampled_logp, lengths = (ranks.all_reduce(x) for x in (tokens, sampled_logp, lengths))
+    R = int(lengths.max())
+    replies = [row[:n] for row, n in zip(tokens.tolist(), lengths.tolist())]
+    ended = [reply[-1] == tokenizer.end_id for reply in replies]
+    added = [[] if end else [tokenizer.end_id] for end in ended]
+    parts = list(zip(prompts, replies, added))
+    return Rollout(
+        prompts, replies, ended, [prompt + reply + end for prompt, reply, end in parts],
+        [[0] * len(prompt) + [1] * len(reply) + [0] * len(end) for prompt, reply, end in parts],
+        torch.arange(R, device=ranks.device) < lengths[:, None], sampled_logp[:, :R],
+        *(torch.zeros(B, R, device=ranks.device) for _ in range(3)), torch.zeros(B, device=ranks.device))
+
+
+def micro_batches(rollout: Rollout, chosen: list[int], cfg, ranks) -> Iterator[list[torch.Tensor]]:
+    """The chosen replies laid into packed rows, of which this rank reads rows rank::world, some at a time.
+
+    Yields (which, ids, targets, segment_ids): the replies in these rows, one after the other, (n,); and (b, T)
+    each. All ranks get the same number of rows: rows of padding, which hold no reply, fill up.
+    """
+    lengths = [len(rollout.sequences[i]) for i in chosen]
+    rows = pack(lengths, cfg.seq_len)
+    T = max(sum(lengths[i] for i in row) for row in rows)
+    rows += [[]] * (-len(rows) % ranks.world)
+    rows = [[chosen[i] for i in row] for row in rows[ranks.rank::ranks.world]]
+    size = cfg.micro_batch_size or len(rows)
+    for some in (rows[first:first + size] for first in range(0, len(rows), size)):
+        which = torch.tensor([i for row in some for i in row], dtype=torch.int64)  # (n,)
+        parts = collate(rollout.sequences, rollout.trained, some, T)  # (b, T) each
+        yield [x.to(ranks.device) for x in (which, *parts)]
+
+
+def in_slots(x, targets, mask):
+    """What stands at the trained positions of packed rows, x (b, T), in the slots of their replies, mask (n, R).
+
+    Rows and slots are both read reply by reply and token by token, so in the same order."""
+    return torch.zeros_like(mask, dtype=x.dtype).masked_scatter(mask, x[targets >= 0])  # (n, R)
+
+
+@torch.no_grad()
+def score(rollout: Rollout, batches: list[list[int]], models: Models, cfg, ranks) -> None:
+    """Fill in logp, ref_logp, values and scores.
+
+    batches: lists of replies that are read together. If they are those of the first epoch of training, its
+    forwards repeat these to the last bit, and the ratio pi / pi_old begins at exactly 1.
+    """
+    for chosen in batches:
+        for which, ids, targets, segment_ids in micro_batches(rollout, chosen, cfg, ranks):
+            mask = rollout.mask[which]  # (n, R)
+            for into, model in ((rollout.logp, models.actor), (rollout.ref_logp, models.reference)):
+                logp = model(ids, targets, segment_ids=segment_ids, temperature=cfg.temperature)  # (b, T)
+                into[which] = in_slots(logp, targets, mask)
+            rollout.values[which] = in_slots(models.critic(ids, segment_ids=segment_ids), targets, mask)
+            following = F.pad(segment_ids[:, 1:], (0, 1), value=-1)  # (b, T)
+            last = (segment_ids >= 0) & (following != segment_ids)  # the end of each reply
+            rollout.scores[which] = models.reward(ids, segment_ids=segment_ids)[last]
+    for name in ("logp", "ref_logp", "values", "scores"):  # each rank has filled in its own
+        setattr(rollout, name, ranks.all_reduce(getattr(rollout, name)))
+
+
+def sample_lines(rollout: Rollout, step: int, records: list[Record], tokenizer) -> Iterator[dict]:
+    """One per prompt, as sample.py writes them, with step, reward (of the reward model) and kl (of the reply)."""
+    kl = rollout.log_ratio().sum(1).tolist()
+    for i, record in enumerate(records):
+        text = tokenizer.decode(rollout.replies[i][:-1] if rollout.ended[i] else rollout.replies[i])
+        line = {"step": step, "prompt": record.messages, "responses": [text], "ended": [rollout.ended[i]],
+                "reward": [round(rollout.scores[i].item(), 6)], "kl": [round(kl[i], 6)]}
+        yield line | ({"tag": record.tag} if record.tag else {})
