@@ -1,12 +1,12 @@
-"""Rollouts: replies drawn from a policy, and what the policy, a reference, a critic and a reward model say of them.
+"""Rollouts: replies drawn from a policy, and what policy, reference, critic and reward model say of them.
 
-    rollout = draw(prompts, seeds, actor, zero, tokenizer, cfg, ranks)    one reply to each prompt
+    rollout = draw(prompts, step, actor, zero, tokenizer, cfg, ranks)     one reply to each prompt
     score(rollout, batches, models, cfg, ranks)                           log-probabilities, values, scores
     for which, ids, targets, segment_ids in micro_batches(...):           the replies again, in packed rows
-        in_slots(x, targets, rollout.mask[which])                         positions of rows -> slots of replies
+        in_slots(x, targets, rollout.mask[which])                         from their positions to their slots
 
-R is the number of slots: slot t of a reply holds its token t. Which number is read at which position of a row is
-drawn at the head of train_ppo.py. cfg: has max_new_tokens, temperature, seq_len, micro_batch_size, seed.
+R is the number of slots: slot t of a reply holds its token t. Which number is read at which position of a row
+is drawn at the head of train_ppo.py. cfg: any Config with the fields that are read here.
 """
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from lib.records import Record
 from model import GPT, generate_sorted
 
 AT_ONCE = 32  # replies drawn at once per rank, to prompts of like length
-SAMPLING, EVALUATION, ORDER = 2, 3, 4  # uses of random_bits (0 and 1 are data.py's); ORDER + epoch
+SAMPLING, ORDER = 2, 4  # uses of random_bits (data.py has 0 and 1); ORDER + epoch
 
 
 class Models(NamedTuple):
@@ -35,13 +35,13 @@ class Models(NamedTuple):
 
 @dataclass
 class Rollout:
-    """One reply to each prompt, from all ranks, known to each of them. Tensors: (B, R), or (B,) for scores."""
+    """One reply to each prompt, known to all ranks. Tensors: (B, R), or (B,) for scores."""
     prompts: list[list[int]]
     replies: list[list[int]]  # with the end, if it was drawn
     ended: list[bool]
     sequences: list[list[int]]  # prompt and reply; what did not end gets an end, for the reward model alone
     trained: list[list[int]]  # 1 where a token of `sequences` is the reply's
-    mask: torch.Tensor  # bool: the slot holds a token. Where it is False nothing counts, whatever stands there
+    mask: torch.Tensor  # bool: the slot holds a token; where it is False nothing counts
     sampled_logp: torch.Tensor  # as the sampler saw it
     logp: torch.Tensor  # the actor's, at the time of the rollout
     ref_logp: torch.Tensor
@@ -62,9 +62,11 @@ def random_bits(seed: int, step: int, use: int, n: int) -> np.ndarray:
     return np.random.Philox(key=seed, counter=[0, step, use, 0]).random_raw(n)
 
 
-def draw(prompts: list[list[int]], seeds: list[int], actor: GPT, zero, tokenizer, cfg, ranks) -> Rollout:
-    """One reply to each prompt; ranks share the work. Reply i depends on prompt i and seed i alone."""
+def draw(prompts: list[list[int]], step: int, actor: GPT, zero, tokenizer, cfg, ranks) -> Rollout:
+    """One reply to each prompt; ranks share the work. Reply i depends on prompt i and (cfg.seed, step, i) alone.
+    step 0 is free for evaluation."""
     B, R = len(prompts), cfg.max_new_tokens
+    seeds = random_bits(cfg.seed, step, SAMPLING, B).tolist()
     tokens, sampled_logp = torch.zeros(B, R, dtype=torch.int64), torch.zeros(B, R)  # (B, R) each
     lengths = torch.zeros(B, dtype=torch.int64)
     mine = range(ranks.rank, B, ranks.world)
@@ -88,11 +90,18 @@ def draw(prompts: list[list[int]], seeds: list[int], actor: GPT, zero, tokenizer
         *(torch.zeros(B, R, device=ranks.device) for _ in range(3)), torch.zeros(B, device=ranks.device))
 
 
+def minibatches(n: int, cfg, step: int, epoch: int) -> list[list[int]]:
+    """The replies 0..n-1 in a random order, cut into cfg.minibatches parts of nearly equal size."""
+    order = np.argsort(random_bits(cfg.seed, step, ORDER + epoch, n), kind="stable").tolist()
+    cuts = [n * m // cfg.minibatches for m in range(cfg.minibatches + 1)]
+    return [order[a:b] for a, b in zip(cuts, cuts[1:])]
+
+
 def micro_batches(rollout: Rollout, chosen: list[int], cfg, ranks) -> Iterator[list[torch.Tensor]]:
     """The chosen replies laid into packed rows, of which this rank reads rows rank::world, some at a time.
 
-    Yields (which, ids, targets, segment_ids): the replies in these rows, one after the other, (n,); and (b, T)
-    each. All ranks get the same number of rows: rows of padding, which hold no reply, fill up.
+    Yields (which, ids, targets, segment_ids): the replies in these rows, one after the other, (n,), and (b, T)
+    thrice. All ranks get the same number of rows: rows of padding, which hold no reply, fill up.
     """
     lengths = [len(rollout.sequences[i]) for i in chosen]
     rows = pack(lengths, cfg.seq_len)
@@ -107,7 +116,7 @@ def micro_batches(rollout: Rollout, chosen: list[int], cfg, ranks) -> Iterator[l
 
 
 def in_slots(x, targets, mask):
-    """What stands at the trained positions of packed rows, x (b, T), in the slots of their replies, mask (n, R).
+    """What stands at the trained positions of packed rows, x (b, T), moved to slots of replies, mask (n, R).
 
     Rows and slots are both read reply by reply and token by token, so in the same order."""
     return torch.zeros_like(mask, dtype=x.dtype).masked_scatter(mask, x[targets >= 0])  # (n, R)
@@ -135,7 +144,7 @@ def score(rollout: Rollout, batches: list[list[int]], models: Models, cfg, ranks
 
 
 def sample_lines(rollout: Rollout, step: int, records: list[Record], tokenizer) -> Iterator[dict]:
-    """One per prompt, as sample.py writes them, with step, reward (of the reward model) and kl (of the reply)."""
+    """One per prompt, as sample.py writes them, with step, the reward model's score and the reply's KL."""
     kl = rollout.log_ratio().sum(1).tolist()
     for i, record in enumerate(records):
         text = tokenizer.decode(rollout.replies[i][:-1] if rollout.ended[i] else rollout.replies[i])

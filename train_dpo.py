@@ -1,6 +1,6 @@
 """Direct preference optimisation (DPO): learn from pairs of replies, without a reward model or sampling.
 
-    The best policy under a reward r and a leash to the reference:  pi(y|x) = ref(y|x) exp(r(x, y)/beta) / Z(x)
+    The best policy under a reward r and a leash to the reference: pi(y|x) = ref(y|x) exp(r(x, y)/beta) / Z(x)
     Read backwards, a policy IS a reward:  r = beta log pi(y|x) / ref(y|x) + beta log Z(x)
     In the Bradley-Terry loss of train_rm.py Z cancels:          (Rafailov et al. 2023, equations 4 to 7)
 
@@ -63,8 +63,8 @@ class Config(RunConfig):  # the flags that all stages share are in lib/run.py
         super().__post_init__()
         require_positive(self, "beta")
         if self.label_smoothing >= 0.5 or (self.label_smoothing and self.loss_type == "ipo"):
-            raise UserError(f"--label_smoothing {self.label_smoothing} --loss_type {self.loss_type}: expected "
-                            "less than 0.5, and 0 for ipo, which has no such term")
+            raise UserError(f"--loss_type {self.loss_type} --label_smoothing {self.label_smoothing}: "
+                            "expected less than 0.5, for ipo 0, which has no such term")
 
 
 def dpo_loss(chosen_logp, rejected_logp, ref_chosen_logp, ref_rejected_logp, beta: float,

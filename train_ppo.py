@@ -1,9 +1,9 @@
-"""PPO from human feedback: write replies, have them judged, make the better ones likelier, stay near the start.
+"""PPO from human feedback: write replies, have them judged, make the better ones likelier, stay near.
 
-    maximise  E[ score(x, y) - beta KL(policy || reference) ]            (Ouyang et al. 2022, section 3.5, eq. 2)
+    maximise  E[ score(x, y) - beta KL(policy || reference) ]         (Ouyang et al. 2022, section 3.5, eq. 2)
 
-Four models: the actor (policy) and the critic (value) are trained. The reference, which is the actor as it was
-at first, and the reward model, from which the critic begins, are frozen. One step is a rollout and some epochs:
+Four models. The actor (policy) and the critic (value) are trained; the critic begins as the reward model. The
+reference, which is the actor as it was at first, and the reward model are frozen. A step has three parts:
 
     rollout      the actor replies to a batch of prompts: pure sampling at one temperature, nothing cut off
     scoring      k_t = log pi(a_t|s_t) - log ref(a_t|s_t);  r_t = -beta k_t, and at the last token + score
@@ -18,16 +18,16 @@ Which number is read where, of four tokens of a prompt (q), a reply of two (a) a
     position     0    1    2    3    4    5    6
     ids          q    q    q    q    a0   a1   E
     target       .    .    .    a0   a1   E    .
-    slot t       .    .    .    0    1    2    .      log pi(a_t|s_t) and V(s_t) stand at the position BEFORE a_t,
-    log pi, V    .    .    .    3    4    5    .      since s_t is all that comes before it
+    slot t       .    .    .    0    1    2    .      log pi(a_t|s_t) and V(s_t) stand at the position before
+    log pi, V    .    .    .    3    4    5    .      a_t, since s_t is all that comes before it
     score        .    .    .    .    .    .    6      the reward model reads the whole reply, so at E
     r_t          .    .    .    -bk0 -bk1 -bk2+score  but it is the reward for the action E; after E V = 0
 
-A reply that did not end in time has no E to act. Its score is read at an E put there for the reward model alone.
-It counts at the last token, and missing_eos_penalty is taken off.
+A reply that did not end in time has no E to act. Its score is read at an E put there for the reward model
+alone. It counts at the last token, and missing_eos_penalty is taken off.
 
     python train_ppo.py --data prompts.jsonl --init out/sft --reward_model out/rm --out out/ppo   one process
-    torchrun --nproc_per_node 2 train_ppo.py --data prompts.jsonl --zero 3 --out out/two             two of them
+    torchrun --nproc_per_node 2 train_ppo.py --data prompts.jsonl --zero 3 --out out/two          two of them
     python train_ppo.py --data prompts.jsonl --init out/sft --reward_model out/rm --steps 3       a first try
 """
 from __future__ import annotations
@@ -41,7 +41,6 @@ import time
 from collections import Counter
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
 from data import CHAT_TEMPLATE, Rehearsal, encode_prompts, expect_chat, shuffled
@@ -51,8 +50,7 @@ from lib.records import read_prompts, split_records
 from lib.run import Run, RunConfig, lr_at
 from lib.tokenizer import Tokenizer
 from model import load_model
-from rollouts import (EVALUATION, ORDER, SAMPLING, Models, Rollout, draw, in_slots, masked, micro_batches,
-                      random_bits, sample_lines, score)
+from rollouts import Models, Rollout, draw, in_slots, masked, micro_batches, minibatches, sample_lines, score
 from zero import Zero
 
 
@@ -120,8 +118,8 @@ def token_rewards(kl, scores, mask, beta):
 
 
 def gae(rewards, values, mask, gamma, lam):
-    """(advantages, returns), (B, R) each (Schulman et al. 2016, eq. 16): A_t = sum_k (gamma lam)^k delta_t+k with
-    delta_t = r_t + gamma V_t+1 - V_t. After the last token there is nothing to come: V = 0, A = 0."""
+    """(advantages, returns), (B, R) each (Schulman et al. 2016, eq. 16): A_t = sum_k (gamma lam)^k delta_t+k
+    with delta_t = r_t + gamma V_t+1 - V_t. After the last token there is nothing to come: V = 0, A = 0."""
     rewards, values = masked(rewards, mask), masked(values, mask)
     advantages = torch.zeros_like(values)
     next_value = next_advantage = torch.zeros_like(values[:, 0])  # (B,)
@@ -143,8 +141,8 @@ def whiten(x, mask):
 def ppo_policy_loss(logp, old_logp, advantages, mask, clip):
     """Sum over tokens of max(-A rho, -A clip(rho, 1 - clip, 1 + clip)), rho = pi / pi_old; all (B, R).
 
-    Schulman et al. 2017, eq. 7. The maximum is the pessimist's choice: to move further than clip earns nothing,
-    to have gone the wrong way costs all it costs. Returns (loss, sums to be logged)."""
+    Schulman et al. 2017, eq. 7. The maximum is the pessimist's choice: to move further than clip earns
+    nothing, to have gone the wrong way costs all it costs. Returns (loss, sums to be logged)."""
     log_ratio = masked(logp - old_logp, mask)
     ratio, advantages = log_ratio.exp(), masked(advantages, mask)
     free, clipped = -advantages * ratio, -advantages * ratio.clamp(1 - clip, 1 + clip)
@@ -154,7 +152,7 @@ def ppo_policy_loss(logp, old_logp, advantages, mask, clip):
 
 
 def ppo_value_loss(values, old_values, returns, mask, clip):
-    """Sum over tokens of 1/2 max((V - return)^2, (V_old + clip(V - V_old, -clip, clip) - return)^2). All (B, R).
+    """Sum over tokens of 1/2 max((V - return)^2, (V_old + clip(V - V_old, -clip, clip) - return)^2); (B, R).
 
     Again the larger of two: a value gains nothing by moving further than clip. Returns (loss, sums)."""
     free = masked(values - returns, mask) ** 2
@@ -162,13 +160,6 @@ def ppo_value_loss(values, old_values, returns, mask, clip):
     clipped = (masked(old_values - returns, mask) + moved) ** 2
     clipped = torch.where(moved.abs() < clip, free, clipped)  # the same number, without its rounding
     return 0.5 * torch.maximum(free, clipped).sum(), {"value_clipfrac": (clipped > free).sum()}
-
-
-def minibatches(n: int, cfg: Config, step: int, epoch: int) -> list[list[int]]:
-    """The replies 0..n-1 in a random order, cut into cfg.minibatches parts of nearly equal size."""
-    order = np.argsort(random_bits(cfg.seed, step, ORDER + epoch, n), kind="stable").tolist()
-    cuts = [n * m // cfg.minibatches for m in range(cfg.minibatches + 1)]
-    return [order[a:b] for a, b in zip(cuts, cuts[1:])]
 
 
 def add_gradients(rollout: Rollout, chosen: list[int], advantages, returns, models: Models, actor: Zero,
@@ -193,7 +184,7 @@ def add_gradients(rollout: Rollout, chosen: list[int], advantages, returns, mode
 
 # ---- models, prompts, figures ------------------------------------------------------------------------------
 
-def load_models(cfg: Config) -> tuple[Models, Tokenizer, str]:
+def load_models(cfg: Config) -> tuple[Models, Tokenizer, list]:
     """(actor, critic, reference, reward model; their tokenizer; checksums of the frozen two)."""
     actor, tokenizer, born = load_model(cfg.init, "lm", attention=cfg.attention)
     reward, its_tokenizer, its_config = load_model(cfg.reward_model, "scalar", attention=cfg.attention)
@@ -206,7 +197,7 @@ def load_models(cfg: Config) -> tuple[Models, Tokenizer, str]:
                         "train it from there")
     actor.head.forbid(tokenizer.specials_but_end)  # a reply never holds pad, bos or a role
     cfg.fit_rows(min(actor.config.max_seq_len, reward.config.max_seq_len))
-    frozen = ", ".join(str(config["files"].get("model.pt", {}).get("sha256")) for config in (born, its_config))
+    frozen = [config["files"].get("model.pt", {}).get("sha256") for config in (born, its_config)]
     return Models(actor, copy.deepcopy(reward), copy.deepcopy(actor), reward), tokenizer, frozen
 
 
@@ -215,7 +206,8 @@ def load_prompts(cfg: Config, tokenizer) -> tuple[list, list, str]:
 
     A prompt must leave room for the longest reply and its end. One that is trained on does not validate."""
     records = read_prompts(cfg.data)
-    parts = (records, read_prompts(cfg.val_data)) if cfg.val_data else split_records(records, cfg.val_fraction)
+    parts = (records, read_prompts(cfg.val_data)) if cfg.val_data else \
+        split_records(records, cfg.val_fraction)
     longest = cfg.seq_len - cfg.max_new_tokens - 1
     train, val = (encode_prompts(tokenizer, part, longest) for part in parts)
     room = f"--max_new_tokens {cfg.max_new_tokens} in rows of {cfg.seq_len} tokens"
@@ -225,17 +217,16 @@ def load_prompts(cfg: Config, tokenizer) -> tuple[list, list, str]:
     seen = {tuple(ids) for _, ids in train}
     val = [(record, ids) for record, ids in val if tuple(ids) not in seen][:cfg.eval_prompts]
     if cfg.eval_prompts and not val:
-        raise UserError(f"{cfg.val_data or cfg.data}: found every prompt to validate among those to train on; "
-                        "give others by --val_data, or --eval_prompts 0")
-    return train, val, (f"prompts: {len(train)} to train on, {len(val)} to validate, {dropped} dropped (no room "
-                        f"for {room})")
+        raise UserError(f"{cfg.val_data or cfg.data}: found every prompt to validate among those to train "
+                        "on; give others by --val_data, or --eval_prompts 0")
+    return train, val, (f"prompts: {len(train)} to train on, {len(val)} to validate, {dropped} dropped (no "
+                        f"room for {room})")
 
 
 def evaluate(val: list, models: Models, zero: Zero, tokenizer, cfg: Config, ranks) -> tuple[dict, Rollout]:
     """Score, KL and length of one reply to each prompt, with the same random numbers at every evaluation."""
     n, size = len(val), -(-cfg.batch_size // cfg.minibatches)
-    rollout = draw([ids for _, ids in val], random_bits(cfg.seed, 0, EVALUATION, n).tolist(), models.actor, zero,
-                   tokenizer, cfg, ranks)
+    rollout = draw([ids for _, ids in val], 0, models.actor, zero, tokenizer, cfg, ranks)
     score(rollout, [list(range(n))[first:first + size] for first in range(0, n, size)], models, cfg, ranks)
     means = {"eval_score": rollout.scores.mean(), "eval_kl": rollout.log_ratio().sum() / n,
              "eval_ended": sum(rollout.ended) / n, "eval_response_length": rollout.mask.sum() / n}
@@ -253,7 +244,8 @@ def metrics_of(rollout: Rollout, scores, returns, totals: dict[str, float]) -> d
     return {
         "objective/scores": scores.mean().item(), "objective/kl": rollout.log_ratio().sum().item() / n,
         "objective/entropy": -masked(rollout.logp, mask).sum().item() / n,
-        "policy/approxkl_avg": totals["approxkl"] / tokens, "policy/clipfrac_avg": totals["clipfrac"] / tokens,
+        "policy/approxkl_avg": totals["approxkl"] / tokens,
+        "policy/clipfrac_avg": totals["clipfrac"] / tokens,
         "loss/policy_avg": totals["policy"] / tokens, "loss/value_avg": totals["value"] / tokens,
         "val/ratio": totals["ratio"] / tokens, "val/clipfrac_avg": totals["value_clipfrac"] / tokens,
         "val/explained_variance": explained.item(), "val/num_eos_tokens": sum(rollout.ended),
@@ -269,7 +261,8 @@ def main(argv=None) -> int:
     models, tokenizer, frozen = load_models(cfg)
     train, val, report = load_prompts(cfg, tokenizer)
     text = Rehearsal(cfg, tokenizer, ranks)  # of --ptx; without it nothing
-    actor, critic, *_ = (Zero(model, units=model.units(), frozen=model in models[2:], **cfg.zero_options(ranks))
+    options = cfg.zero_options(ranks)
+    actor, critic, *_ = (Zero(model, units=model.units(), frozen=model in models[2:], **options)
                          for model in models)
 
     ids = json.dumps([ids for _, ids in train]).encode()
@@ -291,8 +284,7 @@ def main(argv=None) -> int:
         # rollout
         clock = [time.perf_counter()]
         chosen = shuffled(len(train), (step - 1) * B, B, cfg.seed)
-        seeds = random_bits(cfg.seed, step, SAMPLING, B).tolist()
-        rollout = draw([train[i][1] for i in chosen], seeds, models.actor, actor, tokenizer, cfg, ranks)
+        rollout = draw([train[i][1] for i in chosen], step, models.actor, actor, tokenizer, cfg, ranks)
         clock.append(time.perf_counter())
         score(rollout, minibatches(B, cfg, step, 0), models, cfg, ranks)
         if run.stop_before(step):
@@ -316,7 +308,7 @@ def main(argv=None) -> int:
             part = minibatches(B, cfg, step, epoch)[m]
             sums = add_gradients(rollout, part, advantages, returns, models, actor, critic, cfg, ranks)
             batch = (step - 1) * cfg.ppo_epochs * cfg.minibatches + updates
-            ptx, _ = text.backward(models.actor, actor, batch)  # so as not to forget (Ouyang et al. 2022, eq. 2)
+            ptx, _ = text.backward(models.actor, actor, batch)  # PPO-ptx (Ouyang et al. 2022, eq. 2)
             infos = actor.step(lr, cfg.clip), critic.step(critic_lr, cfg.clip)
             totals.update(sums)
             updates, skipped = updates + 1, skipped + sum(info.skipped for info in infos)
@@ -326,8 +318,8 @@ def main(argv=None) -> int:
 
         seconds = zip(("rollout", "scoring", "optimisation"), clock, clock[1:])
         run.log(step, tokens=sum(map(len, rollout.sequences)), skipped=skipped,
-                **metrics_of(rollout, scores, returns, totals), **ptx, lr=lr, episode=step * B, updates=updates,
-                **{f"seconds/{name}": after - before for name, before, after in seconds},
+                **metrics_of(rollout, scores, returns, totals), **ptx, lr=lr, episode=step * B,
+                updates=updates, **{f"seconds/{name}": after - before for name, before, after in seconds},
                 **{f"grad_norm/{name}": info.norm for name, info in zip(("actor", "critic"), infos)})
     return run.finish()
 

@@ -35,7 +35,7 @@ class Config(RunConfig, GPTConfig):  # every field of the model's shape is a fla
     data: str = "stdlib"  # corpus: stdlib, shakespeare, or a path (.txt, .json, .jsonl, each also .gz)
     val_data: str = ""  # corpus to validate on; empty: the last val_fraction of data
     val_fraction: float = 0.1  # of the characters
-    tokenizer: str = ""  # byte, char, bpe (learned from data), a tiktoken name, a file; empty: init's, else bpe
+    tokenizer: str = ""  # byte, char, bpe, a tiktoken name, a tokenizer.json; empty: init's, else bpe
     vocab_size: int = 2048  # of a bpe learned here; the other tokenizers bring their own
     cache: str = "data"  # folder for token files, so that a second start reads no text
     windows: Literal["random", "sequential"] = "random"  # where the rows of a batch begin
@@ -68,7 +68,7 @@ def pretrain_loss(logp):
 
 @torch.no_grad()
 def evaluate(model, tokens: TokenFile, rows: int, cfg: Config, ranks) -> dict:
-    """Mean loss per token of the validation text, each token predicted once, in rows of seq_len without overlap.
+    """Mean loss per token of the validation text, each token predicted once, in rows that do not overlap.
 
     rows: how many of them one forward reads."""
     loss, count = torch.zeros((), device=ranks.device, dtype=torch.float64), 0
@@ -78,14 +78,14 @@ def evaluate(model, tokens: TokenFile, rows: int, cfg: Config, ranks) -> dict:
         count += int((targets >= 0).sum())
     loss, count = ranks.sum(loss, count)
     if not count:
-        raise UserError(f"{tokens.path}: found nothing to predict; give another --val_data, or raise --eval_rows")
+        raise UserError(f"{tokens.path}: found nothing to predict; give other --val_data, or more --eval_rows")
     mean = loss / count
     return {"eval_loss": mean, "eval_perplexity": math.exp(min(mean, 700.0)),
             "eval_bits_per_byte": mean / math.log(2) * tokens.n_targets / tokens.n_bytes}
 
 
 def make_model(cfg: Config, tokenizer: Tokenizer) -> GPT:
-    """The model of --init; or a new one on the meta device, which takes no memory: Zero fills it unit by unit."""
+    """The model of --init; or a new one on the meta device, without memory: Zero fills it unit by unit."""
     if not cfg.init:
         shape = {field.name: getattr(cfg, field.name) for field in dataclasses.fields(GPTConfig)}
         shape |= {"vocab_size": tokenizer.vocab_size, "max_seq_len": cfg.max_seq_len or cfg.seq_len}
@@ -96,7 +96,7 @@ def make_model(cfg: Config, tokenizer: Tokenizer) -> GPT:
         raise UserError(f"--tokenizer {cfg.tokenizer}: not that of --init {cfg.init}; leave the flag out")
     for name, value in dataclasses.asdict(model.config).items():
         if name != "vocab_size" and getattr(cfg, name) not in (value, getattr(Config(), name)):
-            raise UserError(f"--{name} {getattr(cfg, name)}: the model of --init has {value}; leave the flag out")
+            raise UserError(f"--{name} {getattr(cfg, name)}: the model of --init has {value}; leave it out")
     return model
 
 
@@ -124,8 +124,8 @@ def main(argv=None) -> int:
     micro = min(cfg.micro_batch_size or share, share)  # rows per forward
     run = Run(cfg, ranks, {"model": zero}, tokenizer, flops=flops, inputs={"data": train_tokens.note},
               final={"head": "lm"})
-    run.say(f"{len(train_tokens):,} training and {len(val_tokens):,} validation tokens ({tokenizer.kind}, V = "
-            f"{tokenizer.vocab_size}); {cfg.batch_size * cfg.seq_len:,} per update: {ranks.world} ranks x "
+    run.say(f"{len(train_tokens):,} training and {len(val_tokens):,} validation tokens ({tokenizer.kind}, "
+            f"V = {tokenizer.vocab_size}); {cfg.batch_size * cfg.seq_len:,} per update, {ranks.world} ranks x "
             f"{-(-share // micro)} micro-batches x {micro} rows x {cfg.seq_len}\n{train_tokens.note}")
 
     def evaluate_and_show() -> dict:
@@ -138,18 +138,20 @@ def main(argv=None) -> int:
         return evaluate(model, val_tokens, micro, cfg, ranks)
 
     for step in run.steps(evaluate_and_show):
-        ids, targets, segment_ids = (x.to(ranks.device) for x in train.batch(step - 1, ranks.rank, ranks.world))
+        batch = train.batch(step - 1, ranks.rank, ranks.world)
+        ids, targets, segment_ids = (x.to(ranks.device) for x in batch)  # (b, T) each
         n_tokens, = ranks.sum((targets >= 0).sum())
         loss_sum = torch.zeros((), device=ranks.device)
         for rows in (slice(row, row + micro) for row in range(0, share, micro)):
-            logp = model(ids[rows], targets[rows], segment_ids=segment_ids[rows], equal_weights=True)  # (b, T)
+            logp = model(ids[rows], targets[rows], segment_ids=segment_ids[rows], equal_weights=True)
             loss = pretrain_loss(logp) / n_tokens  # ONE denominator, however the batch is split
             zero.backward(loss)
             loss_sum += loss.detach()
         lr = lr_at(step, cfg)
         info = zero.step(lr, cfg.clip)
         loss_sum, = ranks.sum(loss_sum)
-        run.log(step, tokens=n_tokens, skipped=info.skipped, loss=loss_sum, grad_norm=info.norm, learning_rate=lr)
+        run.log(step, tokens=n_tokens, skipped=info.skipped, loss=loss_sum, grad_norm=info.norm,
+                learning_rate=lr)
     return run.finish()
 
 

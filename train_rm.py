@@ -57,8 +57,8 @@ class Config(RunConfig):  # the flags that all stages share are in lib/run.py
 # ---- the loss and what it is worth -------------------------------------------------------------------------
 
 def ranked_pairs(group_sizes: list[int]) -> torch.Tensor:
-    """(2, pairs): the better and the worse of every pair in a group. A group's best reply comes first; replies
-    are numbered through all groups."""
+    """(2, pairs): the better and the worse of every pair in a group. Replies are numbered through all groups,
+    a group's best one first."""
     starts = itertools.accumulate([0, *group_sizes])
     pairs = [(start + i, start + j) for start, K in zip(starts, group_sizes)
              for i, j in itertools.combinations(range(K), 2)]

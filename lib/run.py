@@ -122,13 +122,12 @@ class Run:
     models: {name: Zero}, what is trained and saved; the first one becomes final/.
     inputs: {name: fingerprint} of what was read (data, frozen models). A resumed run should find the same.
     final: what final/config.json says beside the model's shape and the flags: head, chat_template.
-    state: {name: number >= 0} that the script changes as it goes (run.state) and that checkpoints must hold.
     flops: floating-point operations of one training token, for MFU; 0: no MFU.
     stopped: a signal asked this run to stop. Then finish() writes no final/.
     """
 
     def __init__(self, cfg: RunConfig, ranks, models: dict, tokenizer, *, inputs: dict, final: dict,
-                 state: dict | None = None, flops: float = 0.0):
+                 flops: float = 0.0):
         self.cfg, self.ranks, self.models, self.tokenizer, self.flops = cfg, ranks, models, tokenizer, flops
         self.stopped, self.begun = False, set()  # begun: the files of append()
         self.lock = claim(cfg.out, cfg.resume) if ranks.is_main else None  # held as long as this object lives
@@ -137,11 +136,10 @@ class Run:
         self.config = {"model": shape, **final, "run": dataclasses.asdict(cfg)}
         self.same = {"model": {**shape, "attention": ""}, "tokenizer": tokenizer.fingerprint}  # else: refused
         self.should = {**inputs, **cfg.compared()}  # else: a warning
-        self.state = {"skipped": 0, **(state or {})}
-        found = load_checkpoint(cfg.out, models, same=self.same, numbers=[*self.state],
+        found = load_checkpoint(cfg.out, models, same=self.same, numbers=["skipped"],
                                 bitwise=self.should) if cfg.resume else None
         self.start, saved = found or (0, {})
-        self.state = {name: saved.get(name, value) for name, value in self.state.items()}
+        self.skipped = saved.get("skipped", 0)  # updates that were left out, all in all
         self.due = bool(saved.get("due"))  # it stopped at a step that was to be evaluated
         if self.start > cfg.steps:
             raise UserError(f"--steps {cfg.steps}: {cfg.out} is already at step {self.start}; give more")
@@ -198,11 +196,11 @@ class Run:
         The numbers, the same on all ranks, are written at every log_every-th step, at the first and at the
         last, with speed, MFU, memory and the time left."""
         self.tokens, self.counted = self.tokens + tokens, self.counted + 1
-        self.state["skipped"] += skipped
+        self.skipped += skipped
         if step % self.cfg.log_every and step not in (self.start + 1, self.cfg.steps):
             return
-        if self.state["skipped"]:
-            numbers["skipped"] = self.state["skipped"]
+        if self.skipped:
+            numbers["skipped"] = self.skipped
         seconds = max(time.perf_counter() - self.clock, 1e-9)
         numbers["tokens_per_second"] = speed = self.tokens / seconds
         words = [f"{speed:,.0f} tok/s"]
@@ -279,7 +277,7 @@ class Run:
         self._restart_clock()
 
     def _save(self, step: int, due: bool) -> None:
-        extra = {**self.same, **self.should, **self.state, "due": due}
+        extra = {**self.same, **self.should, "skipped": self.skipped, "due": due}
         save_checkpoint(self.cfg.out, step, self.models, extra, config=self.config,
                         tokenizer_path=self.tokenizer.path)
         self._restart_clock()
