@@ -63,8 +63,9 @@ def random_bits(seed: int, step: int, use: int, n: int) -> np.ndarray:
 
 
 def draw(prompts: list[list[int]], step: int, actor: GPT, zero, tokenizer, cfg, ranks) -> Rollout:
-    """One reply to each prompt; ranks share the work. Reply i depends on prompt i and (cfg.seed, step, i) alone.
-    step 0 is free for evaluation."""
+    """One reply to each prompt; ranks share the work. Reply i depends on prompt i and (cfg.seed, step, i).
+
+    step: that of training, from 1; 0 for evaluation."""
     B, R = len(prompts), cfg.max_new_tokens
     seeds = random_bits(cfg.seed, step, SAMPLING, B).tolist()
     tokens, sampled_logp = torch.zeros(B, R, dtype=torch.int64), torch.zeros(B, R)  # (B, R) each
@@ -100,8 +101,8 @@ def minibatches(n: int, cfg, step: int, epoch: int) -> list[list[int]]:
 def micro_batches(rollout: Rollout, chosen: list[int], cfg, ranks) -> Iterator[list[torch.Tensor]]:
     """The chosen replies laid into packed rows, of which this rank reads rows rank::world, some at a time.
 
-    Yields (which, ids, targets, segment_ids): the replies in these rows, one after the other, (n,), and (b, T)
-    thrice. All ranks get the same number of rows: rows of padding, which hold no reply, fill up.
+    Yields (which, ids, targets, segment_ids): the replies in these rows, one after the other, (n,); the rest
+    (b, T). All ranks get the same number of rows: rows of padding, which hold no reply, fill up.
     """
     lengths = [len(rollout.sequences[i]) for i in chosen]
     rows = pack(lengths, cfg.seq_len)

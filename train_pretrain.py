@@ -78,7 +78,7 @@ def evaluate(model, tokens: TokenFile, rows: int, cfg: Config, ranks) -> dict:
         count += int((targets >= 0).sum())
     loss, count = ranks.sum(loss, count)
     if not count:
-        raise UserError(f"{tokens.path}: found nothing to predict; give other --val_data, or more --eval_rows")
+        raise UserError(f"{tokens.path}: nothing to predict; give other --val_data, or more --eval_rows")
     mean = loss / count
     return {"eval_loss": mean, "eval_perplexity": math.exp(min(mean, 700.0)),
             "eval_bits_per_byte": mean / math.log(2) * tokens.n_targets / tokens.n_bytes}
@@ -125,7 +125,7 @@ def main(argv=None) -> int:
     run = Run(cfg, ranks, {"model": zero}, tokenizer, flops=flops, inputs={"data": train_tokens.note},
               final={"head": "lm"})
     run.say(f"{len(train_tokens):,} training and {len(val_tokens):,} validation tokens ({tokenizer.kind}, "
-            f"V = {tokenizer.vocab_size}); {cfg.batch_size * cfg.seq_len:,} per update, {ranks.world} ranks x "
+            f"V = {tokenizer.vocab_size}); {cfg.batch_size * cfg.seq_len:,} an update: {ranks.world} ranks x "
             f"{-(-share // micro)} micro-batches x {micro} rows x {cfg.seq_len}\n{train_tokens.note}")
 
     def evaluate_and_show() -> dict:
