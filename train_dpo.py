@@ -139,8 +139,6 @@ def evaluate(logps, ref_logps, cfg: Config) -> dict:
 
 def main(argv=None) -> int:
     cfg = parse(Config, argv, __doc__)
-    if not cfg.data:
-        raise UserError("--data: found nothing, expected a file of preferences")
     ranks = setup(cfg.device)  # this process and its peers: rank, world, device, sum()
 
     # models: the policy, and the reference, which stays as it is

@@ -33,6 +33,8 @@ from lib.program import UserError, keep_lines, require_positive, writing
 
 @dataclass
 class RunConfig:
+    # data
+    data: str = ""  # what to train on
     # optimisation
     steps: int = 0  # updates; 0: as many as --epochs takes
     batch_size: int = 16  # items per update over all ranks
@@ -69,6 +71,8 @@ class RunConfig:
 
     def __post_init__(self):
         require_positive(self, "batch_size", "log_every")
+        if not self.data:
+            raise UserError("--data: found nothing, expected a file to train on")
 
     def compared(self) -> dict:
         """The flags that a resumed run should share with the one it continues, as a checkpoint holds them."""
