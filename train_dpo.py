@@ -47,7 +47,6 @@ class Config(RunConfig):  # the flags that all stages share are in lib/run.py
     # optimisation
     epochs: float = 1.0  # times each pair is seen, if steps is 0
     batch_size: int = 16  # pairs per update over all ranks
-    micro_batch_size: int = 0  # pairs per rank and forward; 0: the rank's whole share at once
     lr: float = 5e-4
     ptx: float = 0.0  # weight of the pretraining loss that is mixed in, against forgetting; 0: off
     ptx_data: str = ""  # its text: .txt, .json or .jsonl

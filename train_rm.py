@@ -47,15 +47,12 @@ class Config(RunConfig):  # the flags that all stages share are in lib/run.py
     # optimisation
     epochs: float = 1.0  # times each group (a prompt with its replies) is seen, if steps is 0
     batch_size: int = 16  # groups per update over all ranks
-    micro_batch_size: int = 0  # groups per rank and forward; 0: the rank's whole share at once
     lr: float = 5e-4
     # run
     out: str = "out/rm"
     init: str = "out/sft"
     eval_prompts: int = 1  # validation prompts whose replies are shown with their rewards; 0: none
 
-
-# ---- the loss and what it is worth -------------------------------------------------------------------------
 
 def ranked_pairs(group_sizes: list[int]) -> torch.Tensor:
     """(2, pairs): the better and the worse of every pair in a group. Replies are numbered through all groups,
