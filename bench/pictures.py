@@ -108,6 +108,7 @@ def attention(path: str):
         for name, text in (("ours", "ours, tiled"), ("sdpa", "PyTorch"), ("naive", "naive")):
             some = [row for row in rows if f"{name} {unit}" in row]
             ax.loglog([row["T"] for row in some], [row[f"{name} {unit}"] for row in some], "o-", label=text)
+        ax.set_xscale("log", base=2)
         ax.set(xlabel="T (tokens in a row)", ylabel=label)
     axes[0].legend()
     figure.suptitle(title, fontsize=9)

@@ -53,7 +53,7 @@ def small(monkeypatch):
 
 
 @pytest.mark.parametrize("part, rows", [
-    (attention.time_of_attention, 12), (attention.growth_of_attention, 9), (attention.attention_by_length, 3),
+    (attention.time_of_attention, 13), (attention.growth_of_attention, 9), (attention.attention_by_length, 3),
     (attention.errors_of_attention, 3), (attention.logp, 4), (train.training, 6), (decode.decoding, 4)])
 def test_a_part_at_its_smallest(part, rows, tmp_path, small, capsys):
     """It makes its table, on the screen and in the JSON file."""
@@ -63,14 +63,14 @@ def test_a_part_at_its_smallest(part, rows, tmp_path, small, capsys):
 
 
 def test_a_part_that_does_not_exist():
-    """One line that names those that do."""
+    """One line names the parts there are."""
     with pytest.raises(UserError, match="--only x: expected one of train, decode"):
         measure.run("", ["--only", "x"], train=train.training, decode=decode.decoding)
 
 
 @pytest.mark.slow
 def test_zero_trains_as_its_peers():
-    """On two ranks ddp, FSDP2 and all stages have one loss (step_times asserts it) and are timed equally often."""
+    """On two ranks DDP, FSDP2 and all stages have one loss: step_times asserts it."""
     assert {len(some) for some in zero.on_ranks(2, zero.step_times, 1)[0].values()} == {1}
 
 
