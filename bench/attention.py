@@ -1,7 +1,7 @@
-"""The tiled attention and the tiled loss beside PyTorch's own: time, memory and error.
+"""The tiled attention and the tiled loss beside PyTorch's own: time and memory.
 
     python -m bench.attention --out bench_attention.json   in bfloat16 where there is a GPU, else in float32
-    python -m bench.attention --only growth                one of: time, growth, length, errors, logp
+    python -m bench.attention --only length                one of: time, length, logp
 """
 from functools import partial
 
@@ -20,17 +20,16 @@ def peers_at(T: int) -> dict:
     return PEERS if T <= 4096 else TWO  # the scores of a longer row fill the memory
 
 
-def attention_steps(peers, B, H, T, D, *, G=None, Tq=None, dtype=DTYPE, wide=False, grad=True, **options):
-    """{peer: a function that returns its output and, if grad, the gradients of q, k and v}. All have the same
-    inputs, q (B, H, Tq, D), k and v (B, G, T, D), of this dtype; wide: then made float64."""
+def attention_steps(peers, B, H, T, D, *, G=None, Tq=None, dtype=DTYPE, grad=True, **options):
+    """{peer: a function that runs one forward and, if grad, one backward}. All have the same inputs,
+    q (B, H, Tq, D), k and v (B, G, T, D)."""
     generator = torch.Generator().manual_seed(0)
     shapes = (B, H, Tq or T, D), (B, G or H, T, D), (B, G or H, T, D), (B, H, Tq or T, D)
-    tensors = [torch.randn(shape, generator=generator).to(DEVICE, dtype) for shape in shapes]
-    *inputs, g = [x.double() for x in tensors] if wide else tensors
+    *inputs, g = [torch.randn(shape, generator=generator).to(DEVICE, dtype) for shape in shapes]
 
     def step(attention):
         out = attention(*(x.requires_grad_(grad) for x in inputs), **options)
-        return [out.detach(), *torch.autograd.grad(out, inputs, g)] if grad else [out]
+        return torch.autograd.grad(out, inputs, g) if grad else out
     return {name: partial(step, attention) for name, attention in peers.items()}
 
 
@@ -74,50 +73,14 @@ def time_of_attention(cfg):
     return [table]
 
 
-def growth_of_attention(cfg):
-    """Rows 4 times as long are 16 times the work, and should need 4 times the memory. Causal attention wastes
-    half of each tile on the diagonal, a larger share of short rows: so its time grows by less than 16."""
-    short, long, longest = (512, 2048, 4096) if cfg.quick else (2048, 8192, 16384)
-    table = Table(f"growth of forward + backward, T {short} to {long}, {DTYPE}")
-    for causal in (True, False):
-        seconds = interleave({f"{peer} {T}": step for T in (short, long) for peer, step in
-                              attention_steps(TWO, 1, 6, T, 64, causal=causal).items()}, cfg.repeats)
-        for peer in TWO:
-            what = f"time, (1, 6, T, 64), {'' if causal else 'not '}causal, {peer}"
-            table.compare(what, seconds, f"{peer} {long}", f"{peer} {short}")
-    for B in (1, 8):
-        few, many = (megabytes(TWO, B, 8, T, 64).values() for T in (short, long))
-        for peer, less, more in zip(TWO, few, many):
-            table.add(f"extra memory, ({B}, 8, T, 64), {peer}", more / less,
-                      **{f"T {short} MB": less, f"T {long} MB": more})
-    peak = megabytes(TWO, 1, 4, longest, 64)
-    table.add(f"extra memory, (1, 4, {longest}, 64), ours / sdpa", peak["ours MB"] / peak["sdpa MB"], **peak)
-    return [table]
-
-
 def attention_by_length(cfg):
-    """Time and memory as rows grow: what bench.pictures draws."""
+    """Time and memory as rows grow: memory should double with T, where T x T scores would need four times."""
     table = Table(f"by length (ours / sdpa), {DTYPE}, causal, (1, 4, T, 64), forward + backward")
     shortest = 256 if DEVICE == "cpu" else 1024
     for T in [shortest << i for i in range(3 if cfg.quick else 6)]:
         turns = cfg.repeats * max(1, min(16, 8 * shortest // T))
         seconds = interleave(attention_steps(peers_at(T), 1, 4, T, 64), turns)
         table.compare(f"T {T}", seconds, "ours", "sdpa", T=T, **megabytes(peers_at(T), 1, 4, T, 64))
-    return [table]
-
-
-def relative_errors(dtype: torch.dtype) -> dict[str, float]:
-    """{peer: largest relative error of output and gradients, in norm}; naive in float64 is the truth."""
-    exact = attention_steps({"": naive_attention}, 1, 2, 256, 64, dtype=dtype, wide=True)[""]()
-    return {peer: max(float((a.double() - b).norm() / b.norm()) for a, b in zip(step(), exact))
-            for peer, step in attention_steps(PEERS, 1, 2, 256, 64, dtype=dtype).items()}
-
-
-def errors_of_attention(cfg):
-    table = Table("largest relative error of output and gradients against float64 (ours / sdpa)")
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        errors = relative_errors(dtype)
-        table.add(str(dtype), errors["ours"] / errors["sdpa"], **errors)
     return [table]
 
 
@@ -152,5 +115,4 @@ def logp(cfg):
 
 
 if __name__ == "__main__":
-    start(lambda: run(__doc__, time=time_of_attention, growth=growth_of_attention, length=attention_by_length,
-                      errors=errors_of_attention, logp=logp))
+    start(lambda: run(__doc__, time=time_of_attention, length=attention_by_length, logp=logp))

@@ -2,7 +2,6 @@
 
     python -m bench.pictures --life out/village             losses.png, rewards.png, scorecard.png of a life
     python -m bench.pictures --attention attention.json     attention.png, of bench.attention --only length
-    python -m bench.pictures --zero zero.json               zero.png, of bench.zero --only memory
 
 A life is a folder with the runs pretrain, sft, rm, ppo, dpo-1 and dpo, or some of them, as run.sh makes it.
 """
@@ -33,7 +32,6 @@ BARS = "right", "needless", "invented_untold", "invented_elsewhere", "invented_w
 class Config:
     life: str = ""  # folder with the runs of a life
     attention: str = ""  # JSON file of bench.attention
-    zero: str = ""  # JSON file of bench.zero
     out: str = "pictures"  # folder for the pictures
 
 
@@ -92,17 +90,12 @@ def scorecard(life: str):
     return figure if models else None
 
 
-def tables(path: str, title: str) -> dict[str, list[dict]]:
-    """{title: rows} of the tables whose title begins like that."""
-    every = load_json(read_text(path), path, 1).get("tables", {})
-    found = {name: rows for name, rows in every.items() if name.startswith(title)}
-    if not found:
-        raise UserError(f"{path}: found no table {title!r}, expected what --out of bench.* writes")
-    return found
-
-
 def attention(path: str):
-    (title, rows), = tables(path, "by length").items()
+    tables = load_json(read_text(path), path, 1).get("tables", {})
+    title = next((title for title in tables if title.startswith("by length")), "")
+    if not title:
+        raise UserError(f"{path}: found no table 'by length', expected what bench.attention --out writes")
+    rows = tables[title]
     figure, axes = plt.subplots(1, 2)
     for ax, unit, label in zip(axes, ("ms", "MB"), ("time (ms)", "extra memory at its peak (MB)")):
         for name, text in (("ours", "ours, tiled"), ("sdpa", "PyTorch"), ("naive", "naive")):
@@ -115,29 +108,17 @@ def attention(path: str):
     return figure
 
 
-def zero(path: str):
-    """Bytes per parameter that a rank holds, in float32: four times the table's unit."""
-    figure, ax = plt.subplots()
-    for (title, rows), colour in zip(tables(path, "memory per rank").items(), COLOURS):
-        for key, style, text in (("formula", "_", "formula"), ("value", "o", "measured")):
-            ax.plot([row["what"] for row in rows], [4 * row[key] for row in rows], style, color=colour,
-                    ms=20 if style == "_" else 6, label=f"{title.split(',')[1]}, {text}")
-    ax.set(ylim=0, ylabel="bytes per parameter", title="a rank's peak memory, float32")
-    ax.legend()
-    return figure
-
-
 def main(argv=None) -> None:
     cfg = parse(Config, argv, __doc__)
     if plt is None:
         raise UserError("matplotlib: found none, needed for pictures; pip install matplotlib")
-    if not (cfg.life or cfg.attention or cfg.zero):
-        raise UserError("nothing to draw; expected --life, --attention or --zero (see --help)")
+    if not (cfg.life or cfg.attention):
+        raise UserError("nothing to draw; expected --life or --attention (see --help)")
     os.makedirs(cfg.out, exist_ok=True)
     plt.switch_backend("Agg")  # into files: it needs no screen
     with plt.rc_context(STYLE | {"axes.prop_cycle": plt.cycler(color=COLOURS)}):
         for draw, source in ((losses, cfg.life), (rewards, cfg.life), (scorecard, cfg.life),
-                             (attention, cfg.attention), (zero, cfg.zero)):
+                             (attention, cfg.attention)):
             if source and (figure := draw(source)):
                 path = os.path.join(cfg.out, f"{draw.__name__}.png")
                 figure.savefig(path)

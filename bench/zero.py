@@ -1,14 +1,13 @@
 """ZeRO beside PyTorch's DistributedDataParallel (DDP) and FSDP2, in processes that talk through gloo.
 
     python -m bench.zero --out bench_zero.json    all parts, about ten minutes on two cores
-    python -m bench.zero --only fit               one of: time, memory, step, fit, cuda (one GPU)
+    python -m bench.zero --only memory            one of: time, memory, cuda (one GPU)
 
 Memory and bytes sent are the operating system's counts, in fresh processes.
 """
 import datetime
 import multiprocessing
 import os
-import resource
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -18,8 +17,8 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 
-from bench.measure import Table, interleave, peak_memory, process_memory, run
-from lib.program import UserError, start
+from bench.measure import Table, interleave, peak_memory, run
+from lib.program import start
 from model import GPT, GPTConfig, initialise
 from zero import Zero
 
@@ -107,21 +106,6 @@ def time_of_step(cfg):
         yield table
 
 
-def update_times(repeats: int) -> dict:
-    backward, update = training("stage 0", 8, 1, 8)
-    p = nn.Parameter(torch.randn(gpt(8).parameter_count()))
-    p.grad = torch.randn_like(p) * 1e-3
-    bare = torch.optim.AdamW([p], lr=LR, betas=(0.9, 0.95), fused=True)
-    return interleave({"bare": bare.step, "z.step": update}, repeats, before=backward)
-
-
-def time_of_update(cfg):
-    """z.step on one rank, where it has nothing to reduce: norm, guard against NaN, clipping, AdamW."""
-    table = Table("z.step alone, 29.1 M parameters, one process (time / fused AdamW on one such tensor)")
-    table.compare("z.step, clipped", on_ranks(1, update_times, 3 * cfg.repeats)[0], "z.step", "bare")
-    yield table
-
-
 def loopback_bytes() -> int:
     with open("/proc/net/dev") as file:
         return next(int(line.split()[9]) for line in file if line.strip().startswith("lo:"))
@@ -161,29 +145,6 @@ def memory_and_traffic(cfg):
         yield table
 
 
-def under_a_cap(peer: str, layers: int, cap: int) -> str:
-    """Three steps with at most `cap` more bytes of private memory than PyTorch itself. The error or ""."""
-    training("plain", 1, 1, 16)[0]()  # the libraries make buffers of their own at their first products
-    resource.setrlimit(resource.RLIMIT_DATA, (process_memory("VmData") + cap, resource.RLIM_INFINITY))
-    try:
-        for part in 3 * training(peer, layers, 1, 16):
-            part()
-    except (RuntimeError, UserError, MemoryError) as error:
-        return (str(error) or type(error).__name__).splitlines()[0]
-    return ""
-
-
-def fit_table(cfg=None):
-    size = {layers: gpt(layers).parameter_count() for layers in (8, 16)}
-    cap = int(3.4 * 4 * size[8])
-    table = Table(f"does it fit? each rank capped at {cap / 2**20:.0f} MiB of its own (1: it trained)")
-    for layers, peer, world in (8, "stage 0", 2), (8, "stage 3", 2), (16, "stage 3", 2), (16, "stage 3", 4):
-        errors = [error for error in on_ranks(world, under_a_cap, peer, layers, cap, **FRUGAL) if error]
-        table.add(f"{size[layers] / 1e6:.1f} M parameters, {peer}, {world} ranks", int(not errors),
-                  model_states_MiB=16 * size[layers] / 2**20, note=errors[0][-90:] if errors else "ok")
-    return [table]
-
-
 def one_gpu(cfg):
     """What offload saves on the device, and what it costs in time."""
     layers, B, T, width = 4, 8, 256, 1024 if cfg.quick else 2048
@@ -197,5 +158,4 @@ def one_gpu(cfg):
 
 if __name__ == "__main__":
     cuda = {"cuda": one_gpu} if torch.cuda.is_available() else {}
-    start(lambda: run(__doc__, time=time_of_step, memory=memory_and_traffic, step=time_of_update,
-                      fit=fit_table, **cuda))
+    start(lambda: run(__doc__, time=time_of_step, memory=memory_and_traffic, **cuda))
