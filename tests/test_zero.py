@@ -15,9 +15,8 @@ import torch.nn.functional as F
 from ranks import RankFailed, ranks
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from bench import zero as bench_zero
 from lib import collectives
-from lib.collectives import Comm, Memory
+from lib.collectives import Comm, Memory, rank_and_world
 from lib.program import UserError
 from model import GPT, GPTConfig, generate, initialise
 from zero import Unit, Zero, data_parallel_step
@@ -36,8 +35,6 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-# ---- models and data
-
 def gpt(tied=False, seed=0):
     """Nothing in it is zero: at birth the blocks are the identity, and their gradients hide mistakes."""
     model = GPT(GPTConfig(**SMALL, tie_embeddings=tied), seed=seed)
@@ -47,10 +44,12 @@ def gpt(tied=False, seed=0):
     return model
 
 
-class HalfUsed(nn.Linear):
-    """Uses its bias now and then."""
+class Picky(nn.Linear):
+    """Uses its bias now and then, and sees that no gradient is computed for what is frozen."""
+    trained = True
 
-    def forward(self, x, whole):
+    def forward(self, x, whole=True):
+        assert self.weight.requires_grad == self.trained
         return F.linear(x, self.weight, self.bias if whole else None)
 
 
@@ -62,11 +61,11 @@ class Odd(nn.Module):
         super().__init__()
         torch.manual_seed(1)
         self.embed, self.gain = nn.Embedding(33, 8), nn.Parameter(torch.tensor(1.3))
-        self.blocks = nn.ModuleList([nn.Linear(8, 8), nn.LayerNorm(8), nn.Linear(3, 5), nn.Linear(8, 8),
-                                     nn.Linear(8, 8), HalfUsed(8, 8), nn.Linear(8, 8)])
+        self.blocks = nn.ModuleList([nn.Linear(8, 8), nn.LayerNorm(8), nn.Linear(3, 5), Picky(8, 8),
+                                     nn.Linear(8, 8), Picky(8, 8), nn.Linear(8, 8)])
         self.tiny = nn.ModuleList([nn.Linear(1, 1, bias=False)])
         self.register_buffer("offset", torch.tensor(0.7))
-        self.blocks[3].weight.requires_grad_(False)
+        self.blocks[3].trained = self.blocks[3].weight.requires_grad = False
         self.blocks[4].requires_grad_(False)
 
     def units(self):
@@ -81,8 +80,8 @@ class Odd(nn.Module):
         return F.linear(x, torch.ones(33, 8).tril()).log_softmax(-1).gather(-1, targets[..., None])[..., 0]
 
 
-def make(kind):
-    return Odd() if kind == "odd" else gpt(tied=kind == "tied")
+def make(kind, seed=0):
+    return Odd() if kind == "odd" else gpt(kind == "tied", seed)
 
 
 def in_a_row(*blocks):
@@ -113,8 +112,8 @@ def adamw(model):
 # ---- the oracle is one process with the plain model, which adds gradients in a known order
 
 def one_process(kind, data, stage):
-    """Train on the micro-batches of all ranks: (state_dict, norms). Stages 0-1 sum over micro-batches, then over
-    ranks; stages 2-3 the other way round."""
+    """Train on the micro-batches of all ranks: (state_dict, norms). Stages 0-1 sum over micro-batches, then
+    over ranks; stages 2-3 the other way round."""
     model, norms = make(kind), []
     named, optimizer = [p for p in model.parameters() if p.requires_grad], adamw(model)
     for model.step, step in enumerate(data):
@@ -134,8 +133,8 @@ def one_process(kind, data, stage):
 
 
 def sharded(kind, data, stage, **options):
-    """The same by the ranks of this job: (state_dict, on rank 0; norms)."""
-    model, norms = make(kind), []
+    """The same by the ranks of this job: (state_dict, on rank 0; norms). All begin with rank 0's weights."""
+    model, norms = make(kind, seed=rank_and_world()[0]), []
     zero = Zero(model, units=model.units(), stage=stage, lr=LR, weight_decay=DECAY, **options)
     for model.step, step in enumerate(data):
         for ids in step[zero.comm.rank]:
@@ -159,8 +158,6 @@ def assert_equal(state, expected, label=""):
     differing = [name for name in expected if not torch.equal(state[name], expected[name])]
     assert not differing, (label, differing)
 
-
-# ---- equal to one process
 
 @pytest.mark.parametrize("world", [1, 2, 3])
 def test_stages_are_bitwise_one_process(world):
@@ -246,8 +243,8 @@ def compiled(function, *args):
 
 
 def test_compiled_blocks():
-    """torch.compile of the blocks changes no bit, on one rank and on two; the blocks of several models, which are
-    one function to it, may have many variants."""
+    """torch.compile of the blocks changes no bit, on one rank and on two. The blocks of several models are
+    one function to it, which may have many variants."""
     cases = [(("untied", batches(world, 2), stage), {"compile": True, "activation_checkpointing": world == 2})
              for world, stage in ((1, 0), (2, 3))]
     answers = compiled(many, cases[:1]) + ranks().run(2, compiled, many, cases[1:])[0]
@@ -267,8 +264,6 @@ def test_compile_compiles_the_blocks_and_them_alone():
             model(torch.arange(4)[None])
         assert ran == ([type(block).forward.__get__(block) for block in model.blocks] if flag else [])
 
-
-# ---- the comparison can fail
 
 def lose_one(real, unit, gradients):
     real(unit, [None] * len(gradients) if unit.name == "blocks.0" and dist.get_rank() == 1 else gradients)
@@ -336,14 +331,14 @@ def test_compute_dtypes(dtype):
             assert error.mean() < LR / 4 and error.max() < (1e-5 if dtype == wide else 4.1 * LR), name
 
 
-@pytest.mark.parametrize("stage", [0, 2])
-def test_sixteen_bit_gradients_add_in_float32(stage):
+def test_sixteen_bit_gradients_add_in_float32():
     """A bfloat16 sum of 300 micro-batches with a gradient of 1 + 2^-7 would stop growing at 256."""
-    model = nn.Sequential(nn.Linear(1, 1, bias=False))
-    zero = Zero(model, units=[model[0]], stage=stage, dtype=torch.bfloat16)
-    for _ in range(300):
-        zero.backward(model(torch.full((1, 1), 1 + 2**-7, dtype=torch.bfloat16)).sum())
-    assert zero.step(0.0).norm == 300 * (1 + 2**-7)
+    for stage in (0, 2):
+        model = nn.Sequential(nn.Linear(1, 1, bias=False))
+        zero = Zero(model, units=[model[0]], stage=stage, dtype=torch.bfloat16)
+        for _ in range(300):
+            zero.backward(model(torch.full((1, 1), 1 + 2**-7, dtype=torch.bfloat16)).sum())
+        assert zero.step(0.0).norm == 300 * (1 + 2**-7)
 
 
 OVERFLOWS, GROWS = 1, 2  # of these four steps: rank 1 overflows in one; the other is the 2000th good one
@@ -439,8 +434,8 @@ def one_rank_is_poisoned(stage, steps):
 
 
 def test_one_nan_makes_all_ranks_skip():
-    """A NaN in one rank's gradient of one block: every rank skips, the weights stay, the next step is sound. The
-    20th time in a row is an error that names the block, on all ranks."""
+    """A NaN in one rank's gradient of one block: every rank skips, the weights stay, the next step is sound.
+    The 20th time in a row is an error that names the block, on all ranks."""
     for stage in (0, 1, 2, 3):
         for infos, unchanged, last in ranks().run(2, one_rank_is_poisoned, stage, 3):
             assert all(info.skipped for info in infos) and unchanged
@@ -548,8 +543,8 @@ def test_report():
 
 @pytest.mark.parametrize("recompute", [False, True])
 def test_peak_of_gathered_weights(recompute):
-    """At stage 3 the root's weights and one unit's are there at once, also of frozen units, which no reduce lets
-    go. (On one rank, since gloo's worker thread may hold a finished gather a moment longer.)"""
+    """At stage 3 the root's weights and one unit's are there at once, also of frozen units, which no reduce
+    lets go. (On one rank: gloo's worker thread may hold a finished gather a moment longer.)"""
     sizes, model = padded(1), gpt()
     zero = Zero(model, units=model.units(), stage=3, activation_checkpointing=recompute)
     with counted() as (_, peak):
@@ -560,18 +555,6 @@ def test_peak_of_gathered_weights(recompute):
     with counted() as (_, peak):
         zero.backward(model(torch.randn(4, 16)).sum())
     assert peak[0] == 4 * zero.units[0].shard_size and zero.held is None
-
-
-def test_frozen_weights_need_no_gradient():
-    """Of a unit's weights the frozen ones are not in the graph: no gradient is computed for them."""
-    seen, real = [], nn.Linear.forward
-    with mock.patch.object(nn.Linear, "forward", lambda layer, x: seen.append(
-            (layer.weight.requires_grad, layer.bias.requires_grad)) or real(layer, x)):
-        for stage in (0, 3):
-            model = in_a_row(nn.Linear(16, 16))
-            model.blocks[0].weight.requires_grad_(False)
-            Zero(model, units=list(model.blocks), stage=stage).backward(model(torch.randn(4, 16)).sum())
-    assert seen == 2 * [(False, True)]
 
 
 class Spy(nn.Module):
@@ -614,8 +597,6 @@ def test_checkpointing_really_drops_and_recomputes(stage, recompute):
     names = ["blocks.0", "blocks.1", "blocks.2"]
     assert stage == 0 or [name for name, _ in fetched] == [*names, *reversed(names)]
 
-
-# ---- generation, frozen models, building
 
 def generation(stage):
     model, plain = gpt(), gpt()
@@ -679,17 +660,6 @@ def test_building_unit_by_unit():
     """A model born on the meta device and initialised one unit at a time has the numbers of one built whole."""
     for stage in (1, 3):
         assert_equal(ranks().run(2, born_on_meta, stage)[0], GPT(GPTConfig(**SMALL), seed=7).state_dict())
-
-
-def seeded_by_rank():
-    models = [gpt(seed=dist.get_rank()) for _ in range(3)]
-    return [Zero(m, units=m.units(), stage=stage).full_state_dict() for m, stage in zip(models, (0, 1, 3))]
-
-
-def test_ranks_that_were_seeded_differently_start_from_rank_0():
-    """Every stage begins with rank 0's weights everywhere, not with a mixture."""
-    for state in ranks().run(2, seeded_by_rank)[0]:
-        assert_equal(state, gpt(seed=0).state_dict())
 
 
 @pytest.mark.parametrize("options, words", [
@@ -767,24 +737,14 @@ def test_what_is_parked():
     assert zero.step(LR).norm == pytest.approx(expected, rel=1e-5)
 
 
-class Spoils(nn.Linear):
-    """Overwrites what sin() has saved for its backward pass."""
-
-    def forward(self, x):
-        h = super().forward(x)
-        return h.sin() + h.mul_(2)
-
-
 @pytest.mark.parametrize("options", [{}, {"stage": 3}, {"offload": ("acts",)}])
 def test_a_saved_activation_that_is_overwritten_is_an_error(options):
     """As in plain PyTorch, which leaves this check to whoever sets saved-tensor hooks; not a wrong gradient."""
-    model = nn.Sequential(Spoils(16, 16))
+    model = nn.Sequential(Saves(in_place=True))
     zero = Zero(model, units=[model[0]], **options)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         zero.backward(model(torch.randn(4, 16)).sum())
 
-
-# ---- on a GPU
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
