@@ -10,11 +10,11 @@ Data parallelism holds all of it N times, once per rank. ZeRO (Rajbhandari et al
 it in N shards, with each stage one kind more. Psi is the number of parameters, p the bytes of one weight in
 forward and backward (2 or 4), m the micro-batches of one step, and f = (N-1)/N. Bytes per rank:
 
-    stage            weights  gradients  fp32 masters  Adam's moments  sent in one step
-    0 data parallel  p Psi    4 Psi      4 Psi *       8 Psi           2f 4 Psi             all-reduce
-    1 + optimizer    p Psi    4 Psi      4 Psi/N *     8 Psi/N         f 4 Psi + f p Psi    reduce, gather
-    2 + gradients    p Psi    4 Psi/N    4 Psi/N *     8 Psi/N         m f p Psi + f p Psi  m reduces, gather
-    3 + weights      0        4 Psi/N    4 Psi/N       8 Psi/N         m f 3p Psi           m reduces, 2m gathers
+    stage            weights  gradients  fp32 masters  Adam moments  sent in one step
+    0 data parallel  p Psi    4 Psi      4 Psi *       8 Psi         2f 4 Psi            all-reduce
+    1 + optimizer    p Psi    4 Psi      4 Psi/N *     8 Psi/N       f 4 Psi + f p Psi   reduce, gather
+    2 + gradients    p Psi    4 Psi/N    4 Psi/N *     8 Psi/N       m f p Psi + f p Psi m reduces, gather
+    3 + weights      0        4 Psi/N    4 Psi/N       8 Psi/N       m f 3p Psi          2m gathers, m reduces
     * 0 if p = 4: then the masters are the weights, or a slice of them
 
 For a moment stage 3 also holds the weights of one unit (block), and every reduce about three vectors of that
@@ -28,12 +28,11 @@ size. For many micro-batches choose stage 1: it sends as much as for one.
     stage 3            112     56     28     14      7    1.8            7       2        2
     3, offload optim    14      7    3.5    1.8    0.9    0.2            1       1        1  (host: 112/N)
 
-One training step at stage 2, in the order of this file:
-    1. Zero.backward    Backward comes to a unit's `Use` when all that used its weights is differentiated.
-    2. Unit.reduce      Each rank sums 1/N of the unit's gradients over all ranks and drops the rest.
-    3. Zero.step        One norm over all ranks, clipping, AdamW on this rank's 1/N of the masters.
-    4. Unit.publish     Each rank sends its new weights to all others.
-The other stages differ in four methods of Unit and nowhere else: fetch, reduce, finish_gradients, publish.
+One training step at stage 2, and what other stages do instead:
+    forward   Unit.fetch     All weights are at hand. Stage 3: they are gathered for as long as the unit runs.
+    backward  Unit.reduce    Each rank sums 1/N of a unit's gradients over ranks. Stages 0, 1: at the end.
+    update    Zero.step      One norm of all gradients, clipping, AdamW on this rank's 1/N of the masters.
+              Unit.publish   Each rank sends its new weights to all others. Stages 0, 3: nothing to send.
 """
 from __future__ import annotations
 
@@ -76,8 +75,7 @@ class Zero:
 
     units: modules that are fetched one at a time (blocks; untied embedding and head). A parameter that is not
         inside exactly one of them belongs to the root unit, which is fetched once for forward and backward.
-    dtype: of weights and activations, in place of autocast. Masters, gradients and moments are float32 (or
-        float64, if dtype is).
+    dtype: of weights and activations, in place of autocast. The rest is float32 (float64 if dtype is).
     offload: "optim": masters, moments and gradient shards are in host memory, and AdamW runs there; "params"
         (stage 3): weight shards too; "acts": large activations.
     frozen: no gradients, no optimizer (a reference or reward model); sharded at stage 3 only.
@@ -136,8 +134,7 @@ class Zero:
 
     @contextlib.contextmanager
     def gathered(self):
-        """Inside, all modules have whole weights, without gradients, and nothing is communicated: ranks may
-        generate replies of different lengths."""
+        """Inside, modules have whole weights and nothing is communicated: replies may differ in length."""
         self.is_gathered = True
         try:
             with torch.no_grad():
@@ -161,7 +158,6 @@ class Zero:
         self.wide = torch.float64 if dtype == torch.float64 else torch.float32
         self.device = torch.device(device or next(model.parameters()).device)
         self.memory, self.comm = collectives.Memory(self.device), collectives.Comm()
-        self.trigger = torch.zeros((), requires_grad=True)  # makes Use a node of the graph
         self.is_gathered, self.held = False, None  # held: (unit, its weights) where backward is now
         self.loss_scale = 2.0**16 if dtype == torch.float16 else 1.0
         self.updates = self.good_steps = self.skipped = 0  # all; since the scale changed; skipped in a row
@@ -202,37 +198,34 @@ class Zero:
         for unit in self.units:
             whole = unit.master
             if unit.master.numel() < unit.length:
-                whole = self.memory.empty(unit.shard_size * self.comm.world, unit.master.dtype)
-                self.comm.all_gather(whole, unit.master.to(self.device))
+                whole = self.comm.all_gather(unit.master.to(self.device))
             if self.comm.rank == 0:
                 for slot, view in zip(unit.slots, unit.views(whole)):
                     state |= dict.fromkeys((name for name, *_ in slot.places), view.to("cpu", copy=True))
         return state | self.model.state_dict() if self.comm.rank == 0 else {}
 
     def report(self) -> str:
-        """For the log: bytes of model states on this rank, counted and by the table at the head of this file
-        (which knows no padding and no offload), and bytes to send."""
+        """For the log: bytes held, counted and by the table above (no padding, no offload); bytes to send."""
         world, stage, p, w = self.comm.world, self.stage, self.dtype.itemsize, self.wide.itemsize
         psi, total = (sum(unit.numel for unit in units) for units in (self.trained, self.units))
         part = psi / world if stage > 0 else psi
         table = {"weights": p * (total if stage < 3 else (total - psi) / world),
                  "gradients": w * (psi if stage < 2 else part),
-                 "masters": w * part if stage == 3 or p < w else 0, "moments": 2 * w * part}
+                 "masters": w * part * (stage == 3 or p < w), "moments": 2 * w * part}
         sent = (1 - 1 / world) * psi * (2 * w, w + p, 2 * p, 3 * p)[stage]
-        storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes()
-                    for unit in self.units for x in vars(unit).values() if isinstance(x, torch.Tensor)}
-        return (f"ZeRO stage {stage}, rank {self.comm.rank} of {world}: {total:,} parameters in "
-                f"{len(self.units)} units\n"
-                f"model states held: {sum(storages.values()) / 2**20:.1f} MiB; by formula "
+        counted = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes()
+                   for unit in self.units for x in vars(unit).values() if isinstance(x, torch.Tensor)}
+        return (f"ZeRO stage {stage}, rank {self.comm.rank} of {world}: {total:,} parameters\n"
+                f"model states held: {sum(counted.values()) / 2**20:.1f} MiB; by formula "
                 + " + ".join(f"{kind} {n_bytes / 2**20:.1f}" for kind, n_bytes in table.items())
                 + f"\nto send per step of one micro-batch: {sent / 2**20:.1f} MiB")
 
 
 class Use(torch.autograd.Function):
-    """Use of a unit's weights: forward fetches them, backward gets their gradients, all of them at once."""
+    """Use of a unit's weights: forward fetches them, backward gets the gradients of all of them at once."""
 
     @staticmethod
-    def forward(ctx, unit: Unit, trigger: torch.Tensor):
+    def forward(ctx, unit: Unit, trigger: torch.Tensor):  # an input with a gradient makes this a graph's node
         ctx.unit = unit
         ctx.set_materialize_grads(False)  # the gradient of an unused weight stays None
         views = unit.views(unit.fetch())
@@ -250,7 +243,7 @@ class Unit:
 
     slots, values: the parameters in the order of the vector: with weight decay, without, frozen.
     trainable, decaying: how many of the slots are. ends[n]: where the first n slots end.
-    low, high: this rank owns the elements between them; at stage 0 all.
+    low: the first element that this rank owns: shard_size of them, at stage 0 all.
     """
 
     def __init__(self, zero: Zero, name: str, module: nn.Module, slots: list[Slot],
@@ -266,13 +259,13 @@ class Unit:
             view.copy_(value)
         if comm.world > 1:  # ranks that were seeded differently would train a mixture
             dist.broadcast(flat, 0)
-        self.low, size = (comm.rank * self.shard_size, self.shard_size) if stage > 0 else (0, flat.numel())
-        self.high = self.low + size
+        size = self.shard_size if stage > 0 else flat.numel()
+        self.low = comm.rank * size if stage > 0 else 0
         # resident: the weights that compute, as far as they stay on the device: all at stages 0-2; at stage 3
         # this rank's shard, if the optimizer alone is offloaded. master: what this rank owns, in float32.
         self.offloaded = "params" in zero.offload or (trainable > 0 and "optim" in zero.offload)
         self.resident = flat.to(zero.dtype) if stage < 3 else None
-        self.master = flat[self.low:self.high]
+        self.master = flat[self.low:self.low + size]
         if self.offloaded:
             self.master = memory.empty(size, flat.dtype, host=True).copy_(self.master)
         elif self.resident is not flat:
@@ -283,36 +276,31 @@ class Unit:
         self.is_block = name.split(".")[-1].isdigit()  # a member of a ModuleList
         self.original = module.forward
         self.fwd = torch.compile(self.original) if zero.compile and self.is_block else self.original
-        self.address = None  # of the weights that forward is using
+        self.address = None  # where in memory the weights lie while forward uses them
+        self.filled = False  # whether grad holds gradients of this step
         if trainable:
-            self.filled = False  # whether grad holds gradients of this step
             self.decay, self.end = (min(max(self.ends[n] - self.low, 0), size) for n in (decaying, trainable))
             self.exp_avg, self.exp_avg_sq, self.shard_grad = (
                 memory.empty(n, zero.wide, host=self.offloaded).zero_() for n in (self.end, self.end, size))
-            self.grad = self.shard_grad
-            if stage < 2:
-                self.grad = memory.empty(flat.numel(), zero.wide).zero_()
-                self.shard_grad = self.shard_grad if self.offloaded else self.grad[self.low:self.high]
+            self.grad = self.shard_grad if stage > 1 else memory.empty(flat.numel(), zero.wide).zero_()
+            if stage < 2 and not self.offloaded:
+                self.shard_grad = self.grad[self.low:self.low + size]
 
     def views(self, whole: torch.Tensor) -> list[torch.Tensor]:
         return [whole[slot.start:slot.start + slot.numel].view(slot.shape) for slot in self.slots]
-
-    # ---- the stages differ in these four methods
 
     def fetch(self) -> torch.Tensor:
         """The weights (N shard_size,): at hand at stages 0-2, gathered from the shards at stage 3."""
         if self.zero.stage < 3:
             return self.resident
-        memory, dtype = self.zero.memory, self.zero.dtype
-        shard = memory.to_device(self.master, dtype) if self.resident is None else self.resident
-        whole = memory.empty(self.shard_size * self.zero.comm.world, dtype)
-        self.zero.comm.all_gather(whole, shard)
-        return whole
+        shard = self.resident
+        if shard is None:
+            shard = self.zero.memory.to_device(self.master, self.zero.dtype)
+        return self.zero.comm.all_gather(shard)
 
     @torch.no_grad()
     def reduce(self, gradients) -> None:
-        """Add up the gradients of one backward (None: of a weight that was not used), at stages 2-3 over all
-        ranks, at stages 0-1 only this rank's."""
+        """Add up the gradients of one backward (None: unused): over all ranks at stages 2-3, else my own."""
         self.zero.held = None
         total = self.zero.memory.empty(self.shard_size * self.zero.comm.world, self.zero.dtype).zero_()
         for part, gradient in zip(self.views(total), gradients):
@@ -332,15 +320,14 @@ class Unit:
             self.zero.comm.all_reduce(self.grad)
             self.zero.memory.put(self.shard_grad, self.grad)
         elif self.zero.stage == 1:
-            total = self.zero.comm.reduce_scatter(self.grad, self.zero.wide)  # (shard_size,)
-            self.zero.memory.put(self.shard_grad, total)
+            self.zero.memory.put(self.shard_grad, self.zero.comm.reduce_scatter(self.grad, self.zero.wide))
 
     def publish(self) -> None:
         """After an update: the weights that compute take the new values of the masters."""
         if self.resident is not None:
             mine = self.zero.memory.to_device(self.master, self.zero.dtype)
-            if self.zero.stage in (1, 2):
-                self.zero.comm.all_gather(self.resident, mine)
+            if 0 < self.zero.stage < 3:
+                self.zero.comm.all_gather(mine, self.resident)
             else:
                 self.zero.memory.put(self.resident, mine)
 
@@ -357,7 +344,7 @@ class Unit:
 
     def run(self, *args, **kwargs):
         train = self.trainable and torch.is_grad_enabled()
-        weights = Use.apply(self, self.zero.trigger) if train else self.views(self.fetch())
+        weights = Use.apply(self, torch.zeros(0, requires_grad=True)) if train else self.views(self.fetch())
         self.address = weights[0].untyped_storage().data_ptr()
         self.zero.stays.add(self.address)
         plug(self.slots, weights)

@@ -127,12 +127,14 @@ class Comm:
         if self.world > 1:
             dist.all_reduce(x)
 
-    def all_gather(self, whole: torch.Tensor, shard: torch.Tensor) -> None:
-        """whole (N shard_size,) <- the shards (shard_size,) of all ranks. Sends (N-1)/N of whole per rank."""
+    def all_gather(self, shard: torch.Tensor, into: torch.Tensor | None = None) -> torch.Tensor:
+        """The shards (shard_size,) of all ranks in a row: (N shard_size,). A rank sends (N-1)/N of that."""
+        whole = shard.new_empty(self.world * shard.numel()) if into is None else into
         if self.world > 1:
             dist.all_gather_single(whole, shard)
         elif whole.data_ptr() != shard.data_ptr():
             whole.copy_(shard)
+        return whole
 
     def reduce_scatter(self, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """x (N shard_size,) -> (shard_size,): this rank's part of the sum over ranks, in dtype. May use x.
