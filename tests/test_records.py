@@ -1,63 +1,74 @@
-"""The public record forms: what is read, and the one clear line for everything that is not."""
+"""Public record forms: what is read of them, and the one clear line for all that is not."""
 import gzip
 import json
 
 import pytest
 
 from lib.program import UserError
-from lib.records import read_chats, read_preferences, read_prompts, read_records, split_records
+from lib.records import (
+    Record,
+    load_json,
+    random_negatives,
+    read_chats,
+    read_preferences,
+    read_prompts,
+    read_records,
+    split_prompts,
+    split_records,
+)
 
 USER, REPLY = {"role": "user", "content": "Hi 你好"}, {"role": "assistant", "content": "Hello 🙂"}
+NO = {"role": "assistant", "content": "No."}
+SYSTEM = {"role": "system", "content": "Be kind."}
 
 
-def write(path, *records, form=".jsonl", compress=False):
-    text = json.dumps(records, indent=1, ensure_ascii=False) if form == ".json" else \
-        "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-    path = path / f"file{form}{'.gz' if compress else ''}"
-    path.write_bytes(gzip.compress(text.encode()) if compress else text.encode())
-    return str(path)
+def lines(*records) -> bytes:
+    return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode()
 
+
+def write(folder, *records):
+    (folder / "file.jsonl").write_bytes(lines(*records))
+    return folder / "file.jsonl"
+
+
+# ---- what is read --------------------------------------------------------------------------------------------
 
 CHATS = {
     "messages": ({"messages": [USER, REPLY]}, [USER, REPLY]),
-    "system and two turns": (
-        {"messages": [{"role": "system", "content": "Be kind."}, USER, REPLY, USER, REPLY]},
-        [{"role": "system", "content": "Be kind."}, USER, REPLY, USER, REPLY]),
-    "alpaca without input": ({"instruction": "Hi 你好", "input": "", "output": "Hello 🙂"}, [USER, REPLY]),
-    "alpaca without the key input": ({"instruction": "Hi 你好", "output": "Hello 🙂"}, [USER, REPLY]),
-    "alpaca": ({"instruction": "将下列文本翻译成英文:", "input": "今天天气真好", "output": "Today is a nice day!"},
-               [{"role": "user", "content": "将下列文本翻译成英文:\n今天天气真好"},
-                {"role": "assistant", "content": "Today is a nice day!"}]),
+    "system, turns": ({"messages": [SYSTEM, USER, REPLY, USER, REPLY]}, [SYSTEM, USER, REPLY, USER, REPLY]),
+    "alpaca with an empty input": ({"instruction": "Hi 你好", "input": "", "output": "Hello 🙂"}, [USER, REPLY]),
+    "alpaca without input": ({"instruction": "Hi 你好", "output": "Hello 🙂"}, [USER, REPLY]),
+    "alpaca": ({"instruction": "翻译成英文:", "input": "今天天气真好", "output": "Hello 🙂"},
+               [{"role": "user", "content": "翻译成英文:\n今天天气真好"}, REPLY]),
+    "alpaca with system": ({"instruction": "Hi 你好", "output": "Hello 🙂", "system": "Be kind."},
+                           [SYSTEM, USER, REPLY]),
     "sharegpt": ({"id": 7, "conversations": [{"from": "human", "value": "Hi 你好"},
                                              {"from": "gpt", "value": "Hello 🙂"}]}, [USER, REPLY]),
     "conversations with roles": ({"conversations": [USER, REPLY]}, [USER, REPLY]),
 }
 
 
-@pytest.mark.parametrize("form, compress", [(".json", False), (".jsonl", False), (".json", True), (".jsonl", True)])
 @pytest.mark.parametrize("name", CHATS)
-def test_every_chat_form_gives_the_same_messages(name, form, compress, tmp_path):
-    """Array or lines, plain or gzip: the messages, and the line of the file where the record begins."""
+def test_every_chat_form_gives_the_same_messages(name, tmp_path):
+    """Array or lines, plain or gzip: the messages, and the line of the file where each record begins."""
     record, messages = CHATS[name]
-    path = write(tmp_path, record, record, form=form, compress=compress)
-    found = read_chats(path)
-    assert [chat.messages for chat in found] == [messages, messages]
-    lines = [int(chat.where.rpartition(":")[2]) for chat in found]
-    if form == ".jsonl":
-        assert lines == [1, 2]
-    else:
-        text = (gzip.open if compress else open)(path, "rb").read().decode().split("\n")
-        assert lines[0] == 2 and text[lines[1] - 1].strip() == "{" and lines[1] > 2
+    array = json.dumps([record, record], indent=1, ensure_ascii=False)
+    second = [i for i, line in enumerate(array.split("\n"), start=1) if line == " {"][1]
+    for ending, content, where in ((".jsonl", lines(record, record), [1, 2]), (".json", array.encode(), [2, second])):
+        for path, data in ((tmp_path / f"a{ending}", content), (tmp_path / f"a{ending}.gz", gzip.compress(content))):
+            path.write_bytes(data)
+            found = read_chats(path)
+            assert [chat.messages for chat in found] == [messages, messages]
+            assert [chat.where for chat in found] == [f"{path}:{line}" for line in where]
 
 
 PREFERENCES = {
     "text prompt": {"prompt": "Hi 你好", "chosen": "Hello 🙂", "rejected": "No."},
     "messages as prompt": {"prompt": [USER], "chosen": "Hello 🙂", "rejected": "No."},
     "alpaca": {"instruction": "Hi 你好", "input": "", "output": "-", "chosen": "Hello 🙂", "rejected": "No."},
-    "replies as messages": {"prompt": [USER], "chosen": [REPLY], "rejected": [{"role": "assistant", "content": "No."}]},
-    "whole conversations": {"prompt": "Hi 你好", "chosen": [USER, REPLY],
-                            "rejected": [USER, {"role": "assistant", "content": "No."}]},
-    "conversations alone": {"chosen": [USER, REPLY], "rejected": [USER, {"role": "assistant", "content": "No."}]},
+    "replies as messages": {"prompt": [USER], "chosen": [REPLY], "rejected": [NO]},
+    "whole conversations": {"prompt": "Hi 你好", "chosen": [USER, REPLY], "rejected": [USER, NO]},
+    "conversations alone": {"chosen": [USER, REPLY], "rejected": [USER, NO]},
     "hh": {"chosen": "\n\nHuman: Hi 你好\n\nAssistant: Hello 🙂", "rejected": "\n\nHuman: Hi 你好\n\nAssistant: No."},
     "ranked": {"prompt": "Hi 你好", "responses": ["Hello 🙂", "No."]},
 }
@@ -65,18 +76,12 @@ PREFERENCES = {
 
 @pytest.mark.parametrize("name", PREFERENCES)
 def test_every_preference_form_gives_prompt_and_ranked_replies(name, tmp_path):
-    record, = read_preferences(write(tmp_path, PREFERENCES[name]))
+    """The best reply first; the same file also gives its prompts."""
+    path = write(tmp_path, PREFERENCES[name])
+    record, = read_preferences(path)
     assert record.messages == [USER] and record.responses == ["Hello 🙂", "No."]
-
-
-@pytest.mark.parametrize("read", [read_chats, read_prompts, read_preferences])
-def test_alpaca_with_a_system_message(read, tmp_path):
-    """"system" comes first; an empty one is none."""
-    record = {"instruction": "a", "output": "b"} if read != read_preferences else {
-        "instruction": "a", "chosen": "b", "rejected": "c"}
-    path = write(tmp_path, record | {"system": "Be brief."}, record | {"system": ""})
-    with_one, without = ([(m["role"], m["content"]) for m in found.messages] for found in read(path))
-    assert with_one == [("system", "Be brief."), *without] and without[0] == ("user", "a")
+    if name != "ranked":
+        assert read_prompts(path)[0].messages == [USER]
 
 
 def test_hh_with_several_turns(tmp_path):
@@ -93,10 +98,134 @@ def test_tags_and_scores_are_carried(tmp_path):
 
 
 @pytest.mark.parametrize("record", [{"prompt": "Hi 你好"}, {"prompt": [USER]}, {"messages": [USER, REPLY]},
-                                    {"instruction": "Hi 你好", "output": "x"}, {"prompt": "Hi 你好", "chosen": "x"}])
+                                    {"conversations": [USER, REPLY]}, {"instruction": "Hi 你好", "output": "x"},
+                                    {"prompt": "Hi 你好", "chosen": "x"}])
 def test_prompts_from_prompts_and_from_conversations(record, tmp_path):
+    """Of a conversation that ends with a reply, the prompt is all before it."""
     assert read_prompts(write(tmp_path, record))[0].messages == [USER]
 
+
+def test_records_of_an_array_are_those_of_json(tmp_path):
+    """Nested brackets, commas and quotes in strings, any white space between: json.loads is the oracle."""
+    records = [{"a": "]],[", "b": [1, {"c": []}]}, {}, {"d": "\\\"]"}, {"e": "\u2028"}]
+    plain = json.dumps(records)
+    for text in (plain, json.dumps(records, indent=3), " \n" + plain.replace(", ", " ,\n "), lines(*records).decode()):
+        (tmp_path / "a.json").write_text(text)
+        assert [record for _, record in read_records(tmp_path / "a.json")] == records
+
+
+@pytest.mark.parametrize("before, between", [(b"\xef\xbb\xbf", b"\n"), (b"", b"\r\n"), (b"\n\n", b"\n\n")])
+def test_byte_order_mark_crlf_and_blank_lines_are_no_errors(before, between, tmp_path):
+    record = json.dumps({"messages": [USER, REPLY]}).encode()
+    (tmp_path / "a.jsonl").write_bytes(before + record + between + record + between)
+    assert [chat.messages for chat in read_chats(tmp_path / "a.jsonl")] == [[USER, REPLY]] * 2
+
+
+# ---- what is refused -----------------------------------------------------------------------------------------
+
+LONG = "x" * 1_000_000
+GOOD = lines({"messages": [USER, REPLY]})
+
+
+def chat(*messages, **more):
+    return lines({"messages": list(messages), **more})
+
+
+BAD = {  # what the file holds, and words that its one line of error must have
+    "an empty file": (b"", ["no record"]),
+    "blank lines alone": (b"\n \n", ["no record"]),
+    "no JSON": (b"hello\n", [":1:", "JSON"]),
+    "JSON cut off": (GOOD + GOOD[:30], [":2:", "JSON"]),
+    "array cut off": (b"[" + GOOD + b",\n{", [":3:", "JSON"]),
+    "single quotes": (b"{'messages': []}", [":1:", "double quotes"]),
+    "a number as record": (GOOD + b"7", [":2:", "int", "record"]),
+    "null as record": (b"[null]", [":1:", "NoneType"]),
+    "other keys": (b'{"question": "a", "answer": "b"}', [":1:", "question", '"messages"', '"instruction" and "output"']),
+    "no keys": (b"{}", [":1:", '"messages"']),
+    "nested instances": (b'{"id": "a", "instruction": "a", "instances": []}', [":1:", "instances", '"output"']),
+    "messages is null": (b'{"messages": null}', [":1:", "NoneType", "list"]),
+    "no messages": (b'{"messages": []}', [":1:", "list"]),
+    "a text as message": (b'{"messages": ["Hi"]}', [":1, message 1", "str"]),
+    "no content": (b'{"messages": [{"role": "user"}]}', [":1, message 1", '"content"']),
+    "mixed keys": (b'{"messages": [{"role": "user", "value": "Hi"}]}', [":1, message 1", '"from"']),
+    "unknown role": (chat({"role": "tool", "content": "a"}), [":1, message 1", "tool", "assistant"]),
+    "role is a list": (chat({"role": ["user"], "content": "a"}), [":1, message 1", "list"]),
+    "a megabyte as role": (chat({"role": LONG, "content": "a"}), [":1, message 1", "xxx"]),
+    "a megabyte as key": (lines({LONG: 1}), [":1:", "xxx"]),
+    "starts with the assistant": (chat(REPLY, USER), [":1, message 1", "assistant", "expected the user"]),
+    "two user turns": (chat(USER, USER, REPLY), [":1, message 2", "user", "expected the assistant"]),
+    "system in the middle": (chat(USER, SYSTEM, REPLY), [":1, message 2", "system"]),
+    "ends with the user": (GOOD + chat(USER, REPLY, USER), [":2:", "ends with the user"]),
+    "content is null": (chat(USER, {"role": "assistant", "content": None}), [":1, message 2", "NoneType", "string"]),
+    "content is NaN": (b'{"messages": [{"role": "user", "content": NaN}]}', [":1, message 1", "float"]),
+    "empty reply": (chat(USER, {"role": "assistant", "content": ""}), [":1, message 2", "blank"]),
+    "blank user turn": (chat({"role": "user", "content": " \n\u3000"}, REPLY), [":1, message 1", "blank"]),
+    "blank instruction": (b'{"instruction": " ", "output": "a"}', [":1, \"instruction\"", "blank"]),
+    "blank output": (b'{"instruction": "a", "output": ""}', [":1, message 2", "blank"]),
+    "input is a number": (b'{"instruction": "a", "input": 3, "output": "b"}', [":1, \"input\"", "int"]),
+    "half a character": (b'{"instruction": "a", "output": "ab\\ud83d"}', [":1, message 2", "\\ud83d"]),
+    "tag is a number": (chat(USER, REPLY, tag=3), [":1, \"tag\"", "int"]),
+    "bad UTF-8": (GOOD + b"\xff\xfe", [":2:", "0xff", "UTF-8"]),
+    "a parquet file": (b"PAR1\x15\x04\x15\xe4", [":1:", "0xe4", "UTF-8"]),
+}
+
+
+def one_clear_line(reader, path, *words):
+    with pytest.raises(UserError) as caught:
+        reader(path)
+    message = str(caught.value)
+    assert all(word in message for word in [str(path), *words]), message
+    assert "\n" not in message and len(message) < 400 + len(str(path))
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_malformed_file_is_one_clear_line(name, tmp_path):
+    """File, line, what was found, what was expected; short, whatever the file holds."""
+    content, words = BAD[name]
+    (tmp_path / "bad.jsonl").write_bytes(content)
+    one_clear_line(read_chats, tmp_path / "bad.jsonl", *words)
+
+
+@pytest.mark.parametrize("content, word", [(gzip.compress(GOOD * 99)[:60], "ended"), (GOOD, "gzip"),
+                                           (gzip.compress(GOOD)[:10] + b"\xff" * 40, "invalid")])
+def test_a_gzip_that_was_cut_or_is_none_is_one_clear_line(content, word, tmp_path):
+    (tmp_path / "a.jsonl.gz").write_bytes(content)
+    one_clear_line(read_chats, tmp_path / "a.jsonl.gz", "cannot be read", word)
+
+
+def test_what_is_not_there_or_too_deep_is_one_clear_line(tmp_path):
+    one_clear_line(read_chats, tmp_path / "none.jsonl", "No such file")
+    one_clear_line(read_chats, tmp_path, "directory")
+    one_clear_line(lambda path: load_json("[" * 100_000, path), "a.json", ":1:")
+    assert load_json("[1]", "a.json") == [1]
+
+
+BAD_PREFERENCES = {
+    "one response": {"prompt": "a", "responses": ["b"]},
+    "no responses": {"prompt": "a", "responses": {}},
+    "blank response": {"prompt": "a", "responses": ["b", " "]},
+    "a number": {"prompt": "a", "responses": ["b", 3]},
+    "no prompt": {"responses": ["b", "c"]},
+    "rejected alone": {"prompt": "a", "rejected": "b"},
+    "blank prompt": {"prompt": "", "chosen": "b", "rejected": "c"},
+    "prompt ends with a reply": {"prompt": [USER, REPLY], "chosen": "b", "rejected": "c"},
+    "two prompts": {"chosen": [USER, REPLY], "rejected": [{"role": "user", "content": "Bye"}, REPLY]},
+    "no reply at the end": {"chosen": [USER, REPLY, USER], "rejected": [USER, REPLY]},
+    "hh without turns": {"chosen": "good", "rejected": "bad"},
+    "hh after a text": {"chosen": "x\n\nHuman: a\n\nAssistant: b", "rejected": "x\n\nHuman: a\n\nAssistant: c"},
+    "tags too few": {"prompt": "a", "responses": ["b", "c"], "tags": ["x"]},
+    "tags no texts": {"prompt": "a", "responses": ["b", "c"], "tags": ["x", 1]},
+    "scores no numbers": {"prompt": "a", "responses": ["b", "c"], "scores": ["1", "2"]},
+}
+
+
+@pytest.mark.parametrize("name", BAD_PREFERENCES)
+def test_a_malformed_preference_is_one_clear_line(name, tmp_path):
+    path = write(tmp_path, {"prompt": "a", "responses": ["b", "c"]}, BAD_PREFERENCES[name])
+    one_clear_line(read_preferences, path, f"{path}:2", "found", "expected")
+
+
+# ---- training and validation ---------------------------------------------------------------------------------
 
 def test_split_is_the_last_part_of_the_records():
     assert split_records(list(range(10)), 0.2) == ([0, 1, 2, 3, 4, 5, 6, 7], [8, 9])
@@ -105,136 +234,29 @@ def test_split_is_the_last_part_of_the_records():
             split_records(list(range(10)), fraction)
 
 
-LONG = "x" * 1_000_000
-GOOD = json.dumps({"messages": [USER, REPLY]}).encode()
+def preferences(*prompts) -> list[Record]:
+    return [Record(f"file:{i}", [{"role": "user", "content": prompt}], [f"best of {prompt}", f"other of {prompt}"], scores=[1, 0])
+            for i, prompt in enumerate(prompts)]
 
 
-def chat(*messages, **more):
-    return json.dumps({"messages": list(messages), **more}).encode()
+def test_no_prompt_stands_on_both_sides():
+    """Records of one prompt stay together; prompts of validation data leave the training data."""
+    records = preferences("a", "b", "a", "c", "d")
+    train, val = split_prompts(records, 0.5)
+    assert [r.where for r in train] == ["file:0", "file:2", "file:1"] and [r.where for r in val] == ["file:3", "file:4"]
+    train, val = split_prompts(records, 0.5, preferences("a", "x"))
+    assert [r.where for r in train] == ["file:1", "file:3", "file:4"] and len(val) == 2
+    with pytest.raises(UserError, match="--val_data"):
+        split_prompts(records, 0.5, records)
 
 
-BAD = {  # what the file holds, and words that its one line of error must have
-    "an empty file": (b"", ["no record"]),
-    "blank lines alone": (b"\n \n", ["no record"]),
-    "an empty array": (b"[]", ["no record"], ".json"),
-    "no JSON": (b"hello\n", [":1:", "'hello'"]),
-    "JSON cut off": (GOOD + b"\n" + GOOD[:30], [":2:", "JSON"]),
-    "array cut off": (b"[" + GOOD + b",\n", [":2:", "end of the text"], ".json"),
-    "two arrays": (b"[" + GOOD + b"]\n[]", [":2:", "'[]'"], ".json"),
-    "one object instead of an array": (GOOD, [":1:", "dict", "array"], ".json"),
-    "a comma at the end": (b"[" + GOOD + b"\n,]", [":2:"], ".json"),
-    "single quotes": (b"{'messages': []}", [":1:", "double quotes"]),
-    "a record over two lines": (b'{"messages":\n[]}', [":1:", "JSON"]),
-    "two records on a line": (GOOD + GOOD, [":1:", "Extra data"]),
-    "a number as record": (GOOD + b"\n7", [":2:", "int"]),
-    "null as record": (b"[null]", [":1:", "NoneType"], ".json"),
-    "an array as record": (b"[[]]", [":1:", "list"], ".json"),
-    "other keys": (b'{"question": "a", "answer": "b"}', [":1:", "question", '"messages"']),
-    "no keys": (b"{}", [":1:", '"messages"']),
-    "instruction alone": (b'{"instruction": "a"}', [":1:", '"output"']),
-    "nested instances": (b'{"id": "seed_task_0", "instruction": "a", "instances": [{"input": "", "output": "b"}]}',
-                         [":1:", "instances", '"output"']),
-    "messages is null": (b'{"messages": null}', [":1:", "NoneType", "list"]),
-    "messages is a text": (b'{"messages": "Hi"}', [":1:", "str", "list"]),
-    "no messages": (b'{"messages": []}', [":1:", "list"]),
-    "a text as message": (b'{"messages": ["Hi"]}', [":1, message 1", "str"]),
-    "no role": (b'{"messages": [{"content": "Hi"}]}', [":1, message 1", '"role"']),
-    "no content": (b'{"messages": [{"role": "user"}]}', [":1, message 1", '"content"']),
-    "mixed keys": (b'{"messages": [{"role": "user", "value": "Hi"}]}', [":1, message 1", '"from"']),
-    "both kinds of keys": (chat({"role": "user", "from": "x", "value": "Hi"}), [":1, message 1", "'x'"]),
-    "unknown role": (chat({"role": "tool", "content": "a"}), [":1, message 1", "tool", "assistant"]),
-    "role is null": (chat({"role": None, "content": "a"}), [":1, message 1", "NoneType"]),
-    "role is a list": (chat({"role": ["user"], "content": "a"}), [":1, message 1", "list"]),
-    "a megabyte as role": (chat({"role": LONG, "content": "a"}), [":1, message 1", "xxx"]),
-    "a megabyte as key": (json.dumps({LONG: 1}).encode(), [":1:", "xxx"]),
-    "starts with the assistant": (chat(REPLY, USER), [":1, message 1", "assistant", "expected the user"]),
-    "two user turns": (chat(USER, USER, REPLY), [":1, message 2", "user", "expected the assistant"]),
-    "two replies": (chat(USER, REPLY, REPLY), [":1, message 3", "expected the user"]),
-    "system in the middle": (chat(USER, {"role": "system", "content": "a"}, REPLY), [":1, message 2", "system"]),
-    "two system messages": (chat(*[{"role": "system", "content": "a"}] * 2, USER, REPLY), [":1, message 2", "system"]),
-    "ends with the user": (GOOD + b"\n" + chat(USER, REPLY, USER), [":2:", "ends with the user"]),
-    "system alone": (chat({"role": "system", "content": "a"}), [":1:", "ends with the system"]),
-    "content is null": (chat(USER, {"role": "assistant", "content": None}), [":1, message 2", "NoneType", "string"]),
-    "content is a number": (chat(USER, {"role": "assistant", "content": 3}), [":1, message 2", "int", "string"]),
-    "content is a list": (chat(USER, {"role": "assistant", "content": ["a"]}), [":1, message 2", "list", "string"]),
-    "content is NaN": (b'{"messages": [{"role": "user", "content": NaN}]}', [":1:", "NaN"]),
-    "content is infinite": (b'{"messages": [{"role": "user", "content": -Infinity}]}', [":1:", "Infinity"]),
-    "empty reply": (chat(USER, {"role": "assistant", "content": ""}), [":1, message 2", "blank"]),
-    "blank user turn": (chat({"role": "user", "content": " \n\u3000"}, REPLY), [":1, message 1", "blank"]),
-    "blank instruction": (b'{"instruction": " ", "output": "a"}', [":1, \"instruction\"", "blank"]),
-    "blank output": (b'{"instruction": "a", "output": ""}', [":1, \"output\"", "blank"]),
-    "input is a number": (b'{"instruction": "a", "input": 3, "output": "b"}', [":1, \"input\"", "int"]),
-    "the same key twice": (b'{"instruction": "a", "output": "b", "output": "c"}', [":1:", "twice"]),
-    "half a character": (chat(USER, {"role": "assistant", "content": "ab\ud83d"}), [":1, message 2", "\\ud83d"]),
-    "tag is a number": (chat(USER, REPLY, tag=3), [":1, \"tag\"", "int"]),
-    "bad UTF-8": (GOOD + b"\n\xff\xfe", [":2:", "0xff", "UTF-8"]),
-    "UTF-16": (b"\xff\xfe[\x00]\x00", [":1:", "UTF-8"], ".json"),
-    "a truncated gzip": (gzip.compress(GOOD * 99)[:60], ["cannot be read"], ".jsonl.gz"),
-    "no gzip": (GOOD, ["cannot be read"], ".jsonl.gz"),
-    "many brackets": (b"[" * 100_000, [":1:"], ".json"),
-    "a number of many digits": (b'{"messages": ' + b"9" * 10_000 + b"}", [":1"]),
-}
-
-
-@pytest.mark.parametrize("name", BAD)
-def test_a_malformed_file_is_one_clear_line(name, tmp_path):
-    """File, line, what was found, what was expected; short, whatever the file holds; nothing is written."""
-    content, words, *form = BAD[name]
-    path = tmp_path / f"bad{form[0] if form else '.jsonl'}"
-    path.write_bytes(content)
-    with pytest.raises(UserError) as caught:
-        read_chats(path)
-    message = str(caught.value)
-    assert all(word in message for word in [str(path), *words]), message
-    assert "\n" not in message and len(message) < 400 + len(str(path))
-    assert [p.name for p in tmp_path.iterdir()] == [path.name]
-
-
-def test_the_list_of_malformed_files_is_long():
-    assert len(BAD) >= 40
-
-
-@pytest.mark.parametrize("content", [b"\xef\xbb\xbf" + GOOD, GOOD + b"\r\n" + GOOD + b"\r\n", b"\n\n" + GOOD + b"\n\n"])
-def test_byte_order_mark_crlf_and_blank_lines_are_no_errors(content, tmp_path):
-    (tmp_path / "a.jsonl").write_bytes(content)
-    assert read_chats(tmp_path / "a.jsonl")[0].messages == [USER, REPLY]
-
-
-BAD_PREFERENCES = {
-    **{f"score {score}": {"prompt": "a", "responses": ["b", "c"], "scores": [score, 1]}
-       for score in (True, "2", float("nan"), float("inf"), 10**400)},
-    "one response": {"prompt": "a", "responses": ["b"]}, "no responses": {"prompt": "a", "responses": {}},
-    "blank response": {"prompt": "a", "responses": ["b", " "]}, "a number": {"prompt": "a", "responses": ["b", 3]},
-    "no prompt": {"responses": ["b", "c"]}, "rejected alone": {"prompt": "a", "rejected": "b"},
-    "blank prompt": {"prompt": "", "chosen": "b", "rejected": "c"},
-    "prompt ends with a reply": {"prompt": [USER, REPLY], "chosen": "b", "rejected": "c"},
-    "two prompts": {"chosen": [USER, REPLY], "rejected": [{"role": "user", "content": "Bye"}, REPLY]},
-    "no reply at the end": {"chosen": [USER, REPLY, USER], "rejected": [USER, REPLY]},
-    "hh without turns": {"chosen": "good", "rejected": "bad"},
-    "tags too few": {"prompt": "a", "responses": ["b", "c"], "tags": ["x"]},
-    "scores no numbers": {"prompt": "a", "responses": ["b", "c"], "scores": ["1", "2"]},
-}
-
-
-@pytest.mark.parametrize("name", BAD_PREFERENCES)
-def test_a_malformed_preference_is_one_clear_line(name, tmp_path):
-    path = write(tmp_path, {"prompt": "a", "responses": ["b", "c"]}, BAD_PREFERENCES[name])
-    with pytest.raises(UserError) as caught:
-        read_preferences(path)
-    assert f"{path}:2" in str(caught.value) and "found" in str(caught.value) and "\n" not in str(caught.value)
-
-
-def test_a_score_beyond_all_numbers_is_refused(tmp_path):
-    """JSON knows no infinity, but 1e999 is one when it is read."""
-    (tmp_path / "a.jsonl").write_text('{"prompt": "a", "responses": ["b", "c"], "scores": [1e999, 1]}\n')
-    with pytest.raises(UserError, match="a.jsonl:1.*scores"):
-        read_preferences(tmp_path / "a.jsonl")
-
-
-def test_records_of_an_array_are_those_of_json(tmp_path):
-    """Nested brackets, commas and quotes in strings, any white space between: json.loads is the oracle."""
-    records = [{"a": "]],[", "b": [1, {"c": []}]}, {}, {"d": "\\\"]"}, {"e": "\u2028"}]
-    plain = json.dumps(records)
-    for text in (plain, json.dumps(records, indent=3), " \n" + plain.replace(", ", " ,\n ")):
-        (tmp_path / "a.json").write_text(text)
-        assert [record for _, record in read_records(tmp_path / "a.json")] == json.loads(text)
+def test_negatives_are_replies_to_other_prompts():
+    """The best reply above one that was given to another prompt; deterministic; never a reply of the prompt's own."""
+    records = preferences(*"abcdefgh")
+    pairs = random_negatives(records, 3, seed=1)
+    assert pairs == random_negatives(records, 3, seed=1) != random_negatives(records, 3, seed=2)
+    assert 15 <= len(pairs) <= 24  # of 24 drawn, an eighth came from the prompt itself
+    for pair in pairs:
+        (best, other), prompt = pair.responses, pair.messages[0]["content"]
+        assert best == f"best of {prompt}" and " of " in other and not other.endswith(prompt)
+        assert pair.negative and not pair.scores
