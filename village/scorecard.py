@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections import Counter, defaultdict
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -108,7 +108,7 @@ def load_beside(cfg: Config, flag: str, head: str, tokenizer, device):
 
 def scorecard(model, tokenizer, people, cfg: Config) -> dict:
     """All figures of a model that can answer."""
-    device, records = model.cos.device, read_prompts(os.path.join(cfg.village, "heldout.jsonl"))
+    device, records = model.cos.device, read_prompts(Path(cfg.village) / "heldout.jsonl")
     other = load_beside(cfg, "against", "lm", tokenizer, device)
     rm = load_beside(cfg, "rm", "scalar", tokenizer, device)
     card = {"model": cfg.model, "village": cfg.village, "prompts": Counter(record.tag for record in records)}
@@ -127,7 +127,7 @@ def scorecard(model, tokenizer, people, cfg: Config) -> dict:
         card["sampled"]["reward"] = weighted(replies, score(rm, tokenizer, replies, cfg.batch_size))[0]
     if cfg.best_of:
         card["best_of"] = best_of(model, tokenizer, people, records, rm, cfg)
-    biographies, T = read_corpus(os.path.join(cfg.village, "heldout.txt")), model.config.max_seq_len
+    biographies, T = read_corpus(f"{cfg.village}/heldout.txt"), model.config.max_seq_len
     card["biographies_loss"] = perplexity(model, tokenizer, biographies, T, T, cfg.batch_size, device)["loss"]
     return card
 
@@ -189,7 +189,7 @@ def side_by_side(folders: list[str]) -> dict[str, dict]:
     replies that a reward model chose are one more column."""
     found = {}
     for folder in folders:
-        path, name = os.path.join(folder, "scorecard.json"), os.path.basename(os.path.normpath(folder))
+        path, name = Path(folder) / "scorecard.json", Path(folder).name
         card = load_json(read_text(path), path, 1)
         if not isinstance(card, dict) or "sampled" not in card:
             raise UserError(f"{path}: found no scorecard of replies; python -m village.scorecard writes one")
@@ -212,9 +212,9 @@ def main(argv=None) -> None:
     require_positive(cfg, "batch_size", "max_new_tokens", "best_of_prompts")
     if cfg.cards:
         return show(side_by_side(cfg.cards.split(",")))
-    people, out = truth.load(cfg.village), os.path.join(cfg.model, "scorecard.json")
+    people, out = truth.load(cfg.village), Path(cfg.model) / "scorecard.json"
     if cfg.rollouts:
-        figures, out = judge_rollouts(people, cfg.rollouts), os.path.join(cfg.rollouts, "..", "rollouts.json")
+        figures, out = judge_rollouts(people, cfg.rollouts), Path(cfg.rollouts).with_name("rollouts.json")
         for row in figures:
             print("step {step:5}: reward {reward:7.3f}, gold {gold:6.3f}, KL {kl:6.3f}".format(**row))
     else:
