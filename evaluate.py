@@ -1,8 +1,8 @@
 """How well does a model predict a text, and how well does it answer?
 
-    python evaluate.py --model out/pretrain --data my.txt             rows of seq_len that do not overlap
-    python evaluate.py --model out/pretrain --data my.txt --stride 64 at least seq_len - 64 tokens before each
-    python evaluate.py --model out/sft --chats held_out.jsonl         the last replies of conversations
+    python evaluate.py --model out/pretrain --data my.txt              rows of seq_len that do not overlap
+    python evaluate.py --model out/pretrain --data my.txt --stride 64  seq_len - 64 or more before each token
+    python evaluate.py --model out/sft --chats held_out.jsonl          the last replies of conversations
 
 Of a text: the mean loss (nats per token), perplexity exp(loss), and bits per byte: total loss / ln 2 / UTF-8
 bytes. Only bits per byte can be compared between tokenizers. Of conversations: the loss per token of the
