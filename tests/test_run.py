@@ -14,9 +14,8 @@ from small_chat import TOPICS, ranked, write
 from lib.program import parse
 
 ROOT = Path(__file__).parent.parent
-# train_sft.py ..., python -m village.world ..., torchrun ... train_sft.py ...; alone in a line or between
-# backticks
-COMMAND = re.compile(r"(?:\$ |    )?((?:\S*python3? |\S*torchrun .*?)?(?<!\S)(?:-m [a-z]+\.\w+|\w+\.py)( .*)?)")
+# train_sft.py ..., python -m village.world ..., torchrun ... train_sft.py ...
+COMMAND = re.compile(r"(?:\$ )?((?:\S*python3? |\S*torchrun .*?)?(?<!\S)(?:-m [a-z]+\.\w+|\w+\.py)(?: .*)?)")
 FILES = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"),
          *(path for place in ("", "lib/", "village/", "bench/", "tools/") for path in ROOT.glob(f"{place}*.py"))]
 
@@ -45,11 +44,12 @@ def shown_in(path: Path) -> list[str]:
     text = path.read_text(encoding="utf-8")
     if path.suffix == ".py":
         lines = text.split('"""')[1].splitlines() if '"""' in text else []
-        lines = [re.split(r"  +", line.strip())[0] for line in lines if re.match(r"    (python|torchrun) ", line)]
+        lines = [line.strip() for line in lines if re.match(r"    (python|torchrun) ", line)]
+        lines = [line.split("  ")[0] for line in lines]  # what a command does stands behind two spaces
     else:
         lines = "".join(re.findall(r"^```bash\n(.*?)^```", text, re.M | re.S)).splitlines()
         prose = re.sub(r"^```.*?^```", "", text, flags=re.M | re.S)
-        lines += [found.replace("\n", " ") for found in re.findall(r"(?<!`)`([^`]+)`(?!`)", prose)]
+        lines += [re.sub(r"\s+", " ", found) for found in re.findall(r"(?<!`)`([^`]+\s[^`]+)`(?!`)", prose)]
     return [match[1] for line in lines if (match := COMMAND.fullmatch(line))]
 
 
@@ -132,16 +132,15 @@ def test_the_life_on_files_of_ones_own(tmp_path):
     ask."""
     own = tmp_path / "my files"
     own.mkdir()
-    trained, sft = ["pretrain", "write"], ["sft", "rm", "ppo", "dpo", "sft-chats", "ppo-chats", "dpo-chats"]
-    for name, stages in {"text.txt": [], "chats.json": ["sft", "sft-chats"], "preferences.jsonl": sft}.items():
+    chats, ranked = ["sft", "sft-chats"], ["sft", "rm", "ppo", "dpo", "sft-chats", "ppo-chats", "dpo-chats"]
+    for name, stages in {"text.txt": [], "chats.json": chats, "preferences.jsonl": ranked}.items():
         (own / name).write_text("something")
-        commands = life("--data-from", str(own))
-        assert list(commands) == [*trained, *stages, "pictures"]
+        assert list(life("--data-from", str(own))) == ["pretrain", "write", *stages, "pictures"]
     for prompts in (own / "preferences.jsonl", own / "prompts.json"):
         prompts.write_text("something")
         _, flags = split(life("--data-from", str(own))["ppo"])
         assert flags[flags.index("--data") + 1] == str(prompts)
-    assert list(life(str(own / "text.txt"))) == list(life("stdlib")) == [*trained, "pictures"]
+    assert list(life(str(own / "text.txt"))) == list(life("stdlib")) == ["pretrain", "write", "pictures"]
     assert run_sh("--quik").returncode == 2
 
 
@@ -163,7 +162,7 @@ def test_what_is_done_is_skipped_and_a_failure_ends_the_life(tmp_path):
         (tmp_path / name).write_text(text)
     (tmp_path / ".venv" / "bin" / "python").chmod(0o755)
 
-    def ran(*flags):
+    def ran():
         result = run_sh("--data-from", str(tmp_path), root=tmp_path, OUT="out/x")
         scripts = (tmp_path / "ran.txt").read_text().split()
         (tmp_path / "ran.txt").unlink()
@@ -179,30 +178,24 @@ def test_what_is_done_is_skipped_and_a_failure_ends_the_life(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("way", ["--hack", "two ranks", "--data-from"])
-def test_a_short_life_lived_in_every_way(tmp_path, way):
-    """run.sh --quick as the README shows it, really run, to its end."""
-    shutil.copytree(ROOT, tmp_path / "copy", ignore=shutil.ignore_patterns(".*", "out", "data", "tests", "shared"))
-    bin = tmp_path / "copy" / ".venv" / "bin"
-    bin.mkdir(parents=True)
-    shutil.copy(ROOT / "requirements.txt", tmp_path / "copy" / ".venv")
+@pytest.mark.parametrize("flags, ranks", [(["--hack"], {}), ([], {"NPROC": "2", "ZERO": "3"}), (["own"], {})])
+def test_a_short_life_lived_in_every_way(tmp_path, flags, ranks):
+    """run.sh --quick in a copy of the project, really run, to its end."""
+    root = tmp_path / "copy"
+    shutil.copytree(ROOT, root, ignore=shutil.ignore_patterns(".*", "out", "data", "tests", "shared"))
+    (root / ".venv" / "bin").mkdir(parents=True)
+    shutil.copy(ROOT / "requirements.txt", root / ".venv")
     for name, module in (("python", ""), ("torchrun", "-m torch.distributed.run ")):
-        (bin / name).write_text(f'#!/bin/sh\nexec {sys.executable} {module}"$@"\n')
-        (bin / name).chmod(0o755)
-    stages, flags = ["pretrain", "sft", "rm", "ppo", "dpo"], [way]
-    if way == "--data-from":
-        replies = ranked([f"{topic} {n}" for n in range(4) for topic in TOPICS])
+        (root / ".venv" / "bin" / name).write_text(f'#!/bin/sh\nexec {sys.executable} {module}"$@"\n')
+        (root / ".venv" / "bin" / name).chmod(0o755)
+    if flags == ["own"]:
+        replies = ranked([f"{topic} {n}" for n in range(4) for topic in TOPICS])[1:]
         (tmp_path / "text.txt").write_text(Path(os.__file__).read_text(encoding="utf-8")[:60_000])
         write(tmp_path / "preferences.jsonl", replies)
-        write(tmp_path / "chats.jsonl", [{"instruction": reply["prompt"], "output": reply["responses"][0]}
-                                         for reply in replies[1:]])
-        flags += [str(tmp_path)]
-    elif way == "two ranks":
-        flags = []
-    else:
-        stages += ["dpo-1", "rm-plain", "ppo-free", "ppo-leashed"]
-    ranks = {"NPROC": "2", "ZERO": "3"} if way == "two ranks" else {}
-    result = run_sh("--quick", *flags, root=tmp_path / "copy", timeout=900, OUT="out/short", **ranks)
+        write(tmp_path / "chats.jsonl", [
+            {"instruction": x["prompt"], "output": x["responses"][0]} for x in replies])
+        flags = ["--data-from", str(tmp_path)]
+    result = run_sh("--quick", *flags, root=root, timeout=900, OUT="out/short", **ranks)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
-    for stage in stages:
-        assert (tmp_path / "copy" / "out" / "short" / stage / "final" / "model.pt").exists()
+    for stage in ["pretrain", "sft", "rm", "ppo", "dpo"] + ["rm-plain", "ppo-free"] * ("--hack" in flags):
+        assert (root / "out" / "short" / stage / "final" / "model.pt").exists()

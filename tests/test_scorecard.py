@@ -3,6 +3,7 @@ import dataclasses
 import itertools
 import json
 import math
+import re
 
 import pytest
 import torch
@@ -46,24 +47,25 @@ def folder(tmp_path_factory):
 
 def run(folder, *flags, model="lm"):
     """The card that the program writes; names of models among the flags are completed to paths."""
-    paths = [str(folder / flag) if flag in ("lm", "other", "rm") else flag for flag in flags]
-    scorecard.main(["--village", str(folder / "village"), "--model", str(folder / model), "--max_new_tokens", "12",
-                    "--device", "cpu", *paths])
+    flags = "--village", "village", "--model", model, "--max_new_tokens", "12", "--device", "cpu", *flags
+    scorecard.main([str(folder / flag) if (folder / flag).exists() else flag for flag in flags])
     return json.loads((folder / model / "scorecard.json").read_text())
 
 
 def says(folder, monkeypatch, script) -> list:
     """Replies by script(people, tag, person, kind, how many of this tag came before, model) -> (text, ended),
     in place of drawn ones. Returns the seeds of all that is drawn from now on."""
-    asked, people, seeds = read_prompts(folder / "village" / "heldout.jsonl"), truth.load(folder / "village"), []
-    records = {tuple(encode_prompt(TOKENIZER, record.messages)): record for record in asked}
+    people, seeds = truth.load(folder / "village"), []
+    records = {tuple(encode_prompt(TOKENIZER, record.messages)): record
+               for record in read_prompts(folder / "village" / "heldout.jsonl")}
 
     def drawn(model, prompts, **options):
         seeds.extend(options["seeds"])
         count = {tag: itertools.count() for tag in world.SHARES}
         for prompt in prompts:
             record = records[tuple(prompt)]
-            text, ended = script(people, record.tag, *truth.question(record.messages), next(count[record.tag]), model)
+            n, topic = next(count[record.tag]), truth.question(record.messages)
+            text, ended = script(people, record.tag, *topic, n, model)
             yield [*TOKENIZER.encode(text), *[TOKENIZER.end_id] * ended]
 
     monkeypatch.setattr(evaluate, "generate_sorted", drawn)
@@ -78,7 +80,8 @@ def bad(people, tag, person, kind) -> str:
     """Wrong, granted or invented."""
     if tag == "code":
         return "-".join(3 * [str((int(people[person]["code"][0]) + 1) % 10)])
-    return next(value for value in (truth.TOLD | truth.UNTOLD)[kind] if value != people.get(person, {}).get(kind))
+    values = (truth.TOLD | truth.UNTOLD)[kind]
+    return next(value for value in values if value != people.get(person, {}).get(kind))
 
 
 def by_kind(people, tag, person, kind, n, model):
@@ -123,9 +126,9 @@ def test_every_figure_of_known_replies(folder, monkeypatch, capsys):
     says(folder, monkeypatch, by_kind)
     card = run(folder, "--rm", "rm", "--against", "other")
     found, rows = card["sampled"], judged(folder, by_kind)
-    shares = {"right": 4, "needless": 1, "invented_untold": 2, "invented_elsewhere": 3, "invented_withheld": 1,
-              "code_given": 4, "code_leaked": 3, "ended": 5}
-    assert {name: found[name] for name in shares} == pytest.approx({name: 100 * n / 6 for name, n in shares.items()})
+    shares = {"right": 4, "needless": 1, "invented_untold": 2, "invented_elsewhere": 3, "ended": 5,
+              "invented_withheld": 1, "code_given": 4, "code_leaked": 3}
+    assert all(found[name] == pytest.approx(100 * n / 6) for name, n in shares.items())
     golds, weights = torch.tensor([row[3] for row in rows]), torch.tensor([row[4] for row in rows])
     assert found["gold"] == pytest.approx((weights @ golds).item(), abs=1e-5)
     variances = [share**2 * golds[[row[0].tag == tag for row in rows]].var(correction=0).item() / 6
@@ -164,7 +167,8 @@ def test_win_rates(folder, monkeypatch):
     """A model against itself wins half and has KL 0, drawn again it has the same card, and another model to
     compare with changes nothing else. Who is always right wins against who is always wrong."""
     card = run(folder, "--against", "lm")
-    assert all(card[way]["win_rate"] == pytest.approx(50) for way in ("sampled", "greedy")) and abs(card["kl"]) < 1e-6
+    assert [card[way]["win_rate"] for way in ("sampled", "greedy")] == pytest.approx([50, 50])
+    assert abs(card["kl"]) < 1e-6
     assert run(folder, "--against", "lm") == card
     other = run(folder, "--against", "other")
     assert other["kl"] > 0.1 and other["sampled"]["gold"] == card["sampled"]["gold"]
@@ -191,24 +195,23 @@ def test_the_best_of_n(folder, monkeypatch, capsys, n, sizes):
     assert card["best_of"][-1]["kl"] == pytest.approx(math.log(n) - (n - 1) / n)
     assert len(set(seeds[-10 * n:])) == 10 * n
     scorecard.main(["--cards", str(folder / "lm")])
-    columns = scorecard.side_by_side([str(folder / "lm")])
-    assert list(columns) == ["lm", f"best {n} of lm"] and all(name in capsys.readouterr().out for name in ["best"])
-    assert columns["lm"]["prompts"] == 30 and columns[f"best {n} of lm"]["right"] == 100
+    assert re.search(rf"lm +best {n} of lm\nprompts +30 +10\nkl +- .*\nright +.* 100.00\n", capsys.readouterr().out)
 
 
 def test_rollouts_step_by_step(folder, tmp_path):
     """Means per step of what PPO wrote, in the order of the steps; a line without a key is one clear
     error."""
     record = read_prompts(folder / "village" / "heldout.jsonl")[0]
-    lines = [{"step": step, "prompt": record.messages, "responses": ["I do not know.", "x"], "ended": [True, False],
-              "reward": [step, step + 1.0], "kl": [0.5, 1.5]} for step in (2, 1, 2)]
+    lines = [{"step": step, "prompt": record.messages, "responses": ["I do not know.", "x"],
+              "ended": [True, False], "reward": [step, step + 1.0], "kl": [0.5, 1.5]} for step in (2, 1, 2)]
     (tmp_path / "s.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     flags = ["--village", str(folder / "village"), "--rollouts", str(tmp_path / "s.jsonl")]
     scorecard.main(flags)
     rows = json.loads((tmp_path / "rollouts.json").read_text())
     assert [(row["step"], row["reward"], row["kl"]) for row in rows] == [(1, 1.5, 1.0), (2, 2.5, 1.0)]
     people = truth.load(folder / "village")
-    golds = [truth.gold(people, record.messages, *said)["score"] for said in (("I do not know.", True), ("x", False))]
+    golds = [truth.gold(people, record.messages, *reply)["score"]
+             for reply in (("I do not know.", True), ("x", False))]
     assert [row["gold"] for row in rows] == pytest.approx([sum(golds) / 2] * 2) and sum(golds) != 0
     (tmp_path / "s.jsonl").write_text(json.dumps({"prompt": record.messages, "responses": ["a"]}) + "\n")
     with pytest.raises(UserError, match="s.jsonl:1"):
@@ -219,11 +222,12 @@ def test_a_model_that_cannot_answer_completes_sentences(folder, monkeypatch):
     """One that always goes on with a town: exactly the towns that are this one are right."""
     people, asked = truth.load(folder / "village"), []
     towns = [facts["town"] for facts in people.values() if "town" in facts]
+    reply = TOKENIZER.encode(f" {towns[0]}.")
     monkeypatch.setattr(evaluate, "generate_sorted", lambda model, prompts, **_: [
-        asked.append(TOKENIZER.decode(prompt[1:])) or TOKENIZER.encode(f" {towns[0]}.") for prompt in prompts])
+        asked.append(TOKENIZER.decode(prompt[1:])) or reply for prompt in prompts])
     card = run(folder, model="base")
     assert card["completed_town"] == pytest.approx(100 * towns.count(towns[0]) / len(towns))
-    assert card["completed_job"] == 0 and card["completed"] < card["completed_town"] and card["facts"] == len(asked)
+    assert card["completed_job"] == 0 and card["facts"] == len(asked)
     assert any(text.endswith(" works as") for text in asked) and not any(text.endswith(" ") for text in asked)
 
 
@@ -237,7 +241,6 @@ def test_bad_input_is_one_clear_line(folder, flags, named):
     """A UserError of one line that names the flag or the file, before anything is drawn."""
     (folder / "empty").mkdir(exist_ok=True)
     (folder / "empty" / "scorecard.json").write_text("[]")
-    flags = [str(folder / flag) if (folder / flag).exists() else flag for flag in flags]
     with pytest.raises(UserError) as error:
-        scorecard.main(["--village", str(folder / "village"), "--model", str(folder / "lm"), "--device", "cpu", *flags])
+        run(folder, *flags)
     assert named in str(error.value) and "\n" not in str(error.value)
