@@ -21,7 +21,6 @@ from model import GPT, GPTConfig
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 SHAPE = {"n_layer": 2, "n_embd": 32, "n_head": 2, "max_seq_len": 96}
 TOPICS = "apple bridge cat door engine forest garden house island jacket kettle".split()
-WORDS = ["good", "fair", "poor", "bad"]
 FORMS = ["chosen and rejected", "alpaca", "hh", "messages"]
 
 
@@ -42,8 +41,7 @@ def save_chat_model(folder, seed=1, tokenizer=None, head="lm", **changes) -> str
     os.makedirs(folder, exist_ok=True)
     tokenizer.save(os.path.join(folder, "tokenizer.json"))
     config = {"model": dataclasses.asdict(model.config), "head": head, "chat_template": CHAT_TEMPLATE}
-    config |= changes
-    save_final(str(folder), model.state_dict(), config, os.path.join(folder, "tokenizer.json"))
+    save_final(str(folder), model.state_dict(), {**config, **changes}, os.path.join(folder, "tokenizer.json"))
     return str(folder)
 
 
@@ -54,8 +52,8 @@ def ranked(topics=TOPICS, K=4) -> list[dict]:
         prompt = f"What of the {topic}?" if n else [
             {"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Good day."},
             {"role": "user", "content": f"And the {topic}?"}]
-        responses = [f"A {word} {topic}{'!' * (n % 3)}" for word in WORDS[:K]]
-        records.append({"prompt": prompt, "responses": responses, "tag": "odd" if n % 2 else "even",
+        replies = [f"A {word} {topic}{'!' * (n % 3)}" for word in ("good", "fair", "poor", "bad")]
+        records.append({"prompt": prompt, "responses": replies[:K], "tag": "odd" if n % 2 else "even",
                         "tags": ["fine", "fine", "bad", "bad"][:K], "scores": [3.0, 2.5, 1.0, 0.0][:K]})
     return records
 
@@ -79,8 +77,8 @@ def in_form(form: str, records: list[dict]) -> list[dict]:
 
 
 def bandit(beta: float, V: int = 8):
-    """One prompt and V replies of one token: (log-probabilities of the reference, rewards, log-probabilities
-    of the best policy for both), each (V,). The last is ref exp(r / beta) / Z: PPO and DPO must arrive there."""
+    """One prompt, V replies of one token: (log ref, rewards, log of the best policy: ref exp(r / beta) / Z),
+    each (V,). PPO and DPO must arrive at the last one."""
     generator = torch.Generator().manual_seed(3)
     ref = torch.randn(V, generator=generator, dtype=torch.float64).log_softmax(0)
     r = torch.randn(V, generator=generator, dtype=torch.float64)
@@ -99,6 +97,8 @@ def split_by_hand(path, n) -> list[str]:
         Path(f"{path}.{name}.jsonl").write_text("".join(part))
     return ["--data", f"{path}.front.jsonl", "--val_data", f"{path}.back.jsonl"]
 
+
+# ---- runs, and what they have left -------------------------------------------------------------------------
 
 def play(script: str, arguments: list[str], folder: str) -> None:
     """Run main(arguments), without measuring how fast this machine is: that takes longer than our runs."""
@@ -123,8 +123,7 @@ def launch(script, arguments, processes=2) -> None:
 
 
 def metrics(out) -> list[dict]:
-    with open(out / "metrics.jsonl") as file:
-        return [json.loads(line) for line in file]
+    return [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
 
 
 def curve(out) -> list[tuple[int, float]]:
@@ -136,7 +135,7 @@ def last(out, name):
 
 
 def weights(out) -> dict[str, torch.Tensor]:
-    return torch.load(out / "final" / "model.pt", weights_only=True)
+    return torch.load(Path(out) / "final" / "model.pt", weights_only=True)
 
 
 def same_weights(out, other) -> bool:
