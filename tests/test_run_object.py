@@ -9,7 +9,6 @@ import torch
 from ranks import as_torchrun, ranks
 from small_chat import curve, metrics, random_model, same_metrics, same_weights
 
-from lib.checkpoint import load_final
 from lib.program import UserError, parse
 from lib.ranks import setup
 from lib.run import Run, RunConfig, lr_at, matmul_peak, peak_memory
@@ -82,14 +81,12 @@ def unbroken(tmp_path_factory):
     return out
 
 
-# ---- evaluating, saving, stopping --------------------------------------------------------------------------
-
 @pytest.mark.parametrize("flags, first, expected", [
     ({"eval_every": 0, "save_every": 0, "steps": 2}, False, [1, 2, "evaluated", "saved 2"]),
     ({"steps": 3, "resume": True}, True, ["evaluated", 1, 2, "evaluated", 3, "evaluated", "saved 3"])])
 def test_what_happens_between_the_turns(tmp_path, flags, first, expected):
-    """Evaluation, then the checkpoint, where they are due and after the last step; with 0 only there. --resume
-    with nothing to resume is a fresh start."""
+    """Evaluation, then the checkpoint, where they are due and after the last step; with 0 only there.
+    --resume with nothing to resume is a fresh start."""
     out = tmp_path / "out"
     assert go(new_run(out, **flags), first=first) == (expected, 0) and (out / "final").is_dir()
     assert sum("eval_loss" in line for line in metrics(out)) == expected.count("evaluated")
@@ -169,8 +166,8 @@ def test_a_resumed_run_says_which_flags_differ(tmp_path, capsys):
 
 @pytest.mark.parametrize("changes, words", [
     ({"shape": {"rope_theta": 500.0}}, "another model"), ({"shape": {"n_embd": 16}}, "another model"),
-    ({"tokenizer": "char"}, "another tokenizer"),
-    ({"steps": 5}, "--steps 5: .* already at step 6"), ({"resume": False}, "--resume")])
+    ({"tokenizer": "char"}, "another tokenizer"), ({"steps": 5}, "already at step 6"),
+    ({"resume": False}, "--resume")])
 def test_another_run_is_refused(unbroken, changes, words):
     """Another model, though all its tensors have the same shapes; another tokenizer of the same size; fewer
     steps than are done; without --resume, a folder that holds a run."""
@@ -219,16 +216,6 @@ def test_the_numbers_of_the_log(tmp_path, capsys, monkeypatch):
     assert "x10 10 | 1 more in metrics.jsonl | 100 tok/s | mfu 5% |" in shown and shown.endswith("0:04 left")
 
 
-def test_what_final_says(tmp_path):
-    """The model's shape, the head, the flags, what finish() adds; the weights as change() leaves them."""
-    run = new_run(tmp_path / "out", beta=0.5)
-    run.finish(change=lambda weights: weights["head.weight"].zero_(), mean=1.5)
-    config, weights = load_final(str(tmp_path / "out"))
-    assert config["head"] == "lm" and config["mean"] == 1.5
-    assert config["model"]["n_embd"] == 8 and config["run"]["beta"] == 0.5
-    assert not weights["head.weight"].any() and weights["embed.weight"].any()
-
-
 @pytest.mark.parametrize("decay, middle", [("linear", 0.55), ("cosine", 0.55), ("flat-then-linear", 0.85)])
 def test_the_learning_rate_at_its_corners(decay, middle):
     """A climb from 0 in equal parts, the peak where it ends, then down. It would be at min_lr one update
@@ -254,7 +241,7 @@ def test_steps_and_rows_that_were_left_open():
     assert cfg.steps == 9 and cfg.seq_len == 64  # 2 epochs of 33 items
     for wrong, action in (("--seq_len 65", lambda cfg: cfg.fit_rows(64)), ("--log_every 0", None),
                           ("--epochs 0 --steps 0", lambda cfg: cfg.fit_steps(64)), ("--batch_size 0", None)):
-        with pytest.raises(UserError, match=wrong[-11:]):
+        with pytest.raises(UserError, match=wrong.split()[-2]):
             action(parse(Config, wrong.split()))
 
 
