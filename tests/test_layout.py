@@ -1,0 +1,90 @@
+"""How long files are, who imports whom, and how much a reader meets in a training script."""
+import ast
+import builtins
+import dataclasses
+import importlib
+import re
+from pathlib import Path
+
+import pytest
+
+from lib.run import RunConfig
+from model import GPTConfig
+
+ROOT = Path(__file__).parent.parent
+ROOMS = [name for name in ("", "lib", "tools", "village", "bench", "tests") if (ROOT / name).is_dir()]
+PYTHON = {room: sorted((ROOT / room).glob("*.py")) for room in ROOMS}  # room "": the top level
+LINES = {path: path.read_text(encoding="utf-8").splitlines() for paths in PYTHON.values() for path in paths}
+TREES = {path: ast.parse("\n".join(lines)) for path, lines in LINES.items()}
+AT_MOST = {  # lines of a file, of some, of a room
+    "model.py": 380, "kernels.py": 340, "data.py": 360, "zero.py": 430, "sample.py": 170, "evaluate.py": 220,
+    "train_pretrain.py": 160, "train_sft.py": 160, "train_rm.py": 210, "train_dpo.py": 220,
+    "train_ppo.py rollouts.py": 480, "lib": 1750, "village": 700, "bench": 600, "tests": 7000}
+FLOOR = ["lib", "kernels", "model", "data", "zero", "rollouts"]  # each may import those before it
+ABOVE = {"script": [], "tools": ["script", "tools"], "village": ["script", "village"],
+         "bench": ["script", "village", "bench"]}  # may import the floor, and these
+SCRIPTS = {  # lines of main, flags, names from outside in the loop, share of lines that a sibling has, too
+    "train_pretrain": (70, 36, 12, 1 / 3), "train_sft": (70, 36, 12, 1 / 2), "train_rm": (70, 36, 17, 1 / 3),
+    "train_dpo": (70, 36, 17, 1 / 3), "train_ppo": (120, 46, 34, 1 / 3)}
+
+
+@pytest.mark.parametrize("what", AT_MOST)
+def test_no_file_and_no_room_grows(what):
+    """A limit that no machine holds is missed."""
+    paths = PYTHON[what] if what in ROOMS else [ROOT / name for name in what.split()]
+    assert sum(len(LINES[path]) for path in paths) <= AT_MOST[what]
+
+
+def test_the_whole_is_small():
+    assert sum(len(lines) for path, lines in LINES.items() if path.parent.name != "tests") <= 5600
+    assert len(PYTHON[""]) <= 16
+
+
+def test_lines_fit_on_a_screen():
+    shell = {path: path.read_text().splitlines() for path in ROOT.glob("*.sh")}
+    assert not [f"{path.relative_to(ROOT)}:{number}" for path, lines in {**LINES, **shell}.items()
+                for number, line in enumerate(lines, 1) if len(line) > 110]
+
+
+def test_no_words_of_a_list_that_a_reader_does_not_have():
+    """The numbers of our own tasks and aims, in code, tests and docs."""
+    word = re.compile(r"(?<![-\w])[DPRS]\d{1,2}\b(?![-\w])|[(|] ?[Aa]sked for|sked for:|[Tt]he issue\b")
+    paths = [*LINES, *ROOT.glob("*.sh"), *ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]
+    assert not [f"{path.relative_to(ROOT)}:{n}: {found[0]}" for path in paths if path != Path(__file__)
+                for n, line in enumerate(path.read_text().split("\n"), 1) if (found := word.search(line))]
+
+
+def place(module: str) -> str:
+    """Where a module belongs: an entry of FLOOR or ABOVE, "tests"; "" if it is none of ours."""
+    first = module.split(".")[0]
+    ours = "script" if ROOT / f"{first}.py" in LINES else ""
+    return first if first in ROOMS or first in FLOOR else ours
+
+
+@pytest.mark.parametrize("path", [path for path in LINES if path.parent.name != "tests"],
+                         ids=lambda path: str(path.relative_to(ROOT)))
+def test_who_imports_whom(path):
+    """Downwards only, so that a file can be read after those that it needs. No script needs another one."""
+    mine = place(path.stem if path.parent == ROOT else path.parent.name)
+    allowed = FLOOR + ABOVE[mine] if mine in ABOVE else FLOOR[:max(1, FLOOR.index(mine))]
+    imports = [node for node in ast.walk(TREES[path]) if isinstance(node, (ast.Import, ast.ImportFrom))]
+    names = [getattr(node, "module", None) or alias.name for node in imports for alias in node.names]
+    assert not [name for name in names if place(name) not in ("", *allowed)]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_what_a_reader_meets_in_a_script(script):
+    """A short main(); few flags (those of the model's shape aside); few names that must be known to read the
+    loop; and little that a sibling says as well."""
+    main, = (node for node in TREES[ROOT / f"{script}.py"].body if getattr(node, "name", "") == "main")
+    loop, = (node for node in main.body if isinstance(node, ast.For) and node.target.id == "step")
+    loaded, stored = ({node.id for node in ast.walk(loop) if isinstance(node, ast.Name) and
+                       isinstance(node.ctx, kind)} for kind in (ast.Load, ast.Store))
+    shared_flags, shape, own = ({field.name for field in dataclasses.fields(config)} for config in
+                                (RunConfig, GPTConfig, importlib.import_module(script).Config))
+    code = {name: [line.strip() for line in LINES[ROOT / f"{name}.py"] if line.strip()] for name in SCRIPTS}
+    mine = code.pop(script)
+    found = (main.end_lineno - main.lineno + 1, len(own - (shape - shared_flags)),
+             len(loaded - stored - set(dir(builtins))),
+             sum(any(line in other for other in code.values()) for line in mine) / len(mine))
+    assert all(a <= b for a, b in zip(found, SCRIPTS[script])), found

@@ -1,0 +1,250 @@
+"""lib/run.py on a toy loop: when a run evaluates, saves and stops; what a resumed run must share with the one
+that it continues; what is written; the learning rate at its corners."""
+import os
+import signal
+from dataclasses import dataclass
+
+import pytest
+import torch
+from ranks import as_torchrun, ranks
+from small_chat import curve, metrics, random_model, same_metrics, same_weights
+
+from lib.program import UserError, parse
+from lib.ranks import setup
+from lib.run import Run, RunConfig, lr_at, matmul_peak, peak_memory
+from lib.tokenizer import Tokenizer, make_tokenizer
+from zero import Zero
+
+IDS = torch.arange(64).view(2, 32)
+
+
+@dataclass
+class Config(RunConfig):
+    data: str = ""  # a path
+    beta: float = 0.3  # a stage's own flag
+    epochs: float = 2.0  # of the data
+    steps: int = 6
+    eval_every: int = 2
+    save_every: int = 3
+    log_every: int = 1
+
+
+def new_run(out, shape=(), tokenizer="byte", fingerprint="abc", flops=0.0, **flags) -> Run:
+    """A run of a tiny model in the folder `out`."""
+    cfg = Config(out=str(out), device="cpu", **flags)
+    members, path = setup("cpu", catch_signals=False), f"{out}.tokenizer.json"
+    if members.is_main:
+        make_tokenizer(tokenizer, map(chr, range(32, 288))).save(path)  # of both kinds equally large
+    members.barrier()
+    model = random_model(**{"n_layer": 1, "n_embd": 8, "max_seq_len": 32, **dict(shape)})
+    zero = Zero(model, units=model.units(), **cfg.zero_options(members))
+    return Run(cfg, members, {"model": zero}, Tokenizer.load(path), inputs={"data": fingerprint},
+               final={"head": "lm"}, flops=flops)
+
+
+def go(run, body=lambda run, step: None, stop_at=0, number=signal.SIGTERM, first=False) -> tuple[list, int]:
+    """Train to the end, or until a signal comes in step `stop_at`; body(run, step) may return "break" or
+    "continue". Returns (what happened, exit code)."""
+    happened, (zero,), save = [], run.models.values(), run._save
+
+    def evaluate() -> dict:
+        happened.append("evaluated")
+        with torch.no_grad():
+            return {"eval_loss": -zero.model(IDS[:, :-1], IDS[:, 1:]).mean().item()}
+
+    run._save = lambda step, due: (happened.append(f"saved {step}"), save(step, due))
+    for step in run.steps(evaluate, first=first):
+        happened.append(step)
+        if (what := body(run, step)) == "break":
+            break
+        if what == "continue":
+            continue
+        if step == stop_at:
+            run.ranks.stop_signal = number
+        loss = -zero.model(IDS[:, :-1], IDS[:, 1:]).mean()
+        zero.backward(loss / run.ranks.world)
+        info = zero.step(lr_at(step, run.cfg), run.cfg.clip)
+        run.log(step, tokens=62, skipped=info.skipped, loss=loss.item())
+    code = run.finish()
+    if run.lock:
+        run.lock.close()  # as when the process ends
+    return happened, code
+
+
+WHOLE = [1, 2, "evaluated", 3, "saved 3", 4, "evaluated", 5, 6, "evaluated", "saved 6"]
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory):
+    out = tmp_path_factory.mktemp("unbroken") / "out"
+    assert go(new_run(out)) == (WHOLE, 0)
+    return out
+
+
+@pytest.mark.parametrize("flags, first, expected", [
+    ({"eval_every": 0, "save_every": 0, "steps": 2}, False, [1, 2, "evaluated", "saved 2"]),
+    ({"steps": 3, "resume": True}, True, ["evaluated", 1, 2, "evaluated", 3, "evaluated", "saved 3"])])
+def test_what_happens_between_the_turns(tmp_path, flags, first, expected):
+    """Evaluation, then the checkpoint, where they are due and after the last step; with 0 only there.
+    --resume with nothing to resume is a fresh start."""
+    out = tmp_path / "out"
+    assert go(new_run(out, **flags), first=first) == (expected, 0) and (out / "final").is_dir()
+    assert sum("eval_loss" in line for line in metrics(out)) == expected.count("evaluated")
+
+
+@pytest.mark.parametrize("at, before, after", [
+    (1, [1, "saved 1"], WHOLE[1:]), (4, [*WHOLE[:6], "saved 4"], WHOLE[6:]),
+    (6, [*WHOLE[:9], "saved 6"], ["evaluated"])])
+def test_a_stop_saves_at_once_and_nothing_is_lost(unbroken, tmp_path, at, before, after):
+    """Asked to stop in step `at`: saved after it, without an evaluation and without final/. The run that goes
+    on first makes the evaluation, if one was due. Weights and log end as those of the unbroken run."""
+    out = tmp_path / "out"
+    assert go(new_run(out), stop_at=at, number=signal.SIGINT) == (before, 130)
+    assert not (out / "final").exists()
+    assert go(new_run(out, resume=True)) == (after, 0)
+    assert same_weights(out, unbroken)
+    same_metrics(out, unbroken, 0)
+
+
+def one_rank_is_asked(out, resume):
+    """Rank 1 of two, in step 4 of its first life."""
+    with as_torchrun():
+        run = new_run(out, resume=resume, zero=3)
+        return go(run, stop_at=4 if run.ranks.rank and not resume else 0)
+
+
+def test_all_ranks_stop_together(tmp_path):
+    """Both save after that very step and go on together. Rank 0 alone writes the log."""
+    out = tmp_path / "out"
+    for resume, happened in ((False, [*WHOLE[:6], "saved 4"]), (True, WHOLE[6:])):
+        assert ranks().run(2, one_rank_is_asked, out, resume) == [(happened, 0)] * 2
+    assert [step for step, _ in curve(out)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_break_and_continue(tmp_path):
+    """`continue` is a whole turn. After `break` nothing is evaluated or saved; final/ is written."""
+    assert go(new_run(tmp_path / "a"), body=lambda *_: "continue") == (WHOLE, 0)
+    assert go(new_run(tmp_path / "b"), body=lambda _, step: "break" if step == 2 else None) == ([1, 2], 0)
+    assert (tmp_path / "b" / "final").is_dir()
+
+
+@pytest.mark.parametrize("at, before", [(1, [1, "saved 0"]), (4, [*WHOLE[:6], "saved 3"])])
+def test_a_stop_in_the_long_work_that_begins_a_step(unbroken, tmp_path, at, before):
+    """stop_before(step): saved as after the step before, no final/. The resumed run takes the step again."""
+    def body(run, step):
+        run.ranks.stop_signal = signal.SIGTERM if step == at else 0
+        return "break" if run.stop_before(step) else None
+
+    out = tmp_path / "out"
+    assert go(new_run(out), body=body) == (before, 0) and not (out / "final").exists()
+    assert go(new_run(out, resume=True))[0][0] == at and same_weights(out, unbroken)
+    same_metrics(out, unbroken, 0)
+
+
+def test_a_loss_that_blew_up_is_not_saved(tmp_path):
+    """A validation loss that is not finite: one line that names --lr, no checkpoint and no final/."""
+    run = new_run(tmp_path / "out")
+    with pytest.raises(UserError, match="--lr"):
+        for _ in run.steps(lambda: {"eval_loss": float("nan")}):
+            pass
+    assert sorted(os.listdir(tmp_path / "out")) == ["lock", "metrics.jsonl"]
+
+
+def test_a_resumed_run_says_which_flags_differ(tmp_path, capsys):
+    """All flags but a few are compared, a stage's own as well. Of a file the content is, its path is not."""
+    out, free = tmp_path / "out", {"data": "elsewhere", "save_every": 0, "steps": 7, "zero": 1}
+    go(new_run(out, steps=3))
+    go(new_run(out, resume=True, **free))
+    assert "warning" not in capsys.readouterr().err
+    go(new_run(out, resume=True, steps=8, lr=2e-3, beta=0.5, seed=7, fingerprint="another"))
+    said = capsys.readouterr().err
+    for words in ("--lr was 0.001 and is 0.002", "--beta was 0.3 and is 0.5", "--seed was 1 and is 7",
+                  "data was 'abc' and is 'another'"):
+        assert words in said
+    assert said.count("warning") == 1 and said.count(" was ") == 4
+
+
+@pytest.mark.parametrize("changes, words", [
+    ({"shape": {"rope_theta": 500.0}}, "another model"), ({"shape": {"n_embd": 16}}, "another model"),
+    ({"tokenizer": "char"}, "another tokenizer"), ({"steps": 5}, "already at step 6"),
+    ({"resume": False}, "--resume")])
+def test_another_run_is_refused(unbroken, changes, words):
+    """Another model, though all its tensors have the same shapes; another tokenizer of the same size; fewer
+    steps than are done; without --resume, a folder that holds a run."""
+    with pytest.raises(UserError, match=words):
+        new_run(unbroken, **{"resume": True, **changes})
+
+
+def test_an_older_checkpoint(unbroken, tmp_path, capsys):
+    """What the log and the files of append() hold of later steps is dropped, and comes anew. A checkpoint
+    that knows fewer flags loads, with a warning."""
+    def body(run, step):
+        run.append("samples.jsonl", [{"step": step, "text": "你", "n": n} for n in range(2)])
+
+    out = tmp_path / "out"
+    run = new_run(out)
+    del run.should["--beta"]
+    go(run, body=body)
+    before = (out / "samples.jsonl").read_text()
+    (out / "step-00000006").rename(tmp_path / "gone")
+    with open(out / "samples.jsonl", "a") as file:
+        file.write('{"step": 2, "te')  # what a kill has left
+    assert go(new_run(out, resume=True), body=body) == (WHOLE[5:], 0)
+    assert "warning" in capsys.readouterr().err
+    assert (out / "samples.jsonl").read_text() == before and before.count("你") == 12
+    assert same_weights(out, unbroken)
+    same_metrics(out, unbroken, 0)
+
+
+def test_the_numbers_of_the_log(tmp_path, capsys, monkeypatch):
+    """At every log_every-th step, the first and the last: tokens per second since the line before, MFU,
+    skipped updates, which add up over a resume as well. A NaN is null. The screen shows twelve numbers."""
+    monkeypatch.setattr("lib.run.matmul_peak", lambda *_: 2e6)
+    monkeypatch.setattr("time.perf_counter", iter(range(10**6)).__next__)  # each look takes a second
+    more = {f"x{n}": n for n in range(12)}
+    for steps in (5, 6):
+        run = new_run(tmp_path / "out", resume=steps == 6, log_every=2, save_every=0, steps=steps, flops=1e3)
+        for step in run.steps(dict):
+            run.log(step, tokens=100, skipped=step in (2, 6), loss=float("nan"), **more)
+        run.lock.close()
+    lines = metrics(tmp_path / "out")
+    assert [line["step"] for line in lines] == [1, 2, 4, 5, 6] and {line["loss"] for line in lines} == {None}
+    assert [line["tokens_per_second"] for line in lines] == [100, 100, 200, 100, 100]
+    assert [line["mfu"] for line in lines] == [line["tokens_per_second"] * 1e3 / 2e6 for line in lines]
+    assert [line.get("skipped") for line in lines] == [None, 1, 1, 1, 2] and lines[0]["memory"] > 2**20
+    shown, = (line for line in capsys.readouterr().out.splitlines() if line.startswith("step 1/5 | loss nan"))
+    assert "x10 10 | 1 more in metrics.jsonl | 100 tok/s | mfu 5% |" in shown and shown.endswith("0:04 left")
+
+
+@pytest.mark.parametrize("decay, middle", [("linear", 0.55), ("cosine", 0.55), ("flat-then-linear", 0.85)])
+def test_the_learning_rate_at_its_corners(decay, middle):
+    """A climb from 0 in equal parts, the peak where it ends, then down. It would be at min_lr one update
+    after the last: a rate of 0 would waste the last one."""
+    cfg = Config(steps=100, warmup_steps=10, lr=1.0, min_lr=0.1, decay=decay)
+    rates = [lr_at(step, cfg) for step in range(1, 102)]
+    assert rates[:10] == pytest.approx([step / 10 for step in range(1, 11)])
+    assert rates[9:] == sorted(rates[9:], reverse=True)
+    assert rates[100] == pytest.approx(0.1) and rates[99] > 0.1
+    assert (rates[54] + rates[55]) / 2 == pytest.approx(middle)  # half of the way down
+    assert (rates[45] == 1.0) == (decay == "flat-then-linear")  # for 40 % of the way
+    for steps, warmup in ((1, 0), (1, 1), (5, 0), (5, 5), (5, 6), (5, 50)):
+        cfg = Config(steps=steps, warmup_steps=warmup, lr=1.0, decay=decay)
+        assert all(0 < lr_at(step, cfg) <= 1 for step in range(1, steps + 1))
+        assert warmup < steps or lr_at(steps, cfg, peak=0.5) == 0.5 * steps / warmup  # no peak
+
+
+def test_steps_and_rows_that_were_left_open():
+    """As many steps as the epochs take, rounded up; rows as long as the model reads, and no longer."""
+    cfg = parse(Config, ["--steps", "0", "--batch_size", "8"])
+    cfg.fit_steps(33)
+    cfg.fit_rows(64)
+    assert cfg.steps == 9 and cfg.seq_len == 64  # 2 epochs of 33 items
+    for wrong, action in (("--seq_len 65", lambda cfg: cfg.fit_rows(64)), ("--log_every 0", None),
+                          ("--epochs 0 --steps 0", lambda cfg: cfg.fit_steps(64)), ("--batch_size 0", None)):
+        with pytest.raises(UserError, match=wrong.split()[-2]):
+            action(parse(Config, wrong.split()))
+
+
+def test_the_machine_is_measured():
+    assert 1e8 < matmul_peak(torch.device("cpu"), torch.float32, size=256) < 1e14
+    assert 2**20 < peak_memory(torch.device("cpu")) < 2**40
