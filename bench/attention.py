@@ -1,7 +1,7 @@
 """The tiled attention and the tiled loss beside PyTorch's own: time and memory.
 
-    python -m bench.attention --out bench_attention.json   in bfloat16 where there is a GPU, else in float32
-    python -m bench.attention --only length                one of: time, length, logp
+    python -m bench.attention                  in bfloat16 where there is a GPU, else in float32
+    python -m bench.attention --only length    one of: time, length, logp
 """
 from functools import partial
 
@@ -70,7 +70,6 @@ def time_of_attention(cfg):
     packing = {"one": flash_attention, "packed": partial(flash_attention, segment_ids=documents)}
     seconds = interleave(attention_steps(packing, 1, 6, 4096, 64), cfg.repeats)
     table.compare("8 documents of 512 / 1 of 4096, both ours", seconds, "packed", "one")
-    return [table]
 
 
 def attention_by_length(cfg):
@@ -81,7 +80,6 @@ def attention_by_length(cfg):
         turns = cfg.repeats * max(1, min(16, 8 * shortest // T))
         seconds = interleave(attention_steps(peers_at(T), 1, 4, T, 64), turns)
         table.compare(f"T {T}", seconds, "ours", "sdpa", T=T, **megabytes(peers_at(T), 1, 4, T, 64))
-    return [table]
 
 
 LOGP = {"untiled": lambda h, weight, ids: -F.cross_entropy((h @ weight.T).float(), ids, reduction="none"),
@@ -111,7 +109,6 @@ def logp(cfg):
     for p in ("ours", "ours, equal_weights"):
         table.compare(f"time, {p}", seconds, p, "untiled")
         table.add(f"memory, {p}", peak[p] / peak["untiled"], MB=peak[p], untiled_MB=peak["untiled"])
-    return [table]
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Tokens per second of generate, beside a program without a KV cache, and beside PyTorch's attention.
 
-    python -m bench.decode --out bench_decode.json
+    python -m bench.decode
 """
 import statistics
 from functools import partial
@@ -29,7 +29,6 @@ def decoding(cfg):
             rate = {"tokens/s": B * (T - old) / statistics.median(seconds["flash"])}
             table.compare(f"cache / forwarding all {T} again, batch {B}", seconds, "again", "flash", **rate)
             table.compare(f"speed, flash / sdpa, batch {B}", seconds, "sdpa", "flash")
-        yield table
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ is the median of the ratios within one turn, with its quartiles. Memory is the p
 """
 import contextlib
 import dataclasses
-import json
 import multiprocessing
 import os
 import statistics
@@ -24,7 +23,6 @@ class Config:
     threads: int = 0  # CPU threads; 0: one per core
     only: str = ""  # one part alone
     quick: bool = False  # small shapes where the real ones take minutes
-    out: str = ""  # also write the figures to this JSON file
 
 
 def interleave(functions: dict, repeats: int, before=lambda: None) -> dict[str, list[float]]:
@@ -70,10 +68,10 @@ def in_fresh_process(function, *args):
 
 
 class Table:
-    """Rows of figures: printed as they come (markdown), and kept for the JSON file."""
+    """Rows of figures, printed as they come (markdown)."""
 
     def __init__(self, title: str):
-        self.title, self.rows = title, []
+        self.rows = []
         print(f"\n{title}\n\n| what | measured | besides |\n|---|---|---|", flush=True)
 
     def add(self, what: str, value: float, low=None, high=None, **details) -> None:
@@ -92,14 +90,11 @@ class Table:
 
 
 def run(doc: str, argv=None, **parts) -> None:
-    """The program: all parts, or the one that --only names. A part is a function: cfg -> tables."""
+    """The program: all parts, or the one that --only names. A part is a function of cfg; it prints tables."""
     cfg = parse(Config, argv, doc)
     if cfg.only not in ("", *parts):
         raise UserError(f"--only {cfg.only}: expected one of {', '.join(parts)}")
     torch.set_num_threads(cfg.threads or os.cpu_count())
-    result = {"torch": torch.__version__, "device": DEVICE, "threads": torch.get_num_threads(), "tables": {}}
+    print(f"torch {torch.__version__} on {DEVICE}, load average {os.getloadavg()[0]:.1f}")
     for part in [parts[cfg.only]] if cfg.only else parts.values():
-        result["tables"] |= {table.title: table.rows for table in part(cfg)}
-        if cfg.out:  # after every part: a run that is cut short leaves what it has measured
-            with open(cfg.out, "w") as file:
-                json.dump(result, file, indent=1)
+        part(cfg)

@@ -1,7 +1,6 @@
-"""Pictures of what other programs wrote. They need matplotlib, an optional package: pip install matplotlib
+"""losses.png, rewards.png and scorecard.png of a life. They need matplotlib: pip install matplotlib
 
-    python -m bench.pictures --life out/village             losses.png, rewards.png, scorecard.png of a life
-    python -m bench.pictures --attention attention.json     attention.png, of bench.attention --only length
+    python -m bench.pictures --life out/village --out out/village/pictures
 
 A life is a folder with the runs pretrain, sft, rm, ppo, dpo-1 and dpo, or some of them, as run.sh makes it.
 """
@@ -11,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from lib.program import UserError, parse, start
-from lib.records import load_json, read_records, read_text
+from lib.records import read_records
 
 try:
     import matplotlib.pyplot as plt
@@ -30,8 +29,7 @@ BARS = "right", "needless", "invented_untold", "invented_elsewhere", "invented_w
 
 @dataclass
 class Config:
-    life: str = ""  # folder with the runs of a life
-    attention: str = ""  # JSON file of bench.attention
+    life: str = "out/village"  # folder with the runs of a life
     out: str = "pictures"  # folder for the pictures
 
 
@@ -90,36 +88,15 @@ def scorecard(life: str):
     return figure if models else None
 
 
-def attention(path: str):
-    tables = load_json(read_text(path), path, 1).get("tables", {})
-    title = next((title for title in tables if title.startswith("by length")), "")
-    if not title:
-        raise UserError(f"{path}: found no table 'by length', expected what bench.attention --out writes")
-    rows = tables[title]
-    figure, axes = plt.subplots(1, 2)
-    for ax, unit, label in zip(axes, ("ms", "MB"), ("time (ms)", "extra memory at its peak (MB)")):
-        for name, text in (("ours", "ours, tiled"), ("sdpa", "PyTorch"), ("naive", "naive")):
-            some = [row for row in rows if f"{name} {unit}" in row]
-            ax.loglog([row["T"] for row in some], [row[f"{name} {unit}"] for row in some], "o-", label=text)
-        ax.set_xscale("log", base=2)
-        ax.set(xlabel="T (tokens in a row)", ylabel=label)
-    axes[0].legend()
-    figure.suptitle(title, fontsize=9)
-    return figure
-
-
 def main(argv=None) -> None:
     cfg = parse(Config, argv, __doc__)
     if plt is None:
         raise UserError("matplotlib: found none, needed for pictures; pip install matplotlib")
-    if not (cfg.life or cfg.attention):
-        raise UserError("nothing to draw; expected --life or --attention (see --help)")
     os.makedirs(cfg.out, exist_ok=True)
     plt.switch_backend("Agg")  # into files: it needs no screen
     with plt.rc_context(STYLE | {"axes.prop_cycle": plt.cycler(color=COLOURS)}):
-        for draw, source in ((losses, cfg.life), (rewards, cfg.life), (scorecard, cfg.life),
-                             (attention, cfg.attention)):
-            if source and (figure := draw(source)):
+        for draw in (losses, rewards, scorecard):
+            if figure := draw(cfg.life):
                 path = os.path.join(cfg.out, f"{draw.__name__}.png")
                 figure.savefig(path)
                 print(path)

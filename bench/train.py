@@ -1,6 +1,6 @@
 """Whole updates of a GPT (forward, backward, clipping, AdamW) as a share of what the processor can do.
 
-    python -m bench.train --out bench_train.json
+    python -m bench.train
 
 MFU: GPT.flops_per_token x tokens per second / FLOP/s of a large square matrix product, in the same turns.
 """
@@ -48,7 +48,6 @@ def training(cfg):
                   **{"ms": middle * 1e3, "tokens/s": B * T / middle})
     for suffix in ("", ", compiled"):
         table.compare(f"speed, flash / sdpa{suffix}", seconds, "sdpa" + suffix, "flash" + suffix)
-    return [table]
 
 
 if __name__ == "__main__":

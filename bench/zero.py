@@ -1,6 +1,6 @@
 """ZeRO beside PyTorch's DistributedDataParallel (DDP) and FSDP2, in processes that talk through gloo.
 
-    python -m bench.zero --out bench_zero.json    all parts, about ten minutes on two cores
+    python -m bench.zero    all parts, about ten minutes on two cores
     python -m bench.zero --only memory            one of: time, memory, cuda (one GPU)
 
 Memory and bytes sent are the operating system's counts, in fresh processes.
@@ -103,7 +103,6 @@ def time_of_step(cfg):
         table = Table(f"time of a step, 29.1 M parameters, {world} ranks, 2 x 128 tokens each (ours / peer)")
         for ours, peer in PEER.items():
             table.compare(f"{ours} / {peer}", {p: seconds[p] for p in (ours, peer)}, ours, peer)
-        yield table
 
 
 def loopback_bytes() -> int:
@@ -142,7 +141,6 @@ def memory_and_traffic(cfg):
         for peer in held:
             found = slopes(n, peer)
             table.add(peer, found["peak"], formula=held[peer], sent=found["sent"], sent_formula=sent[peer])
-        yield table
 
 
 def one_gpu(cfg):
@@ -153,7 +151,6 @@ def one_gpu(cfg):
     for peer in ("plain", "fsdp2", *(f"stage 3{kind}" for kind in kinds)):
         found, = on_ranks(1, count, peer, layers, B, T, width, "cuda")
         table.add(peer, found["peak"] / gpt(layers, width).parameter_count(), ms=1e3 * found["seconds"])
-    return [table]
 
 
 if __name__ == "__main__":
