@@ -1,7 +1,7 @@
-"""Attention without T x T scores, and log-probabilities without M x V logits. Both are exact.
+"""Attention without T x T scores, log-probabilities without M x V logits: exact, in plain PyTorch operations.
 
-Forward and backward are written out in plain PyTorch operations. B batch, T time (Tq queries, Tk keys), H query
-heads, G key/value heads, group = H/G, D head width; M rows of hidden states, C width, V vocabulary.
+B batch, T time (Tq queries, Tk keys), H query heads, G key/value heads, group = H/G, D head width; M rows of
+hidden states, C width, V vocabulary.
 """
 import math
 
@@ -14,23 +14,23 @@ SCORES_AT_ONCE = {"cpu": 2**20, "cuda": 2**24}  # in one tile, with all its head
 LOGITS_AT_ONCE = 3 * 2**23  # 96 MB of float32; with fewer, the weight and its gradient are read more often
 
 # ---- attention, the short version ------------------------------------------------------------------------
-# softmax(q k^T / sqrt(D)) v has T x T scores, but its result has T x D numbers. Two facts allow us to make the
-# scores tile by tile, and to forget each tile after use. Softmax does not change when a number m is subtracted
-# from all scores of a row. And a sum made with an old m becomes one with a new m by the factor e^(old - new).
-# So each row carries m, its largest score so far, l = sum_j e^(s_j - m) and acc = sum_j e^(s_j - m) v_j. In the
-# end its result is acc / l. (Online softmax, Milakov & Gimelshein 2018; FlashAttention, Dao et al. 2022.)
+# softmax(q k^T / sqrt(D)) v has T x T scores, but its result has T x D numbers. Two facts let us make scores
+# tile by tile, and forget each tile after use. Softmax does not change when a number m is subtracted from all
+# scores of a row. And a sum made with an old m becomes one with a new m by the factor e^(old - new). So a row
+# carries m, its largest score so far, l = sum_j e^(s_j - m) and acc = sum_j e^(s_j - m) v_j. In the end its
+# result is acc / l. (Online softmax, Milakov & Gimelshein 2018; FlashAttention, Dao et al. 2022.)
 
 def simple_tiled_attention(q, k, v, tile=64):
-    """Causal attention, tile by tile. q, k, v (B, H, T, D) -> out (B, H, T, D) and L (B, H, T, 1), the log-sum-exp
-    of each row's scores. The backward pass would get the probabilities back from it: P = e^(S - L)."""
-    out, L, scale = torch.empty_like(q), torch.empty_like(q[..., :1]), q.shape[-1] ** -0.5
+    """Causal attention, tile by tile: q, k, v (B, H, T, D) -> out (B, H, T, D) and L (B, H, T, 1), the log of
+    sum_j e^(s_j) of each row. A backward pass gets the probabilities back from it: P = e^(S - L)."""
+    out, L = torch.empty_like(q), torch.empty_like(q[..., :1])
     for i in range(0, q.shape[2], tile):
         rows = slice(i, i + tile)
-        m = torch.full_like(q[:, :, rows, :1], -math.inf)  # (B, H, rows, 1)
+        m = torch.full_like(L[:, :, rows], -math.inf)  # (B, H, rows, 1)
         l, acc = torch.zeros_like(m), torch.zeros_like(q[:, :, rows])  # (B, H, rows, 1), (B, H, rows, D)
         for j in range(0, i + 1, tile):  # later tiles of keys lie in the future
             keys = slice(j, j + tile)
-            S = q[:, :, rows] @ k[:, :, keys].transpose(2, 3) * scale  # (B, H, rows, keys)
+            S = q[:, :, rows] @ k[:, :, keys].transpose(2, 3) * q.shape[-1] ** -0.5  # (B, H, rows, keys)
             if i == j:  # on the diagonal each query sees the keys up to its own
                 S = S.masked_fill(torch.ones_like(S, dtype=torch.bool).triu(1), -math.inf)
             old, m = m, torch.maximum(m, S.amax(-1, keepdim=True))
@@ -42,7 +42,7 @@ def simple_tiled_attention(q, k, v, tile=64):
 
 
 def visible(Tq, Tk, causal, segment_ids, kv_segment_ids, device):
-    """Which query sees which key, (Tq, Tk) or (B, 1, Tq, Tk) bool. None: all see all, as the last query does."""
+    """Which query sees which key, (Tq, Tk) or (B, 1, Tq, Tk) bool; None if all see all, as one query does."""
     mask = torch.ones(Tq, Tk, dtype=torch.bool, device=device).tril(Tk - Tq) if causal and Tq > 1 else None
     ids_q, ids_k = segment_ids, segment_ids if kv_segment_ids is None else kv_segment_ids
     if ids_k is None:
@@ -83,8 +83,8 @@ def sdpa_attention(q, k, v, *, causal=True, segment_ids=None, kv_segment_ids=Non
 #              . . . . \ . . .          Powers are of 2 here, since exp2 can be faster than exp: log2(e) is
 #              . . . . # \ . .          a part of the scores' scale.
 #
-# Kept for the backward pass: the output O and L = m + log2(l), one number a row. The scores are made again. With
-# dO the gradient of O and s = 1/sqrt(D) (FlashAttention, algorithm 4; FlashAttention-2, Dao 2023):
+# Kept for backward: the output O and L = m + log2(l), one number a row. The scores are made again. With dO,
+# the gradient of O, and s = 1/sqrt(D) (FlashAttention, algorithm 4; FlashAttention-2, Dao 2023):
 #     P = 2^(S - L)    dV = P^T dO    dP = dO V^T    dS = P * (dP - delta)    dQ = s dS K    dK = s dS^T Q
 #     delta_i = sum_j P_ij dP_ij = dO_i . O_i     (the one term of softmax's gradient that needs a whole row)
 # FLOPs per visible pair and head: 4 D forward (2 products), 10 D backward (5). Memory: O(T D), and a tile.
@@ -92,21 +92,21 @@ def sdpa_attention(q, k, v, *, causal=True, segment_ids=None, kv_segment_ids=Non
 def flash_attention(q, k, v, *, causal=True, segment_ids=None, kv_segment_ids=None, scale=None, block=None):
     """Tiled attention, forward and backward by hand: equals naive_attention, with memory linear in T.
 
-    q (B, H, Tq, D), k and v (B, G, Tk, D), one floating dtype, H a multiple of G -> (B, H, Tq, D). Softmax and
-    sums are float32 (float64 for float64). causal: the last query sees all keys, the one before it one less.
-    segment_ids (B, Tq), kv_segment_ids (B, Tk), by default the same: a query sees keys of its own id only.
-    Negative ids are padding. A query that sees nothing gives 0. block: (rows, columns) of a tile. Under autocast
-    q, k, v are cast, as for PyTorch's own kernel. ValueError for shapes that do not fit.
+    q (B, H, Tq, D), k, v (B, G, Tk, D), one floating dtype, H a multiple of G -> (B, H, Tq, D). Softmax and
+    sums are float32 (float64 for float64). causal: the last query sees all keys, the one before it one less,
+    and so on. segment_ids (B, Tq), kv_segment_ids (B, Tk), by default the same: a query sees keys of its own
+    id only; negative ids are padding; a query that sees nothing gives 0. block: (rows, columns) of a tile.
+    Autocast casts q, k, v, as for PyTorch's own kernel. ValueError for shapes that do not fit.
     """
-    q, k, v = autocast(q, k, v)
-    ids_q, ids_k = segment_ids, segment_ids if kv_segment_ids is None else kv_segment_ids
+    q, k, v, ids_q, ids_k = cast(q), cast(k), cast(v), segment_ids, kv_segment_ids
+    ids_k = ids_q if ids_k is None else ids_k
     check_shapes(q, k, v, ids_q, ids_k)
     (B, H, Tq, D), G, (factors, total) = q.shape, k.shape[1], dtypes(q)
-    needs_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    if Tq == 1 and block is None and factors == total and not needs_grad:  # decoding: one row of scores is small
+    needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+    if Tq == 1 and block is None and factors == total and not needs_grad:  # decoding: few scores
         with torch.autocast(q.device.type, enabled=False):  # it would round the float32 scores
             return naive_attention(q, k, v, segment_ids=ids_q, kv_segment_ids=ids_k, scale=scale)
-    if block is None:  # small tiles waste less at the borders of short rows and documents; a GPU likes large ones
+    if block is None:  # small tiles waste less at the borders of rows and documents; GPUs like large ones
         rows = 64 if Tq <= 512 else 128 if Tq <= 1024 or ids_q is not None else 256
         block = (512, 1024) if q.is_cuda else (rows, 512)
     if ids_k is not None:  # padding gets two ids that never match
@@ -124,19 +124,19 @@ def flash_attention(q, k, v, *, causal=True, segment_ids=None, kv_segment_ids=No
 def check_shapes(q, k, v, ids_q, ids_k):
     fit = q.dim() == k.dim() == 4 and k.shape == v.shape and q.shape[::3] == k.shape[::3]
     fit = fit and q.shape[1] % k.shape[1] == 0 and q.dtype == k.dtype == v.dtype
-    for ids, x in ((ids_q, q), (ids_k, k)) if ids_k is not None else ():
-        fit = fit and ids is not None and ids.shape == x.shape[:3:2] and not ids.is_floating_point()
+    if fit and ids_k is not None:
+        fit = ids_q is not None and ids_q.shape == q.shape[:3:2] and ids_k.shape == k.shape[:3:2]
+        fit = fit and not ids_q.is_floating_point() and not ids_k.is_floating_point()
     if not fit:
         found = [x if x is None else (x.dtype, *x.shape) for x in (q, k, v, ids_q, ids_k)]
-        raise ValueError(f"q, k, v, segment ids: found {found}; expected (B, H, Tq, D), twice (B, G, Tk, D), one "
-                         "dtype, H a multiple of G; no ids, or integers (B, Tq), (B, Tk)")
+        raise ValueError(f"q, k, v, segment ids: found {found}; expected (B, H, Tq, D), twice (B, G, Tk, D), "
+                         "one dtype, H a multiple of G; no ids, or integers (B, Tq), (B, Tk)")
 
 
-def autocast(*tensors):
-    """Under torch.autocast: cast to its dtype, as PyTorch's own kernels cast. float64 is left alone."""
-    device = tensors[0].device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-    return [x if dtype is None or x.dtype == torch.float64 else x.to(dtype) for x in tensors]
+def cast(x):
+    """Under torch.autocast: in its dtype, as PyTorch's own kernels cast. float64 is left alone."""
+    device, on = x.device.type, torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
+    return x.to(torch.get_autocast_dtype(device)) if on else x
 
 
 def uncompiled(function, *args):
@@ -153,21 +153,21 @@ def dtypes(x):
 
 
 def product(a, b, out, scale=1.0, add=False):
-    """out = scale * a @ b, or out += scale * a @ b, for matrices or batches of them. Autocast leaves it alone."""
+    """out = scale * a @ b, or out += scale * a @ b, also for batches. Autocast leaves it alone."""
     if a.dtype == b.dtype == out.dtype and out.is_contiguous():  # batched BLAS writes contiguous results only
         return (out.baddbmm_ if out.dim() == 3 else out.addmm_)(a, b, beta=int(add), alpha=scale)
     if add:
         return out.add_(product(a, b, out.new_empty(out.shape), scale))
-    half = b.dtype if a.dtype == out.dtype else a.dtype
-    multiply = torch.bmm if out.dim() == 3 else torch.mm
+    half, multiply = b.dtype if a.dtype == out.dtype else a.dtype, torch.bmm if out.dim() == 3 else torch.mm
     return torch.mul(multiply(a.to(half), b.to(half), out_dtype=out.dtype), scale, out=out)
 
 
 class Tiles:
-    """One attention, cut into tiles. It gives (heads, rows, tiles) for each tile of queries; tiles gives (keys, S).
+    """One attention, cut into tiles. Iterating gives (heads, rows, tiles) for each tile of queries.
 
-    q (B G, Tq group, D), k (B G, Tk, D), ids_q (B G, Tq), ids_k (B G, Tk). heads, rows, keys: slices of these.
-    S (n, rows, keys), or (n, keys, rows) if keys_first: scores times log2(e), -inf where hidden, to be overwritten.
+    `tiles` gives (keys, S). heads, rows, keys: slices of q (B G, Tq group, D) and k (B G, Tk, D). S (n, rows,
+    keys), or (n, keys, rows) if keys_first: scores times log2(e), -inf where hidden. The user may overwrite
+    S.
     """
 
     def __init__(self, q, k, ids_q, ids_k, H, G, causal, scale, block, keys_first=False):
@@ -177,34 +177,35 @@ class Tiles:
         self.rows = max(1, min(block[0], self.Tq))  # of a tile, in time
         self.columns = max(block[0], block[1] * (block[0] // self.rows))  # few queries take many keys at once
         size = self.rows * self.group * min(self.columns, max(1, self.Tk))
-        self.heads = max(1, min(len(k), SCORES_AT_ONCE[q.device.type] // size))  # in a tile
+        self.heads = max(1, min(len(k), SCORES_AT_ONCE[q.device.type] // size))  # in one tile
         if ids_q is not None and self.heads > G:  # whole rows of the batch: each has borders of its own
             self.heads -= self.heads % G
-        self.buffers = q.new_empty(2, self.heads * size, dtype=dtypes(q)[1])  # used again, they stay in the cache
-        self.future = self.buffers.new_full((self.rows, self.rows), -math.inf).triu_(1)[:, None]  # (t, 1, key)
+        self.buffers = q.new_empty(2, self.heads * size, dtype=dtypes(q)[1])  # used again: they stay cached
+        self.future = self.buffers.new_full((self.rows, self.rows), -math.inf).triu_(1)[:, None]  # (t, 1, t)
         need = torch.ones(len(k), -(-self.Tq // self.rows), -(-self.Tk // self.width), dtype=torch.bool)
-        self.need, self.mixed = need, ~need  # (B G, query tiles, key tiles): an id in common; more than one id
+        self.need, self.mixed = need, ~need  # (B G, query tiles, key tiles): an id in common; several ids
         if ids_q is not None:  # the smallest and largest ids tell: right in any order, sharp if sorted
             edges = []
             for ids, width, shape in ((ids_q, self.rows, (-1, 1)), (ids_k, self.width, (1, -1))):
                 whole = torch.cat((ids, ids[:, -1:].expand(-1, -ids.shape[1] % width)), 1)
                 edges += whole.view(len(ids), *shape, width).aminmax(dim=-1)
-            low_q, high_q, low_k, high_k = edges  # (B G, query tiles, 1) twice, (B G, 1, key tiles) twice
+            low_q, high_q, low_k, high_k = edges  # (B G, query tiles, 1), (B G, 1, key tiles)
             self.need = (low_q <= high_k) & (low_k <= high_q)
             self.mixed = (low_q != high_k) | (low_k != high_q)
 
     def __iter__(self):
         for first in range(0, len(self.k), self.heads):
             heads = slice(first, first + self.heads)
-            skip = (~self.need[heads].any(0)).cumprod(-1).sum(-1) * self.width  # keys before the first one needed
+            skip = (~self.need[heads].any(0)).cumprod(-1).sum(-1) * self.width  # no query needs them
             for i, (start, mixed) in enumerate(zip(skip.tolist(), self.mixed[heads].any(0).tolist())):
                 i0, i1 = i * self.rows, min((i + 1) * self.rows, self.Tq)
-                yield heads, slice(i0 * self.group, i1 * self.group), self.scores(heads, i0, i1, start, mixed)
+                rows = slice(i0 * self.group, i1 * self.group)
+                yield heads, rows, self.scores(heads, rows, i0, i1, start, mixed)
 
-    def scores(self, heads, i0, i1, start, mixed):
-        q, factor = self.q[heads, i0 * self.group:i1 * self.group], self.scale * LOG2E
-        if q.dtype == self.buffers.dtype:  # BLAS would scale its first factor, and q k^T would not round as k q^T
-            q, factor = q * factor, 1.0  # does: 2^(S - L) shows that where S is large. (Half precision is not exact.)
+    def scores(self, heads, rows, i0, i1, start, mixed):
+        q, factor = self.q[heads, rows], self.scale * LOG2E
+        if q.dtype == self.buffers.dtype:  # product would scale the first factor, q forward and k backward. Both
+            q, factor = q * factor, 1.0  # must round alike, or 2^(S - L) is wrong where S is large.
         seen = i0 + self.Tk - self.Tq  # the last key that query i0 may see
         end = min(self.Tk, seen + i1 - i0) if self.causal else self.Tk
         for j0 in range(start, end, self.columns):
@@ -224,8 +225,10 @@ class Tiles:
 
 
 class TiledAttention(torch.autograd.Function):
-    """q (B G, Tq group, D), k, v (B G, Tk, D) and what else Tiles takes -> out, shaped as q. All that backward needs
-    goes through save_for_backward: there the hooks of ZeRO and of offloading find it."""
+    """q (B G, Tq group, D), k, v (B G, Tk, D) and what else Tiles takes -> out, shaped as q.
+
+    All that backward needs goes through save_for_backward: there the hooks of ZeRO and of offloading find
+    it."""
 
     @staticmethod
     def forward(ctx, q, k, v, ids_q, ids_k, *options):
@@ -250,8 +253,8 @@ class TiledAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        # Tiles are held keys first, and dQ is summed transposed, since BLAS takes longer where it has to transpose
-        # a large first factor, as in P^T dO and dS^T Q.
+        # S is held keys first, and dQ is summed transposed: BLAS takes longer where it has to transpose a
+        # large first factor, as in P^T dO and dS^T Q.
         *saved, ids_q, ids_k, out, L = ctx.saved_tensors
         q, k, v, out, grad = (x.to(dtypes(x)[0]) for x in (*saved, out, grad))
         t = Tiles(q, k, ids_q, ids_k, *ctx.options, keys_first=True)
@@ -273,22 +276,24 @@ class TiledAttention(torch.autograd.Function):
 
 
 # ---- log-probabilities -----------------------------------------------------------------------------------
-# log p(t) = z_t - log sum_v e^(z_v), z = (W h + b) / temperature. The V logits of some rows are made, reduced to
-# a few numbers and overwritten. The backward pass makes them again and gets p from the saved log-sum-exp (after
-# Wijmans et al. 2024, "Cut Your Losses"). With g, g' the gradients that arrive for log p(t) and for the entropy:
-#     dz_v = g (1[v = t] - p_v) - g' p_v (log p_v + entropy)    dh = W^T dz / temperature    dW = dz h^T / temperature
-# That is 8 C V FLOPs a row. Who keeps the logits needs 6 C V, but M V numbers. equal_weights has both: dh and dW
-# are linear in g. If g is the same for all rows, as under any mean or sum, the forward pass can make them for
-# g = 1 while it has the logits, and the backward pass multiplies (Liger-Kernel, Hsu et al. 2024).
+# log p(t) = z_t - log sum_v e^(z_v), z = (W h + b) / temperature. Some rows' V logits are made, reduced to a
+# few numbers and overwritten. The backward pass makes them again and gets p from the saved log-sum-exp (after
+# "Cut Your Losses", Wijmans et al. 2024). With g and g', the gradients of log p(t) and of the entropy:
+#     dz_v = g (1[v = t] - p_v) - g' p_v (log p_v + entropy)    dh = W^T dz / temperature    dW likewise
+# That is 8 C V FLOPs a row. Who keeps the logits needs 6 C V, but M V numbers. equal_weights has both: dh and
+# dW are linear in g. If g is the same for all rows, as under any mean or sum, the forward pass can make them
+# for g = 1 while it has the logits, and the backward pass multiplies (Liger-Kernel, Hsu et al. 2024).
 
-def target_logp(hidden, weight, targets, *, bias=None, temperature=1.0, with_stats=False, equal_weights=False):
+def target_logp(hidden, weight, targets, *, bias=None, temperature=1.0, with_stats=False,
+                equal_weights=False):
     """log p(target) under softmax((hidden weight^T + bias) / temperature), without all (M, V) logits.
 
     hidden (M, C), weight (V, C), bias (V,) a constant, targets (M,) int64 -> logp (M,) float32 (float64 for
-    float64), 0 where the target is -100. with_stats: also the entropy in nats (M,), differentiable, and whether
-    the target was the argmax, the first of several (M,) bool. equal_weights: a hint that the loss weighs all
-    trained tokens alike, as in pretraining and SFT. The gradients are right either way. A true hint saves a
-    quarter of the FLOPs, a false one costs half as many more. ValueError for shapes that do not fit.
+    float64), 0 where the target is -100. with_stats: also the entropy in nats (M,), differentiable, and
+    whether the target was the argmax, the first of several (M,) bool. equal_weights: a hint that the loss
+    weighs all trained tokens alike, as in pretraining and SFT. The gradients are right either way. A true
+    hint saves a quarter of the FLOPs, a false one costs half as many more. ValueError for shapes that do not
+    fit.
     """
     found = [x if x is None else tuple(x.shape) for x in (hidden, weight, targets, bias)]
     fit = hidden.dim() == weight.dim() == 2 and found[0][1] == found[1][1] and found[0][:1] == found[2]
@@ -296,7 +301,7 @@ def target_logp(hidden, weight, targets, *, bias=None, temperature=1.0, with_sta
     if not fit or not float(temperature) > 0:
         raise ValueError(f"found hidden, weight, targets, bias {found}, temperature {temperature}; expected "
                          "(M, C), (V, C), (M,), (V,) without gradient, and a number above 0")
-    hidden, weight = autocast(hidden, weight)
+    hidden, weight = cast(hidden), cast(weight)
     wanted = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     ahead = equal_weights and wanted and not with_stats
     out = uncompiled(TiledLogp.apply, hidden, weight, bias, targets, temperature, with_stats, ahead)
@@ -304,13 +309,13 @@ def target_logp(hidden, weight, targets, *, bias=None, temperature=1.0, with_sta
 
 
 def logits(hidden, weight, bias, targets, temperature):
-    """(rows, h, W, z) for some rows with a target at a time: an index, h (n, C), W (V, C), z (n, V) in powers of 2."""
+    """(rows, h, W, z) for some rows with a target at a time: an index, h (n, C), W (V, C), z * log2(e) (n, V)."""
     factors, total = dtypes(hidden)
     weight, scale, step = weight.to(factors), LOG2E / temperature, max(1, LOGITS_AT_ONCE // len(weight))
     buffer = weight.new_empty(min(step, len(hidden)), len(weight), dtype=total)
     trained = (targets != -100).nonzero()[:, 0]
     for i in range(0, len(trained), step):
-        rows = trained[i:i + step] if len(trained) < len(hidden) else slice(i, i + step)  # a slice copies nothing
+        rows = trained[i:i + step] if len(trained) < len(hidden) else slice(i, i + step)  # no copy
         h = hidden[rows].to(factors)
         z = product(h, weight.T, buffer[:len(h)], scale)
         yield rows, h, weight, z if bias is None else z.add_(bias, alpha=scale)
