@@ -7,7 +7,6 @@ import math
 
 import torch
 import torch.nn.functional as F
-from torch.autograd.function import once_differentiable
 
 LOG2E = math.log2(math.e)
 SCORES_AT_ONCE = {"cpu": 2**20, "cuda": 2**24}  # in one tile, with all its heads; a CPU's fits into the cache
@@ -146,6 +145,11 @@ def uncompiled(function, *args):
     return function(*args)
 
 
+def refuse_second_derivative():
+    if torch.is_grad_enabled():  # in a backward pass: by create_graph
+        raise RuntimeError("there is no second derivative; call backward without create_graph")
+
+
 def dtypes(x):
     """Of a product's factors, and of its sum. Only GPUs offer half-precision factors with a float32 sum."""
     total = torch.promote_types(x.dtype, torch.float32)
@@ -251,8 +255,8 @@ class TiledAttention(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad):
+        refuse_second_derivative()
         # S is held keys first, and dQ is summed transposed: BLAS takes longer where it has to transpose a
         # large first factor, as in P^T dO and dS^T Q.
         *saved, ids_q, ids_k, out, L = ctx.saved_tensors
@@ -351,8 +355,8 @@ class TiledLogp(torch.autograd.Function):
         return logp, entropy, correct
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, g, g_entropy, _):
+        refuse_second_derivative()
         hidden, weight, bias, targets, entropy, lse, *made = ctx.saved_tensors
         temperature, with_stats = ctx.options
         trained = g[targets != -100]
