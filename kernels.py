@@ -145,11 +145,6 @@ def uncompiled(function, *args):
     return function(*args)
 
 
-def refuse_second_derivative():
-    if torch.is_grad_enabled():  # in a backward pass: by create_graph
-        raise RuntimeError("there is no second derivative; call backward without create_graph")
-
-
 def dtypes(x):
     """Of a product's factors, and of its sum. Only GPUs offer half-precision factors with a float32 sum."""
     total = torch.promote_types(x.dtype, torch.float32)
@@ -170,8 +165,7 @@ class Tiles:
     """One attention, cut into tiles. Iterating gives (heads, rows, tiles) for each tile of queries.
 
     `tiles` gives (keys, S). heads, rows, keys: slices of q (B G, Tq group, D) and k (B G, Tk, D). S (n, rows,
-    keys), or (n, keys, rows) if keys_first: scores times log2(e), -inf where hidden. The user may overwrite
-    S.
+    keys), or (n, keys, rows) if keys_first: scores times log2(e), -inf where hidden, free to be overwritten.
     """
 
     def __init__(self, q, k, ids_q, ids_k, H, G, causal, scale, block, keys_first=False):
@@ -200,7 +194,7 @@ class Tiles:
     def __iter__(self):
         for first in range(0, len(self.k), self.heads):
             heads = slice(first, first + self.heads)
-            skip = (~self.need[heads].any(0)).cumprod(-1).sum(-1) * self.width  # no query needs them
+            skip = (~self.need[heads].any(0)).cumprod(-1).sum(-1) * self.width  # keys before the first needed
             for i, (start, mixed) in enumerate(zip(skip.tolist(), self.mixed[heads].any(0).tolist())):
                 i0, i1 = i * self.rows, min((i + 1) * self.rows, self.Tq)
                 rows = slice(i0 * self.group, i1 * self.group)
@@ -208,7 +202,7 @@ class Tiles:
 
     def scores(self, heads, rows, i0, i1, start, mixed):
         q, factor = self.q[heads, rows], self.scale * LOG2E
-        if q.dtype == self.buffers.dtype:  # product would scale the first factor, q forward and k backward. Both
+        if q.dtype == self.buffers.dtype:  # product scales its first factor: q forward, k backward. But both
             q, factor = q * factor, 1.0  # must round alike, or 2^(S - L) is wrong where S is large.
         seen = i0 + self.Tk - self.Tq  # the last key that query i0 may see
         end = min(self.Tk, seen + i1 - i0) if self.causal else self.Tk
@@ -256,7 +250,8 @@ class TiledAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        refuse_second_derivative()
+        if torch.is_grad_enabled():
+            raise RuntimeError("there is no second derivative; call backward without create_graph")
         # S is held keys first, and dQ is summed transposed: BLAS takes longer where it has to transpose a
         # large first factor, as in P^T dO and dS^T Q.
         *saved, ids_q, ids_k, out, L = ctx.saved_tensors
@@ -313,7 +308,7 @@ def target_logp(hidden, weight, targets, *, bias=None, temperature=1.0, with_sta
 
 
 def logits(hidden, weight, bias, targets, temperature):
-    """(rows, h, W, z) for some rows with a target at a time: an index, h (n, C), W (V, C), z * log2(e) (n, V)."""
+    """(rows, h, W, z) for some rows with a target at a time: an index, (n, C), (V, C), log2(e) z (n, V)."""
     factors, total = dtypes(hidden)
     weight, scale, step = weight.to(factors), LOG2E / temperature, max(1, LOGITS_AT_ONCE // len(weight))
     buffer = weight.new_empty(min(step, len(hidden)), len(weight), dtype=total)
@@ -356,7 +351,8 @@ class TiledLogp(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, g, g_entropy, _):
-        refuse_second_derivative()
+        if torch.is_grad_enabled():
+            raise RuntimeError("there is no second derivative; call backward without create_graph")
         hidden, weight, bias, targets, entropy, lse, *made = ctx.saved_tensors
         temperature, with_stats = ctx.options
         trained = g[targets != -100]

@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 import zlib
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import numpy as np
@@ -50,24 +51,15 @@ class GPTConfig:
         for name in ("n_layer", "n_head", "n_embd", "rope_theta", "norm_eps"):
             if getattr(self, name) <= 0:
                 raise UserError(f"--{name} {getattr(self, name)}: expected more than 0")
-        for name, divisor in (("n_embd", "n_head"), ("n_head", "n_kv_head")):
-            if getattr(self, name) % getattr(self, divisor):
-                raise UserError(f"--{name} {getattr(self, name)} is not divisible by --{divisor} "
-                                f"{getattr(self, divisor)}; change one of them")
+        if self.n_embd % self.n_head or self.n_head % self.n_kv_head:
+            raise UserError(f"--n_embd {self.n_embd} --n_head {self.n_head} --n_kv_head {self.n_kv_head}: "
+                            "expected each to be divisible by the next")
         if self.position == "rope" and self.n_embd // self.n_head % 2:
             raise UserError(f"rotary positions need an even head width, found {self.n_embd // self.n_head}; "
                             "change --n_embd or --n_head, or use --position learned")
         if not self.mlp_hidden:
             width = 8 * self.n_embd / 3 if self.mlp == "swiglu" else 4 * self.n_embd
             self.mlp_hidden = max(32, int(width) // 32 * 32)  # matrix kernels are fast at multiples of 32
-
-    @classmethod
-    def from_dict(cls, values: dict, where: str) -> GPTConfig:
-        """A configuration as config.json holds it. where: that file, for the error message."""
-        try:
-            return cls(**values)
-        except TypeError as error:  # a name that is no field, or a value of another type
-            raise UserError(f"{where}: not a configuration of this model: {error}") from None
 
 
 # ---- the network -----------------------------------------------------------------------------------------
@@ -102,7 +94,7 @@ class Attention(nn.Module):
         self.k_norm = norm(self.D, config) if config.qk_norm else None
         self.attend = ATTENTION[config.attention]
 
-    def forward(self, x, rope, segment_ids, kv_segment_ids, cache):
+    def forward(self, x, rope, segment_ids, kv_segment_ids, append):
         B, T, C = x.shape
         qkv = self.qkv(x).view(B, T, self.H + 2 * self.G, self.D)
         q, k, v = qkv.split((self.H, self.G, self.G), dim=2)  # (B, T, H, D), (B, T, G, D) twice
@@ -111,8 +103,8 @@ class Attention(nn.Module):
         if rope is not None:
             q, k = rotate(q, *rope), rotate(k, *rope)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T, D), (B, G, T, D) twice
-        if cache is not None:
-            k, v = cache.append(k, v)  # (B, G, Tk, D) twice
+        if append is not None:
+            k, v = append(k, v)  # (B, G, Tk, D) twice
         y = self.attend(q, k, v, segment_ids=segment_ids, kv_segment_ids=kv_segment_ids)
         return self.proj(y.transpose(1, 2).reshape(B, T, C))
 
@@ -139,8 +131,8 @@ class Block(nn.Module):
         self.attn_norm, self.attn = norm(config.n_embd, config), Attention(config)
         self.mlp_norm, self.mlp = norm(config.n_embd, config), MLP(config)
 
-    def forward(self, x, rope=None, segment_ids=None, kv_segment_ids=None, cache=None):
-        x = x + self.attn(self.attn_norm(x), rope, segment_ids, kv_segment_ids, cache)
+    def forward(self, x, rope=None, segment_ids=None, kv_segment_ids=None, append=None):
+        x = x + self.attn(self.attn_norm(x), rope, segment_ids, kv_segment_ids, append)
         return x + self.mlp(self.mlp_norm(x))
 
 
@@ -153,18 +145,18 @@ class LMHead(nn.Module):
         self.register_buffer("bias", None, persistent=False)
 
     def forbid(self, ids) -> None:
-        """Give these ids probability 0, when tokens are drawn and in every log-probability. If only the sampler
-        left them out, each log-probability would be wrong by log(1 - p(forbidden))."""
+        """Give these ids probability 0, in drawing and in every log-probability. If only the sampler left
+        them out, each log-probability would be wrong by log(1 - p(forbidden))."""
         zeros = self.weight.new_zeros(len(self.weight))
         self.bias = zeros.index_fill(0, torch.tensor(ids, device=zeros.device), -torch.inf)  # (V,)
 
-    def forward(self, x, targets=None, temperature=1.0, with_stats=False, equal_weights=False):
+    def forward(self, x, targets=None, temperature=1.0, **options):
         if targets is None:
             logits = F.linear(x, self.weight) / temperature  # (B, T, V)
             return logits if self.bias is None else logits + self.bias
-        out = target_logp(x.flatten(0, 1), self.weight, targets.flatten(), bias=self.bias,
-                          temperature=temperature, with_stats=with_stats, equal_weights=equal_weights)
-        return tuple(o.view_as(targets) for o in out) if with_stats else out.view_as(targets)  # (B, T)
+        x, flat = x.flatten(0, 1), targets.flatten()  # (B T, C), (B T,)
+        out = target_logp(x, self.weight, flat, bias=self.bias, temperature=temperature, **options)
+        return out.view_as(targets) if torch.is_tensor(out) else [x.view_as(targets) for x in out]  # (B, T)
 
 
 class ScalarHead(nn.Module):
@@ -186,9 +178,9 @@ class GPT(nn.Module):
       with targets: log p(target) under softmax(logits / temperature), (B, T) float32, 0 where the target is
         -100; with_stats=True adds the entropy (B, T) and whether the target was the argmax (B, T) bool;
       without: logits / temperature (B, T, V); head="scalar": (B, T) float32.
-    segment_ids tell documents apart inside a row: attention does not cross them, and positions restart at each
-    change (-1: padding). equal_weights: a hint that the loss weighs all trained tokens alike; it saves time.
-    cache: a KVCache; then only the last position's logits are returned, (B, 1, V).
+    segment_ids tell documents apart inside a row (-1: padding): attention does not cross them, and positions
+    restart at each change. equal_weights: see target_logp. cache: a KVCache; then only the last position's
+    logits are returned, (B, 1, V).
     """
 
     def __init__(self, config: GPTConfig, head: Literal["lm", "scalar"] = "lm", seed: int = 0):
@@ -214,53 +206,54 @@ class GPT(nn.Module):
         if ids.shape[1] > self.config.max_seq_len:
             raise UserError(f"found a row of {ids.shape[1]} tokens, but the model was made for rows of "
                             f"{self.config.max_seq_len} (its max_seq_len)")
-        if segment_ids is not None and cache is None:
-            if bool((segment_ids == segment_ids[:, :1]).all()):
-                segment_ids = None  # one document a row: the causal mask alone is the same and cheaper
-            elif positions is None:
-                positions = restarting_positions(segment_ids)  # (B, T)
-        if positions is None:
+        if segment_ids is not None and cache is None and bool((segment_ids == segment_ids[:, :1]).all()):
+            segment_ids = None  # one document a row: the causal mask alone is the same and cheaper
+        if positions is None and segment_ids is not None:
+            positions = restarting_positions(segment_ids)  # (B, T)
+        elif positions is None:
             positions = torch.arange(ids.shape[1], device=ids.device)[None]  # (1, T)
         x, rope = self.embed(ids), None  # (B, T, C)
         if self.position is not None:
             x = x + self.position(positions)
         else:
-            rope = [table[positions][:, :, None].to(x.dtype) for table in (self.cos, self.sin)]  # (B, T, 1, D)
-        kv_segment_ids = None if cache is None else cache.advance(segment_ids)  # (B, Tk)
+            rope = [y[positions][:, :, None].to(x.dtype) for y in (self.cos, self.sin)]  # (B, T, 1, D) twice
+        kv_segment_ids = None if cache is None else cache.advance(segment_ids, ids.shape[1])  # (B, Tk)
         for i, block in enumerate(self.blocks):
-            x = block(x, rope, segment_ids, kv_segment_ids, None if cache is None else cache.layers[i])
+            x = block(x, rope, segment_ids, kv_segment_ids, cache and partial(cache.append, i))
         x = self.norm(x if cache is None else x[:, -1:])
         if isinstance(self.head, ScalarHead):
             return self.head(x)
-        return self.head(x, targets, temperature, with_stats, equal_weights)
+        return self.head(x, targets, temperature, with_stats=with_stats, equal_weights=equal_weights)
 
+    @torch.no_grad()
     def load_weights(self, weights: dict, where: str) -> None:
-        """Copy {name: tensor} into the parameters. Names and shapes must match. If the file holds the other kind
-        of head, the head stays as it was born. where: the file, for the error message."""
+        """Copy {name: tensor} into the parameters. Names and shapes must match. If the file holds the other
+        kind of head, the head stays as it was born. where: the file, for the error message."""
         own = dict(self.named_parameters(remove_duplicate=False))  # files name a tied head as well
-        same_head = weights.get("head.weight", self.head.weight).shape[0] == self.head.weight.shape[0]
+        if "head.weight" in weights and len(weights["head.weight"]) != len(self.head.weight):
+            own, weights = ({k: x for k, x in d.items() if not k.startswith("head.")} for d in (own, weights))
         for name in sorted(own.keys() | weights.keys()):
-            if name.startswith("head.") and not same_head:
-                continue
             found, expected = (tuple(d[name].shape) if name in d else "nothing" for d in (weights, own))
             if found != expected:
-                raise UserError(f"{where}: found {found} for {name}, expected {expected}; it is another model")
-            with torch.no_grad():
-                own[name].copy_(weights[name])
+                raise UserError(f"{where}: another model: found {found} for {name}, expected {expected}")
+            own[name].copy_(weights[name])
 
     def units(self) -> list[nn.Module]:
-        """The modules that ZeRO gathers one at a time. What is in none of them is gathered once for a pass."""
+        """The modules that ZeRO gathers one at a time. What is in none of them is gathered once a pass."""
         return [*self.blocks] if self.config.tie_embeddings else [self.embed, self.head, *self.blocks]
 
     def parameter_count(self) -> int:
         return sum(p.numel() for p in self.parameters())
 
     def flops_per_token(self, T: int) -> float:
-        """Floating-point operations of one training token in a row of T, forward and backward (Kaplan et al.
-        2020, section 2.1). 6 per weight of a matrix product: 2 forward (multiply, add), 4 backward (by input and
-        by weight). q k^T and p v cost 4 C forward per visible key, (T + 1) / 2 on average, and 8 C backward."""
+        """Floating-point operations of one training token in a row of T, forward and backward.
+
+        6 per weight of a matrix product: 2 forward (multiply, add), 4 backward (by input, by weight). q k^T
+        and p v: 4 C forward per visible key, (T + 1) / 2 on average; 8 C backward. (Kaplan et al. 2020.)
+        """
         matrices = sum(p.numel() for block in self.blocks for p in block.parameters() if p.dim() == 2)
-        return 6 * (matrices + self.head.weight.numel()) + 6 * self.config.n_layer * self.config.n_embd * (T + 1)
+        attention = self.config.n_layer * self.config.n_embd * (T + 1)
+        return 6 * (matrices + self.head.weight.numel() + attention)
 
 
 def restarting_positions(segment_ids):
@@ -272,9 +265,9 @@ def restarting_positions(segment_ids):
 
 
 def initialise(module: nn.Module, seed: int, prefix: str = "") -> None:
-    """Fill every parameter from its own random stream, a function of (seed, its full name). So a model built whole
-    and one built unit by unit on several ranks start from the same numbers. The choices:
+    """Fill every parameter from its own random stream, a function of (seed, its full name).
 
+    So a model built whole and one built unit by unit on several ranks start from the same numbers. Choices:
     - matrices N(0, 1/fan_in): this keeps the variance of what passes through;
     - 0 for matrices that write into the residual stream: each block starts as the identity;
     - 0 for an untied head: the first loss is ln V, and no step is spent on unlearning random guesses;
@@ -298,74 +291,63 @@ def initialise(module: nn.Module, seed: int, prefix: str = "") -> None:
 def load_model(folder: str, head: str = "", attention: str = "") -> tuple[GPT, Tokenizer, dict]:
     """(model, tokenizer, config) of a finished run, given its folder. UserError if it holds something else.
 
-    head: "lm" or "scalar", a new one if the model has the other kind. attention: another one than it was trained
-    with. config: what config.json holds; config["files"] are checksums."""
+    head: "lm" or "scalar", a new one if the model has the other kind. attention: another one than it was
+    trained with. config: what config.json holds; config["files"] are checksums."""
     folder = final_folder(folder)
     config, weights = load_final(folder)
     tokenizer = Tokenizer.load(os.path.join(folder, "tokenizer.json"))
-    if not {"model", "head"} <= config.keys():
-        raise UserError(f'{folder}/config.json: expected "model" and "head", as training scripts write them')
-    shape = GPTConfig.from_dict(config["model"] | ({"attention": attention} if attention else {}), folder)
-    if shape.vocab_size != tokenizer.vocab_size:
-        raise UserError(f"{folder}: a model of {shape.vocab_size} tokens, a tokenizer of {tokenizer.vocab_size}")
-    model = GPT(shape, head=head or config["head"])
+    try:
+        shape = GPTConfig(**config["model"] | ({"attention": attention} if attention else {}))
+        model = GPT(shape, head=head or config["head"])
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{folder}/config.json: not a model of this version: {error}") from None
     model.load_weights(weights, folder)
     return model, tokenizer, config
 
 
 # ---- generation ------------------------------------------------------------------------------------------
 
-class LayerCache:
-    """Keys and values of one layer. The buffers have the final length, so a step only writes its own token."""
-
-    def __init__(self, length: int):
-        self.length, self.used, self.buffers = length, 0, None
-
-    def append(self, k, v):
-        """k, v (B, G, T, D) of the new tokens -> those of all tokens so far, (B, G, used, D) twice."""
-        if self.buffers is None:
-            self.buffers = [x.new_empty(*x.shape[:2], self.length, x.shape[3]) for x in (k, v)]
-        first, self.used = self.used, self.used + k.shape[2]
-        for buffer, x in zip(self.buffers, (k, v)):
-            buffer[:, :, first:self.used] = x
-        return [buffer[:, :, :self.used] for buffer in self.buffers]
-
-
 class KVCache:
-    """What attention must remember while a text grows: keys and values per layer, and which are padding."""
+    """What attention must remember while a text grows: keys and values per layer, and which are padding.
+
+    The buffers have the final length, so that a step only writes its own token."""
 
     def __init__(self, n_layer: int, length: int):
-        self.layers, self.segment_ids = [LayerCache(length) for _ in range(n_layer)], None
+        self.length, self.used, self.layers, self.segment_ids = length, 0, [None] * n_layer, None
 
-    def advance(self, segment_ids):
-        """Note the new tokens' segment ids (B, T), or None. Returns those of all keys, (B, Tk) or None."""
+    def advance(self, segment_ids, T: int):
+        """T new tokens, their segment ids (B, T) or None. Returns those of all keys, (B, Tk) or None."""
         if self.segment_ids is not None:
             segment_ids = torch.cat((self.segment_ids, segment_ids), 1)
-        self.segment_ids = segment_ids
+        self.used, self.segment_ids = self.used + T, segment_ids
         return segment_ids
+
+    def append(self, layer: int, k, v):
+        """k, v (B, G, T, D) of the new tokens -> those of all tokens so far, (B, G, used, D) twice."""
+        if self.layers[layer] is None:
+            self.layers[layer] = [x.new_empty(*x.shape[:2], self.length, x.shape[3]) for x in (k, v)]
+        for buffer, x in zip(self.layers[layer], (k, v)):
+            buffer[:, :, self.used - x.shape[2]:self.used] = x
+        return [buffer[:, :, :self.used] for buffer in self.layers[layer]]
 
     def keep(self, rows) -> None:
         """Forget all rows but these."""
-        for layer in self.layers:
-            layer.buffers = [buffer[rows] for buffer in layer.buffers]
-        if self.segment_ids is not None:
-            self.segment_ids = self.segment_ids[rows]
+        self.layers = [[buffer[rows] for buffer in layer] for layer in self.layers]
+        self.segment_ids = self.segment_ids if self.segment_ids is None else self.segment_ids[rows]
 
 
 def choose(logits, uniforms, temperature=1.0, top_k=0, top_p=1.0):
     """Draw one token per row: invert its CDF at the row's own uniform number. Temperature 0 takes the argmax.
 
-    logits (B, V), uniforms (B,) in [0, 1) float64 -> (B,) ids. top_k keeps the k likeliest (0: all), top_p the
-    fewest whose probability reaches p (Holtzman et al. 2020)."""
+    logits (B, V), uniforms (B,) in [0, 1) float64 -> (B,) ids. top_k keeps the k likeliest (0: all), top_p
+    the fewest whose probability reaches p (Holtzman et al. 2020)."""
     if temperature == 0:
         return logits.argmax(-1)
     p = (logits.double() / temperature).softmax(-1)  # (B, V)
     if top_k or top_p < 1:
         ranked, order = p.sort(dim=-1, descending=True, stable=True)
         drop = ranked.cumsum(-1) - ranked >= top_p  # the mass before a token already suffices
-        drop[:, 0] = False
-        if top_k:
-            drop[:, top_k:] = True
+        drop[:, 0], drop[:, top_k or len(p[0]):] = False, True
         p = p.scatter(-1, order, ranked.masked_fill(drop, 0.0))
     cdf = p.cumsum(-1)
     ids = torch.searchsorted(cdf, (uniforms * cdf[:, -1])[:, None], right=True)[:, 0]
@@ -396,9 +378,9 @@ def generate(model, prompts, *, max_new_tokens, temperature=1.0, top_k=0, top_p=
              eos_id=None, banned=(), seeds=None, return_logp=False, on_token=None):
     """Continue each prompt (a non-empty list of ids): a list of new ids per prompt, eos_id included if drawn.
 
-    seeds: one integer per prompt; what row i draws depends on seeds[i], not on its neighbours. banned: ids never
-    drawn. repetition_penalty: see penalise; 1 is off, and eos_id is exempt, since a chat has many ends.
-    return_logp: also the drawn tokens' log-probabilities under softmax(logits / temperature), before any filter.
+    seeds: one integer per prompt. What row i draws depends on seeds[i], not on its neighbours. banned: ids
+    never drawn. repetition_penalty: see penalise; 1 is off, eos_id is exempt, since a chat has many ends.
+    return_logp: also the drawn tokens' log-probabilities under softmax(logits / temperature), not filtered.
     on_token(row, id): called at every new token. UserError if prompt + max_new_tokens > max_seq_len.
     """
     if not prompts:
@@ -407,8 +389,8 @@ def generate(model, prompts, *, max_new_tokens, temperature=1.0, top_k=0, top_p=
     if min(map(len, prompts)) == 0:
         raise UserError("a prompt has no tokens; begin it with the tokenizer's bos_id")
     if longest + max_new_tokens > limit:
-        raise UserError(f"prompt of {longest} tokens + {max_new_tokens} new ones exceed the model's max_seq_len "
-                        f"{limit}; shorten the prompt or ask for fewer tokens")
+        raise UserError(f"prompt of {longest} tokens + {max_new_tokens} new ones exceed the model's "
+                        f"max_seq_len {limit}; shorten the prompt or ask for fewer tokens")
     ids, segment_ids, positions = left_pad(prompts, model.cos.device)  # (B, T) each
     seeds = range(len(prompts)) if seeds is None else seeds
     uniforms = [np.random.Generator(np.random.Philox(key=int(s))).random(max_new_tokens) for s in seeds]
@@ -449,9 +431,10 @@ def generate(model, prompts, *, max_new_tokens, temperature=1.0, top_k=0, top_p=
 
 
 def generate_sorted(model, prompts, *, batch_size, seeds, on_token=None, progress=None, **options):
-    """generate for any number of prompts: batch_size at a time, those of like length together, so that little is
-    padding. Replies come in the order of the prompts; with return_logp each is a pair (ids, logp).
-    progress(done, total) is called after every batch."""
+    """generate for any number of prompts: batch_size at a time, those of like length together to pad little.
+
+    Replies come in the order of the prompts; with return_logp each is a pair (ids, logp). progress(done,
+    total) is called after every batch."""
     order, replies = sorted(range(len(prompts)), key=lambda i: len(prompts[i])), [None] * len(prompts)
     for start in range(0, len(order), batch_size):
         some = order[start:start + batch_size]
@@ -466,9 +449,9 @@ def generate_sorted(model, prompts, *, batch_size, seeds, on_token=None, progres
 
 
 def greedy_replies(model, prompts, tokenizer, longest: int = 64) -> list[str]:
-    """Each prompt (a list of ids) with the likeliest reply, as text. Prompts that leave no room are left out."""
+    """Each prompt (a list of ids) with the likeliest reply, as text. One that leaves no room is left out."""
     prompts = [prompt for prompt in prompts if len(prompt) < model.config.max_seq_len]
     room = model.config.max_seq_len - max(map(len, prompts), default=0)
-    replies = generate(model, prompts, max_new_tokens=min(room, longest), temperature=0, eos_id=tokenizer.end_id,
-                       banned=tokenizer.specials_but_end)
+    replies = generate(model, prompts, max_new_tokens=min(room, longest), temperature=0,
+                       eos_id=tokenizer.end_id, banned=tokenizer.specials_but_end)
     return [tokenizer.decode(prompt + reply) for prompt, reply in zip(prompts, replies)]

@@ -167,12 +167,10 @@ def test_flops_formula_counts_the_matrix_products():
 
 def test_configuration_errors_name_the_flag():
     """A configuration that cannot be built is one line, with the flag to change."""
-    for bad, flag in ((dict(n_embd=30), "--n_embd"), (dict(n_kv_head=3), "--n_head 4 is not divisible by --n_kv_head"),
+    for bad, flag in ((dict(n_embd=30), "--n_embd"), (dict(n_kv_head=3), "--n_kv_head 3"),
                       (dict(n_embd=12, n_head=4), "--position"), (dict(n_head=0), "--n_head")):
         with pytest.raises(UserError, match=flag):
             GPTConfig(**{**SMALL, **bad})
-    with pytest.raises(UserError, match="config.json.*n_layers"):
-        GPTConfig.from_dict({"n_layers": 3}, "config.json")
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -210,9 +208,8 @@ def test_load_model(tmp_path):
         assert loaded.config.attention == attention or not attention and loaded.config.attention == "flash"
         assert tokenizer.vocab_size == saved.vocab_size and config["files"].keys() == {"model.pt", "tokenizer.json"}
     assert load_model(final, "scalar")[0](some_ids(1, 9)).shape == (1, 9)
-    for config, words in (({}, '"model" and "head"'), (dict(model={**shape, "depth": 1}, head="lm"), "depth"),
-                          (dict(model={**shape, "n_layer": 3}, head="lm"), "another model"),
-                          (dict(model=SMALL, head="lm"), "tokenizer")):
+    for config, words in (({}, "config.json.*'model'"), (dict(model={**shape, "depth": 1}, head="lm"), "depth"),
+                          (dict(model={**shape, "n_layer": 3}, head="lm"), "another model")):
         with pytest.raises(UserError, match=f"final.*{words}"):
             load_model(save(**config))
 
