@@ -301,27 +301,17 @@ BAD_CONTENT = {
 @pytest.mark.parametrize("name", BAD_CONTENT)
 def test_a_changed_file_is_one_clear_line(name, tmp_path):
     """Even with a fingerprint that fits: nothing but what `save` writes is taken; control: the unchanged file."""
-    write(tmp_path / "bad.json", BPE)
-    assert Tokenizer.load(tmp_path / "bad.json").vocab_size == 264
-    write(tmp_path / "bad.json", BPE, **BAD_CONTENT[name])
-    with pytest.raises(UserError, match="tokenizer(?!.*\n)"):
-        Tokenizer.load(tmp_path / "bad.json")
-
-
-def test_a_damaged_file_is_one_clear_line(tmp_path):
-    """Random changes of one place, and files of another kind: UserError, or the very same tokenizer."""
-    rng, path = random.Random(5), tmp_path / "t.json"
+    path = tmp_path / "bad.json"
     write(path, BPE)
     good = path.read_bytes()
-    damaged = [b"", b"[]", b"null", b"[" * 200_000, good * 2, good[:-9], b"\xff\xfe{}", b"\0" * 100]
-    for i in rng.sample(range(len(good)), 60):
-        damaged.append(good[:i] + rng.choice([b"", b'"', b"9", b"[", b"null"]) + good[i + rng.choice([0, 1, 5]):])
-    for content in damaged:
+    assert Tokenizer.load(path).vocab_size == 264
+    write(path, BPE, **BAD_CONTENT[name])
+    changed = path.read_bytes()
+    for content in (changed, b"", b"[]", b"[" * 200_000, good * 2, good.replace(b"abc", b"abd"), b"\xff\xfe{}"):
         path.write_bytes(content)
-        try:
-            assert Tokenizer.load(path).content == BPE
-        except UserError as error:
-            assert str(path) in str(error) and "\n" not in str(error)
+        with pytest.raises(UserError, match="bad.json.*found|tokenizer") as caught:
+            Tokenizer.load(path)
+        assert "\n" not in str(caught.value)
 
 
 def test_command_line_trains_and_shows(tmp_path, capsys):
