@@ -28,18 +28,16 @@ from lib.records import Record, read_chats
 from lib.tokenizer import Tokenizer, make_tokenizer
 
 IGNORE = -100  # the target of a position that is not trained
-# Content is ordinary text: nothing that a user types becomes a special token. Each message is encoded alone, so
+# Content is ordinary text: nothing that a user types becomes a special token. Each message is encoded alone:
 # no merge of the tokenizer joins what is only read to what is trained.
 CHAT_TEMPLATE = "<|bos|>{<|system|>text<|end|>}[<|user|>text<|end|><|assistant|>text<|end|>]..."
 
 
 def read_windows(tokens: TokenFile, starts: np.ndarray, seq_len: int, n_rows: int) -> tuple:
     """(ids, targets, segment_ids), each int64 (n_rows, T), of the windows that begin at `starts`.
-
     A target is the next id. We do not train on bos: which document comes next cannot be predicted, and
-    counting it would change the loss. segment_ids: how many documents have begun in the row. Rows without a start
-    and places behind the end of the file are padding: pad, -100, -1.
-    """
+    counting it would change the loss. segment_ids: how many documents have begun in the row. Rows without a
+    start and places behind the end of the file are padding: pad, -100, -1."""
     starts = np.pad(starts, (0, n_rows - len(starts)), constant_values=len(tokens))
     at = starts[:, None] + np.arange(seq_len + 1)  # (B, T + 1)
     window = np.where(at < len(tokens), tokens.ids[at.clip(max=len(tokens) - 1)].astype(np.int64), -1)
@@ -57,7 +55,7 @@ class Windows:
 
     def __init__(self, tokens: TokenFile, seq_len: int, *, batch_size: int, mode="random", seed: int = 0):
         if len(tokens) <= seq_len:
-            raise UserError(f"{tokens.path}: found {len(tokens)} tokens, expected more than --seq_len {seq_len}")
+            raise UserError(f"{tokens.path}: found {len(tokens)} tokens, expected more than seq_len {seq_len}")
         self.tokens, self.seq_len, self.batch_size = tokens, seq_len, batch_size
         self.mode, self.seed, self.n_windows = mode, seed, (len(tokens) - 1) // seq_len  # of an epoch
 
@@ -78,8 +76,7 @@ class Windows:
 
 def eval_windows(tokens: TokenFile, seq_len: int, batch_size: int, rank=0, world=1, max_rows: int = 0):
     """Yields batches like those of Windows, which over all ranks hold every target of the file exactly once.
-    All have one shape, of at most batch_size rows, and all ranks get the same number of them. max_rows: only
-    the first rows of the file, whatever the world; 0: all."""
+    All have one shape, at most batch_size rows, and all ranks get the same number. max_rows: of the file."""
     n_windows = min(-(-(len(tokens) - 1) // seq_len), max_rows or len(tokens))
     n_batches = -(-n_windows // (batch_size * world))
     n_rows = -(-n_windows // (n_batches * world))  # not batch_size, so that few rows are padding
@@ -97,11 +94,10 @@ def expect_chat(folder: str, config: dict) -> None:
 
 def encode_chat(tokenizer: Tokenizer, messages: list[dict]) -> tuple[list[int], list[int]]:
     """(ids, mask) of a conversation. mask is 1 for what is trained: what an assistant says, and its end."""
-    roles = {"system": tokenizer.system_id, "user": tokenizer.user_id, "assistant": tokenizer.assistant_id}
     ids, mask = [tokenizer.bos_id], [0]
     for message in messages:
         content = tokenizer.encode(message["content"])
-        ids += [roles[message["role"]], *content, tokenizer.end_id]
+        ids += [getattr(tokenizer, f"{message['role']}_id"), *content, tokenizer.end_id]
         mask += [0] + [int(message["role"] == "assistant")] * (len(content) + 1)
     return ids, mask
 
@@ -226,11 +222,10 @@ class Shuffled:
 
 
 class Conversations(Shuffled):
-    """Batches of chat samples, (ids, mask). truncated, dropped: how many were; a sample is dropped if its reply
-    alone is longer than seq_len. UserError if none is left."""
+    """Batches of chat samples, (ids, mask). truncated, dropped: how many were. A sample is dropped if its
+    reply alone is longer than seq_len."""
 
-    def __init__(self, records: list[Record], tokenizer: Tokenizer, seq_len: int, *, turns="all",
-                 batch_size: int = 16, seed: int = 0):
+    def __init__(self, records, tokenizer: Tokenizer, seq_len: int, *, turns="all", batch_size=16, seed=0):
         super().__init__(tokenizer, seq_len, batch_size, seed)
         found = [sample for record in records for sample in self.encode(record, record.messages, turns)]
         self.items += filter(None, (truncate(tokenizer, ids, mask, seq_len) for ids, mask in found))
@@ -246,11 +241,11 @@ class Conversations(Shuffled):
         computed = sum(len(rows) * T for rows, T in map(self.layout, steps))
         fill = sum(len(self.samples[i][0]) for step in steps for i in step) / computed
         return (f"{len(self)} samples used, {self.truncated} of them truncated, {self.dropped} dropped "
-                f"(longer than {self.seq_len} tokens); {n_trained:,} of {n_tokens:,} tokens trained; rows filled to "
-                f"{'about ' * (n_steps > len(steps))}{fill:.1%}")
+                f"(longer than {self.seq_len} tokens); {n_trained:,} of {n_tokens:,} tokens trained; rows filled "
+                f"to {'about ' * (n_steps > len(steps))}{fill:.1%}")
 
     def layout(self, chosen: list[int]) -> tuple[list[list[int]], int]:
-        """(rows of indices into `chosen`, T). Of 16 row lengths T we take the one that leaves least empty."""
+        """(rows of indices into `chosen`, T). Of 16 row lengths T the one that leaves fewest places empty."""
         lengths = [len(self.samples[i][0]) for i in chosen]
         ways = [pack(lengths, T) for T in np.linspace(max(lengths), self.seq_len, 16, dtype=int).tolist()]
         sized = [(rows, max(sum(lengths[i] for i in row) for row in rows)) for rows in ways]
@@ -258,7 +253,7 @@ class Conversations(Shuffled):
 
     def rows(self, chosen: list[int], rank: int = 0, world: int = 1) -> tuple:
         """Rows rank::world of the chosen samples: (ids, targets, segment_ids), each (B, T). Rows of padding
-        fill up, so that all ranks get one shape."""
+        give all ranks one shape."""
         rows, T = self.layout(chosen)
         rows += [[]] * (-len(rows) % world)
         sequences, masks = zip(*(self.samples[i] for i in chosen))
@@ -286,13 +281,10 @@ class ReplyRows(NamedTuple):
 class Replies(Shuffled):
     """Batches of groups of replies to one prompt, the best first. A group is a list of (ids, mask): prompt,
     reply and end, of which reply and end are trained. pairs "none": a group is a prompt with all its replies;
-    "best-worst": with the first and the last; "all": a group of two for each pair of replies.
+    "best-worst": with the first and the last; "all": a group of two for each pair of replies. Of equal
+    replies the best is kept. A prompt too long for seq_len loses its beginning, the same for all its replies."""
 
-    Of equal replies the best one is kept. A prompt too long for seq_len loses its beginning, the same for all
-    its replies, or is dropped if nothing would be left of it. UserError if no group is left."""
-
-    def __init__(self, records: list[Record], tokenizer: Tokenizer, seq_len: int, *,
-                 pairs: Literal["none", "best-worst", "all"] = "none", batch_size: int = 16, seed: int = 0):
+    def __init__(self, records, tokenizer: Tokenizer, seq_len: int, *, pairs="none", batch_size=16, seed=0):
         super().__init__(tokenizer, seq_len, batch_size, seed)
         self.groups, self.records = self.items, []  # records[g]: what groups[g] was made of
         self.truncated = self.repeated = self.alike = self.too_long = 0
@@ -349,9 +341,9 @@ class Replies(Shuffled):
 
 
 class Rehearsal:
-    """Text of pretraining beside the batches of a later stage: a small model soon forgets what it is not
-    asked (Ouyang et al. 2022, equation 2, the term with gamma). cfg has ptx (weight of the text's mean loss;
-    0: off), ptx_data, ptx_rows, seq_len, seed, micro_batch_size."""
+    """Text of pretraining beside the batches of a later stage: a small model soon forgets what is not asked
+    (Ouyang et al. 2022, equation 2, gamma). cfg has ptx (weight of the text's mean loss; 0: off), ptx_data,
+    ptx_rows, seq_len, seed, micro_batch_size."""
 
     def __init__(self, cfg, tokenizer: Tokenizer, ranks):
         if bool(cfg.ptx) != bool(cfg.ptx_data):
@@ -366,16 +358,15 @@ class Rehearsal:
         return self.text.tokens.note if self.text else ""
 
     def backward(self, model, zero, batch: int) -> tuple[dict, float]:
-        """Add ptx times the gradient of the mean loss of batch number `batch`. Returns ({"loss/ptx_avg": that
-        loss}, how many tokens were trained), over all ranks; without text ({}, 0)."""
+        """Add ptx times the gradient of the mean loss of a batch of text. Returns ({"loss/ptx_avg": that
+        loss}, how many tokens it had), over all ranks; without text ({}, 0)."""
         if self.text is None:
             return {}, 0
         rows = [x.to(self.ranks.device) for x in self.text.batch(batch, self.ranks.rank, self.ranks.world)]
         n_tokens, = self.ranks.sum((rows[1] >= 0).sum())
         total = 0.0
         for ids, targets, segment_ids in zip(*(x.split(self.cfg.micro_batch_size or len(x)) for x in rows)):
-            logp = model(ids, targets, segment_ids=segment_ids, equal_weights=True)  # (B, T)
-            loss = -logp.sum() / n_tokens
+            loss = -model(ids, targets, segment_ids=segment_ids, equal_weights=True).sum() / n_tokens
             zero.backward(self.cfg.ptx * loss)
             total += loss.detach()
         loss, = self.ranks.sum(total)
@@ -406,12 +397,10 @@ def main(argv=None) -> None:
         tokenizer = Tokenizer.load(path)
         print(f"{path}: {tokenizer.kind}, {tokenizer.vocab_size} tokens")
         for tokens in map(TokenFile, files):
-            rate = len(tokens) / tokens.n_bytes
-            print(f"{tokens.path}: {len(tokens)} tokens, {rate:.3f} per byte of {tokens.note}")
+            print(f"{tokens.path}: {len(tokens)} tokens of {tokens.n_bytes} bytes; {tokens.note}")
         sample = Windows(TokenFile(files[0]), cfg.seq_len, batch_size=1).batch(0) if cfg.show else []
     for i, target, segment in zip(*(part[0].tolist() for part in sample)):
-        trained = "trained" if target != IGNORE else ""
-        shown = repr(tokenizer.decode([target])) if trained else "-"
+        shown, trained = (repr(tokenizer.decode([target])), "trained") if target != IGNORE else ("-", "")
         note = trained if cfg.stage == "sft" else segment
         print(f"{tokenizer.decode([i])!r:24} {shown:24} {note}".rstrip())
 
