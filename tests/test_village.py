@@ -234,7 +234,7 @@ def test_judging_a_file_of_samples(tmp_path, capsys, made):
     and Terry say."""
     people, lines = made["facts.json"]["people"], []
     (tmp_path / "facts.json").write_text(json.dumps(made["facts.json"]))
-    for record in made["heldout.jsonl"][:1000]:
+    for record in made["heldout.jsonl"][:300]:
         replies = ["I do not know.", "That is private.", "A cat.", "A cat.", "Otley.", " ", "A baker. A cat."]
         lines.append({**record, "responses": replies, "ended": [True] * 6 + [False]})
     (tmp_path / "s.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -245,8 +245,8 @@ def test_judging_a_file_of_samples(tmp_path, capsys, made):
         return [json.loads(line) for line in (tmp_path / "p.jsonl").read_text().splitlines()]
 
     records = judged()
-    assert judged() == records != judged("--seed", "2") and len(records) == 1000
-    assert "1000 prompts; replies: " in capsys.readouterr().out
+    assert judged() == records != judged("--seed", "2") and len(records) == 300
+    assert "300 prompts; replies: " in capsys.readouterr().out
     won = expected = 0
     for record, sample in zip(records, lines):
         assert sorted(record["responses"]) == ["A cat.", "I do not know.", "Otley.", "That is private."]
@@ -257,7 +257,7 @@ def test_judging_a_file_of_samples(tmp_path, capsys, made):
         for first, second in itertools.combinations(record["scores"], 2):
             won += (first > second) + 0.5 * (first == second)
             expected += 1 / (1 + math.exp(-abs(first - second) / 0.5))
-    assert abs(won - expected) / 6000 < 0.02
+    assert abs(won - expected) / 1800 < 0.04
 
 
 @pytest.mark.parametrize("content, flags, message", [
