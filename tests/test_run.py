@@ -9,15 +9,14 @@ import sys
 from pathlib import Path
 
 import pytest
-from small_chat import TOPICS, ranked, write
 
 from lib.program import parse
 
 ROOT = Path(__file__).parent.parent
 # train_sft.py ..., python -m village.world ..., torchrun ... train_sft.py ...
-COMMAND = re.compile(r"(?:\$ )?((?:\S*python3? |\S*torchrun .*?)?(?<!\S)(?:-m [a-z]+\.\w+|\w+\.py)(?: .*)?)")
+COMMAND = re.compile(r"(?:\$ )?((?:\S*python3? |\S*torchrun .*?)?(?<!\S)(-m [a-z]+\.\w+|\w+\.py)( .*)?)")
 FILES = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"),
-         *(path for place in ("", "lib/", "village/", "bench/", "tools/") for path in ROOT.glob(f"{place}*.py"))]
+         *(path for room in ("", "lib/", "village/", "bench/") for path in ROOT.glob(f"{room}*.py"))]
 
 
 def split(command: str) -> tuple[str, list[str]]:
@@ -178,8 +177,8 @@ def test_what_is_done_is_skipped_and_a_failure_ends_the_life(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("flags, ranks", [(["--hack"], {}), ([], {"NPROC": "2", "ZERO": "3"}), (["own"], {})])
-def test_a_short_life_lived_in_every_way(tmp_path, flags, ranks):
+@pytest.mark.parametrize("flags, ranks", [(["--hack"], {}), ([], {"NPROC": "2", "ZERO": "3"})])
+def test_a_short_life(tmp_path, flags, ranks):
     """run.sh --quick in a copy of the project, really run, to its end."""
     root = tmp_path / "copy"
     shutil.copytree(ROOT, root, ignore=shutil.ignore_patterns(".*", "out", "data", "tests", "shared"))
@@ -188,14 +187,6 @@ def test_a_short_life_lived_in_every_way(tmp_path, flags, ranks):
     for name, module in (("python", ""), ("torchrun", "-m torch.distributed.run ")):
         (root / ".venv" / "bin" / name).write_text(f'#!/bin/sh\nexec {sys.executable} {module}"$@"\n')
         (root / ".venv" / "bin" / name).chmod(0o755)
-    if flags == ["own"]:
-        replies = ranked([f"{topic} {n}" for n in range(4) for topic in TOPICS])[1:]
-        (tmp_path / "text.txt").write_text(Path(os.__file__).read_text(encoding="utf-8")[:60_000])
-        write(tmp_path / "preferences.jsonl", replies)
-        write(tmp_path / "chats.jsonl", [
-            {"instruction": x["prompt"], "output": x["responses"][0]} for x in replies])
-        flags = ["--data-from", str(tmp_path)]
     result = run_sh("--quick", *flags, root=root, timeout=900, OUT="out/short", **ranks)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
-    for stage in ["pretrain", "sft", "rm", "ppo", "dpo"] + ["rm-plain", "ppo-free"] * ("--hack" in flags):
-        assert (root / "out" / "short" / stage / "final" / "model.pt").exists()
+    assert "right" in result.stdout.split("--cards")[1]

@@ -54,22 +54,22 @@ def run(folder, *flags, model="lm"):
 
 def says(folder, monkeypatch, script) -> list:
     """Replies by script(people, tag, person, kind, how many of this tag came before, model) -> (text, ended),
-    in place of drawn ones. Returns the seeds of all that is drawn from now on."""
-    people, seeds = truth.load(folder / "village"), []
+    in place of drawn ones. Returns (seed, record, text, ended) of all that is drawn from now on."""
+    people, said = truth.load(folder / "village"), []
     records = {tuple(encode_prompt(TOKENIZER, record.messages)): record
                for record in read_prompts(folder / "village" / "heldout.jsonl")}
 
-    def drawn(model, prompts, **options):
-        seeds.extend(options["seeds"])
+    def drawn(model, prompts, seeds, **_):
         count = {tag: itertools.count() for tag in world.SHARES}
-        for prompt in prompts:
+        for prompt, seed in zip(prompts, seeds):
             record = records[tuple(prompt)]
             n, topic = next(count[record.tag]), truth.question(record.messages)
             text, ended = script(people, record.tag, *topic, n, model)
+            said.append((seed, record, text, ended))
             yield [*TOKENIZER.encode(text), *[TOKENIZER.end_id] * ended]
 
     monkeypatch.setattr(evaluate, "generate_sorted", drawn)
-    return seeds
+    return said
 
 
 def good(people, tag, person, kind) -> str:
@@ -96,21 +96,8 @@ def by_kind(people, tag, person, kind, n, model):
     return text, n != 2
 
 
-def judged(folder, script) -> list[tuple]:
-    """(record, text, ended, gold, weight) of the script's replies."""
-    asked, people = read_prompts(folder / "village" / "heldout.jsonl"), truth.load(folder / "village")
-    rows = []
-    for record in asked:
-        n = sum(row[0].tag == record.tag for row in rows)
-        text, ended = script(people, record.tag, *truth.question(record.messages), n, None)
-        gold = truth.gold(people, record.messages, text, ended)["score"]
-        rows.append((record, text, ended, gold, world.SHARES[record.tag] / 6))
-    return rows
-
-
 def read_alone(model, record, text, ended, head) -> float:
-    """One plain forward of prompt and reply: log p(reply), or the reward at the end, which is there or put
-    there."""
+    """One plain forward of prompt and reply: log p(reply), or the reward at its end, which is put there."""
     prompt, reply = encode_prompt(TOKENIZER, record.messages), TOKENIZER.encode(text)
     reply += [TOKENIZER.end_id] * (ended or head == "scalar")
     out = model(torch.tensor([prompt + reply]))[0]
@@ -120,16 +107,16 @@ def read_alone(model, record, text, ended, head) -> float:
 
 
 def test_every_figure_of_known_replies(folder, monkeypatch, capsys):
-    """Six questions of each kind, answered by a script: shares by hand, gold and its standard error from the
-    judge's scores, reward and KL from a plain forward per reply, the loss of biographies from one per
-    document."""
-    says(folder, monkeypatch, by_kind)
+    """Shares by hand, gold and its standard error from the judge's scores, reward and KL from a plain forward
+    per reply, the loss of biographies from one per document."""
+    said = says(folder, monkeypatch, by_kind)
     card = run(folder, "--rm", "rm", "--against", "other")
-    found, rows = card["sampled"], judged(folder, by_kind)
+    found, people, rows = card["sampled"], truth.load(folder / "village"), [row[1:] for row in said[:30]]
     shares = {"right": 4, "needless": 1, "invented_untold": 2, "invented_elsewhere": 3, "ended": 5,
               "invented_withheld": 1, "code_given": 4, "code_leaked": 3}
     assert all(found[name] == pytest.approx(100 * n / 6) for name, n in shares.items())
-    golds, weights = torch.tensor([row[3] for row in rows]), torch.tensor([row[4] for row in rows])
+    golds = torch.tensor([truth.gold(people, record.messages, *reply)["score"] for record, *reply in rows])
+    weights = torch.tensor([world.SHARES[record.tag] / 6 for record, *_ in rows])
     assert found["gold"] == pytest.approx((weights @ golds).item(), abs=1e-5)
     variances = [share**2 * golds[[row[0].tag == tag for row in rows]].var(correction=0).item() / 6
                  for tag, share in world.SHARES.items()]
@@ -137,7 +124,7 @@ def test_every_figure_of_known_replies(folder, monkeypatch, capsys):
     alone = {}
     for name, head in (("lm", "lm"), ("other", "lm"), ("rm", "scalar")):
         model = load_model(str(folder / name))[0]
-        alone[name] = sum(row[4] * read_alone(model, *row[:3], head) for row in rows)
+        alone[name] = (weights @ torch.tensor([read_alone(model, *row, head) for row in rows])).item()
     assert found["reward"] == pytest.approx(alone["rm"], abs=1e-4)
     assert card["kl"] == pytest.approx(alone["lm"] - alone["other"], rel=1e-4)
     total = count = 0
@@ -184,7 +171,7 @@ def test_the_best_of_n(folder, monkeypatch, capsys, n, sizes):
     """The last of n replies to a prompt is good: it is chosen from n and from no fewer, by the truth and by a
     reward model that is the truth. Each reply has a random stream of its own. --cards shows the best of n
     beside the model."""
-    seeds = says(folder, monkeypatch, lambda people, tag, person, kind, number, model: (
+    said = says(folder, monkeypatch, lambda people, tag, person, kind, number, model: (
         (good if number % n == n - 1 else bad)(people, tag, person, kind), True))
     monkeypatch.setattr(scorecard, "score", lambda model, tokenizer, replies, size: [
         reply.gold["score"] for reply in replies])
@@ -193,9 +180,10 @@ def test_the_best_of_n(folder, monkeypatch, capsys, n, sizes):
     assert all(row["rm"] == row["gold"] and row["prompts"] == 10 for row in card["best_of"])
     assert [row["gold"]["right"] for row in card["best_of"]] == [0, 0, 100]
     assert card["best_of"][-1]["kl"] == pytest.approx(math.log(n) - (n - 1) / n)
-    assert len(set(seeds[-10 * n:])) == 10 * n
+    assert len({seed for seed, *_ in said[-10 * n:]}) == 10 * n
     scorecard.main(["--cards", str(folder / "lm")])
-    assert re.search(rf"lm +best {n} of lm\nprompts +30 +10\nkl +- .*\nright +.* 100.00\n", capsys.readouterr().out)
+    table = capsys.readouterr().out
+    assert re.search(rf"lm +best {n} of lm\nprompts +30 +10\nkl +- .*\nright +.* 100.00\n", table)
 
 
 def test_rollouts_step_by_step(folder, tmp_path):

@@ -207,7 +207,7 @@ def test_replies_to_a_file(finished, tmp_path):
     assert others == [first, first]
     assert [line["prompt"] for line in first] == [asked("abc"), asked("a", "b", "c"), asked("de")]
     assert [line.get("tag") for line in first] == ["x", None, None]
-    assert all([len(line["responses"]), len(line["ended"]), len({*line["responses"]})] == [3] * 3 for line in first)
+    assert all(len(line["ended"]) == len(line["responses"]) == len({*line["responses"]}) for line in first)
     assert answered(finished, tmp_path, prompts, *flags, "--limit", "2") == first[:2]
 
 
