@@ -282,8 +282,6 @@ def main(argv=None) -> int:
         chosen = shuffled(len(train), (step - 1) * B, B, cfg.seed)
         rollout = draw([train[i][1] for i in chosen], step, models.actor, actor, tokenizer, cfg, ranks)
         score(rollout, minibatches(B, cfg, step, 0), models, cfg, ranks)
-        if run.stop_before(step):
-            break
         run.append("samples.jsonl", sample_lines(rollout, step, [train[i][0] for i in chosen], tokenizer))
 
         # rewards and advantages: the same numbers on every rank

@@ -147,9 +147,6 @@ class Run:
         self.due = bool(saved.get("due"))  # it stopped at a step that was to be evaluated
         if self.start > cfg.steps:
             raise UserError(f"--steps {cfg.steps}: {cfg.out} is already at step {self.start}; give more")
-        self.path = os.path.join(cfg.out, "metrics.jsonl")
-        if ranks.is_main:
-            keep_lines(self.path, self.start)  # one curve, though a run may be killed and resumed many times
         self.peak = matmul_peak(ranks.device, getattr(torch, cfg.dtype)) if flops else 0.0
         for name, zero in models.items():
             self.say(f"{name}: {zero.report()}")
@@ -179,27 +176,22 @@ class Run:
             if due and not stop:  # whoever asks to stop may not wait for an evaluation
                 self._evaluate(evaluate, step)
             if last or stop or (cfg.save_every and step % cfg.save_every == 0):
-                self._save(step, due=due and stop)
+                extra = {**self.same, **self.should, "skipped": self.skipped, "due": due and stop}
+                save_checkpoint(cfg.out, step, self.models, extra, config=self.config,
+                                tokenizer_path=self.tokenizer.path)
+                self._restart_clock()
             if stop:
-                self._stop(step)
+                self.stopped = True
+                self.say(f"asked to stop: saved after step {step}; the same command with --resume goes on")
                 return
-
-    def stop_before(self, step: int) -> bool:
-        """For a step that begins with long work, as a rollout: True if any rank was asked to stop in it.
-
-        The run is then saved as it is after step - 1, and the loop must `break`. A resumed run does that work
-        again."""
-        if self.ranks.asked_to_stop():
-            self._save(step - 1, due=False)
-            self._stop(step - 1)
-        return self.stopped
 
     def log(self, step: int, *, tokens: float, skipped: int = 0, **numbers) -> None:
         """Once a step. tokens (of all ranks) and skipped updates add up.
 
         The numbers, the same on all ranks, are written at every log_every-th step, at the first and at the
         last, with speed, MFU, memory and the time left."""
-        self.tokens, self.counted, self.skipped = self.tokens + tokens, self.counted + 1, self.skipped + skipped
+        self.tokens, self.counted = self.tokens + tokens, self.counted + 1
+        self.skipped += skipped
         if step % self.cfg.log_every and step not in (self.start + 1, self.cfg.steps):
             return
         seconds = max(time.perf_counter() - self.clock, 1e-9)
@@ -210,12 +202,19 @@ class Run:
         if self.flops:
             machine["mfu"] = speed * self.flops / (self.peak * self.ranks.world)
             words.insert(1, f"mfu {machine['mfu']:.0%}")
-        self._write(step, {**numbers, **({"skipped": self.skipped} if self.skipped else {})}, machine, words)
+        if self.skipped:
+            numbers["skipped"] = self.skipped
+        self.event(step, machine, words, **numbers)
         self._restart_clock()
 
-    def event(self, step: int, **numbers) -> None:
-        """A line of its own on the screen and in metrics.jsonl."""
-        self._write(step, numbers)
+    def event(self, step: int, machine: dict | None = None, words: Iterable[str] = (), **numbers) -> None:
+        """Numbers for metrics.jsonl and the screen. machine: more of them, which the screen says as words."""
+        finite = {name: None if isinstance(x, float) and not math.isfinite(x) else x  # JSON has no NaN
+                  for name, x in {"step": step, **numbers, **(machine or {})}.items()}
+        self.append("metrics.jsonl", [finite])
+        shown = [f"{name} {x:.4g}" if isinstance(x, float) else f"{name} {x}" for name, x in numbers.items()]
+        rest = [f"{len(shown) - 12} more in metrics.jsonl"] if len(shown) > 12 else []
+        self.say(" | ".join([f"step {step}/{self.cfg.steps}", *shown[:12], *rest, *words]))
 
     def say(self, text: str) -> None:
         """For the person at the screen (rank 0 only); not in metrics.jsonl."""
@@ -223,7 +222,8 @@ class Run:
             print(text, flush=True)
 
     def append(self, name: str, lines: Iterable[dict]) -> None:
-        """Rank 0 adds lines, each with a "step", to out/name. A resumed run drops those after its start."""
+        """Rank 0 adds lines, each with a "step", to out/name. A resumed run first drops those after its start:
+        however often a run was killed and resumed, it leaves one curve."""
         if self.ranks.is_main:
             path = os.path.join(self.cfg.out, name)
             if name not in self.begun:
@@ -251,18 +251,6 @@ class Run:
         """After evaluating and saving, so that tokens/s speaks of training alone."""
         self.clock, self.tokens, self.counted = time.perf_counter(), 0, 0
 
-    def _write(self, step: int, numbers: dict, machine: dict | None = None, words=()) -> None:
-        """The numbers to both places; those of the machine to metrics.jsonl, and as words to the screen."""
-        if not self.ranks.is_main:
-            return
-        finite = {name: None if isinstance(x, float) and not math.isfinite(x) else x  # JSON has no NaN
-                  for name, x in {**numbers, **(machine or {})}.items()}
-        with writing(self.path), open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **finite}) + "\n")
-        shown = [f"{name} {x:.4g}" if isinstance(x, float) else f"{name} {x}" for name, x in numbers.items()]
-        rest = [f"{len(shown) - 12} more in metrics.jsonl"] if len(shown) > 12 else []
-        self.say(" | ".join([f"step {step}/{self.cfg.steps}", *shown[:12], *rest, *words]))
-
     def _evaluate(self, evaluate, step: int) -> None:
         numbers = evaluate()
         if not math.isfinite(loss := numbers.get("eval_loss", 0.0)):  # what has blown up is not worth saving
@@ -270,16 +258,6 @@ class Run:
         if numbers:  # a script may have nothing to validate on
             self.event(step, **numbers)
         self._restart_clock()
-
-    def _save(self, step: int, due: bool) -> None:
-        extra = {**self.same, **self.should, "skipped": self.skipped, "due": due}
-        save_checkpoint(self.cfg.out, step, self.models, extra, config=self.config,
-                        tokenizer_path=self.tokenizer.path)
-        self._restart_clock()
-
-    def _stop(self, step: int) -> None:
-        self.stopped = True
-        self.say(f"asked to stop: saved after step {step}; the same command with --resume goes on")
 
 
 def matmul_peak(device: torch.device, dtype: torch.dtype, size: int = 1024, repeats: int = 8) -> float:
