@@ -110,7 +110,7 @@ def test_every_configuration_overfits_four_lines(switches):
 
 
 def test_first_loss_is_ln_V_and_every_parameter_gets_a_number():
-    """An untied head starts at zero: the first loss is exactly ln V. The seed decides all parameters, and none
+    """An untied head starts at zero: the first loss is exactly ln V. The seed decides all parameters; none
     is left as it was allocated. A gradient reaches every parameter of a model in which nothing is zero."""
     model, ids = GPT(GPTConfig(**SMALL)), some_ids(4, 20)
     assert -model(ids, ids.roll(-1, 1)).mean().item() == pytest.approx(math.log(37), abs=1e-6)
@@ -125,7 +125,7 @@ def test_first_loss_is_ln_V_and_every_parameter_gets_a_number():
 
 
 def test_forbidden_ids_have_no_probability():
-    """LMHead.forbid: never drawn, and log-probabilities are of a softmax over the ids left."""
+    """LMHead.forbid: never drawn; log-probabilities are of a softmax over those left."""
     model, ids = lively(), some_ids(2, 10) % 30 + 7
     left = torch.tensor([i for i in range(37) if i not in (0, 6)])
     expected = torch.full((2, 10, 37), -torch.inf, dtype=torch.float64)
