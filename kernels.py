@@ -59,7 +59,8 @@ def naive_attention(q, k, v, *, causal=True, segment_ids=None, kv_segment_ids=No
     if mask is None:
         P = S.softmax(-1)
     else:  # where a row sees nothing, softmax gives NaN, but the answer is 0
-        P = S.masked_fill(~mask, -math.inf).softmax(-1).masked_fill(~mask, 0.0)
+        hidden = ~mask
+        P = S.masked_fill_(hidden, -math.inf).softmax(-1).masked_fill(hidden, 0.0)
     return (P.to(v.dtype).view(B, G, H // G * Tq, Tk) @ v).view(B, H, Tq, D)
 
 
@@ -180,27 +181,28 @@ class Tiles:
             self.heads -= self.heads % G
         self.buffers = q.new_empty(2, self.heads * size, dtype=dtypes(q)[1])  # used again: they stay cached
         self.future = self.buffers.new_full((self.rows, self.rows), -math.inf).triu_(1)[:, None]  # (t, 1, t)
-        need = torch.ones(len(k), -(-self.Tq // self.rows), -(-self.Tk // self.width), dtype=torch.bool)
-        self.need, self.mixed = need, ~need  # (B G, query tiles, key tiles): an id in common; several ids
-        if ids_q is not None:  # the smallest and largest ids tell: right in any order, sharp if sorted
+        if ids_q is not None:  # told from a tile's smallest and largest: right in any order, sharp if sorted
             edges = []
             for ids, width, shape in ((ids_q, self.rows, (-1, 1)), (ids_k, self.width, (1, -1))):
                 whole = torch.cat((ids, ids[:, -1:].expand(-1, -ids.shape[1] % width)), 1)
                 edges += whole.view(len(ids), *shape, width).aminmax(dim=-1)
             low_q, high_q, low_k, high_k = edges  # (B G, query tiles, 1), (B G, 1, key tiles)
-            self.need = (low_q <= high_k) & (low_k <= high_q)
-            self.mixed = (low_q != high_k) | (low_k != high_q)
+            self.need = (low_q <= high_k) & (low_k <= high_q)  # (B G, query tiles, key tiles): ids in common
+            self.mixed = (low_q != high_k) | (low_k != high_q)  # more than one id
 
     def __iter__(self):
         for first in range(0, len(self.k), self.heads):
             heads = slice(first, first + self.heads)
-            skip = (~self.need[heads].any(0)).cumprod(-1).sum(-1) * self.width  # keys before the first needed
-            for i, (start, mixed) in enumerate(zip(skip.tolist(), self.mixed[heads].any(0).tolist())):
-                i0, i1 = i * self.rows, min((i + 1) * self.rows, self.Tq)
+            if self.ids_q is not None:
+                needless = (~self.need[heads].any(0)).cumprod(-1).sum(-1)  # key tiles before the first needed
+                starts, mixed = (needless * self.width).tolist(), self.mixed[heads].any(0).tolist()
+            for i, i0 in enumerate(range(0, self.Tq, self.rows)):
+                i1 = min(i0 + self.rows, self.Tq)
                 rows = slice(i0 * self.group, i1 * self.group)
-                yield heads, rows, self.scores(heads, rows, i0, i1, start, mixed)
+                start, mask = (0, ()) if self.ids_q is None else (starts[i], mixed[i])
+                yield heads, rows, self.scores(heads, rows, i0, i1, start, mask)
 
-    def scores(self, heads, rows, i0, i1, start, mixed):
+    def scores(self, heads, rows, i0, i1, start, mask):
         q, factor = self.q[heads, rows], self.scale * LOG2E
         if q.dtype == self.buffers.dtype:  # product scales its first factor: q forward, k backward. But both
             q, factor = q * factor, 1.0  # must round alike, or 2^(S - L) is wrong where S is large.
@@ -216,7 +218,7 @@ class Tiles:
             if self.causal and j1 > seen + 1:  # the diagonal runs through this tile
                 j = max(j0, seen)
                 by_time[..., j - j0:].add_(self.future[:i1 - i0, :, j - seen:j1 - seen])
-            if any(mixed[j0 // self.width:-(-j1 // self.width)]):
+            if any(mask[j0 // self.width:-(-j1 // self.width)]):
                 differ = self.ids_q[heads, i0:i1, None] != self.ids_k[heads, None, j0:j1]  # (n, t, keys)
                 by_time.masked_fill_(differ[:, :, None], -math.inf)
             yield slice(j0, j1), S

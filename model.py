@@ -216,7 +216,7 @@ class GPT(nn.Module):
         if self.position is not None:
             x = x + self.position(positions)
         else:
-            rope = [y[positions][:, :, None].to(x.dtype) for y in (self.cos, self.sin)]  # (B, T, 1, D) twice
+            rope = [turn[positions][:, :, None].to(x.dtype) for turn in (self.cos, self.sin)]  # (B, T, 1, D)
         kv_segment_ids = None if cache is None else cache.advance(segment_ids, ids.shape[1])  # (B, Tk)
         for i, block in enumerate(self.blocks):
             x = block(x, rope, segment_ids, kv_segment_ids, cache and partial(cache.append, i))

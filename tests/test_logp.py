@@ -1,4 +1,4 @@
-"""The tiled log-probabilities: equal to log_softmax of all the logits, without them, and at home with autograd."""
+"""The tiled log-probabilities: equal to log_softmax of all logits, without them; at home with autograd."""
 import random
 import weakref
 
@@ -45,7 +45,8 @@ def check_against_untiled(module, seeds):
                 found = module.target_logp(*parameters, targets, **options, **more)
                 found = found if "with_stats" in more else (found,)
                 pairs = list(zip(found[:2], exact))
-                losses = [sum((x * w).sum() for x, w in zip(side, (g, normal(seed + 2, M)))) for side in zip(*pairs)]
+                weights = g, normal(seed + 2, M)
+                losses = [sum((x * w).sum() for x, w in zip(side, weights)) for side in zip(*pairs)]
                 pairs += zip(*(torch.autograd.grad(loss, parameters, retain_graph=True) for loss in losses))
                 worst = max(float((a - b).detach().abs().max()) for a, b in pairs)
                 assert worst < 1e-12, f"off by {worst:.1e} in case {seed} with {more}"
@@ -53,15 +54,15 @@ def check_against_untiled(module, seeds):
 
 
 def test_equals_untiled_on_random_shapes(monkeypatch):
-    """Log-probabilities, entropies, argmax flags and all gradients equal the definition's to 1e-12 in float64: with
-    bias, temperature, untrained targets, many chunks and one, whether the equal_weights hint is true or not."""
+    """Log-probabilities, entropies, argmax flags, all gradients equal the definition's to 1e-12 in float64,
+    with bias, temperature, untrained targets, many chunks and one, whether equal_weights is true or not."""
     monkeypatch.setattr(kernels, "LOGITS_AT_ONCE", None)  # restored at the end
     check_against_untiled(kernels, range(120))
 
 
 @pytest.mark.parametrize("options", [{}, {"equal_weights": True}])
 def test_untrained_rows_are_left_out(options, monkeypatch):
-    """Rows without a target are not projected, and whatever gradient arrives there, even NaN, nothing comes of it.
+    """Rows without a target are not projected. Of the gradient that arrives there, even NaN, nothing comes.
     Nothing to train, or no rows at all: zeros and zero gradients."""
     for M in (4, 0):
         parameters, targets, _ = inputs(2, M, 3, 5, untrained=1)
@@ -69,21 +70,23 @@ def test_untrained_rows_are_left_out(options, monkeypatch):
         assert out.shape == (M,) and not out.any()
         assert not any(g.any() for g in torch.autograd.grad(out.sum(), parameters))
     rows, product = [], kernels.product
-    monkeypatch.setattr(kernels, "product", lambda a, *more, **how: rows.append(len(a)) or product(a, *more, **how))
+    monkeypatch.setattr(kernels, "product", lambda a, *more: rows.append(len(a)) or product(a, *more))
     parameters, targets, _ = inputs(13, 12, 3, 5)
     with torch.no_grad():
         target_logp(*parameters, targets)
     assert sum(rows) == int((targets != -100).sum()) < 12
+    monkeypatch.undo()
     for g in (normal(14, 12), torch.ones(12, dtype=torch.float64)):
         out = target_logp(*parameters, targets, **options)
-        found = torch.autograd.grad(out, parameters, torch.where(targets == -100, torch.nan, g), retain_graph=True)
+        spoilt = torch.where(targets == -100, torch.nan, g)
+        found = torch.autograd.grad(out, parameters, spoilt, retain_graph=True)
         assert all(torch.equal(a, b) for a, b in zip(found, torch.autograd.grad(out, parameters, g)))
 
 
 def test_of_equal_logits_the_first_is_the_guess():
     """A newborn model, whose logits are all 0, guesses token 0 everywhere, as greedy decoding does."""
-    targets = torch.tensor([3, 0, 1, -100, 0])
-    *_, correct = target_logp(normal(0, 5, 3), torch.zeros(4, 3, dtype=torch.float64), targets, with_stats=True)
+    targets, weight = torch.tensor([3, 0, 1, -100, 0]), torch.zeros(4, 3, dtype=torch.float64)
+    *_, correct = target_logp(normal(0, 5, 3), weight, targets, with_stats=True)
     assert correct.tolist() == [False, True, False, False, True]
 
 
@@ -104,8 +107,8 @@ def test_extreme_logits(options):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_half_precision(dtype, monkeypatch):
-    """Results are float32 and gradients keep their parameter's dtype. Against float64 both are at most twice as far
-    off as the untiled ones, although the weight's gradient is summed over fifty chunks."""
+    """Results are float32, gradients keep their parameter's dtype. Both are at most twice as far off as the
+    untiled ones, although the weight's gradient is summed over fifty chunks."""
     monkeypatch.setattr(kernels, "LOGITS_AT_ONCE", 10 * 64)
     parameters, targets, _ = inputs(5, 500, 32, 64, dtype, untrained=0)
     wide, g = [x.detach().double().requires_grad_() for x in parameters], normal(6, 500, dtype=torch.float32)
@@ -153,8 +156,8 @@ def test_autocast():
 
 @pytest.mark.parametrize("options", [{"with_stats": True}, {"equal_weights": True}, {}])
 def test_what_is_saved_is_enough(options):
-    """Backward twice, after activation checkpointing, and with hooks that keep a recipe instead of the gathered
-    weight (ZeRO-3: it is freed between forward and backward): bitwise the same gradients."""
+    """Backward twice, activation checkpointing, hooks that keep a recipe instead of the gathered weight
+    (ZeRO-3: it is freed between forward and backward): bitwise the same gradients."""
     (hidden, shard), targets, _ = inputs(11, 20, 4, 9)
     loss = loss_of((hidden, shard), targets, **options)
     plain = torch.autograd.grad(loss, (hidden, shard), retain_graph=True)
@@ -183,8 +186,9 @@ def test_what_does_not_fit_is_named(change):
     (hidden, weight), targets, bias = inputs(13, 5, 3, 4)
     bias = bias[:3] if change == "bias" else bias.requires_grad_(change == "bias with gradient")
     with pytest.raises(ValueError, match="found.*expected"):
-        target_logp(hidden[:, :2] if change == "width" else hidden, weight, targets[:4 if change == "targets" else 5],
-                    bias=bias, temperature=change if isinstance(change, float) else 1.0)
+        hidden, targets = hidden[:, :2 if change == "width" else 3], targets[:4 if change == "targets" else 5]
+        target_logp(hidden, weight, targets, bias=bias,
+                    temperature=change if isinstance(change, float) else 1.0)
 
 
 @pytest.mark.parametrize("old, new", [
