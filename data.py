@@ -55,7 +55,7 @@ class Windows:
 
     def __init__(self, tokens: TokenFile, seq_len: int, *, batch_size: int, mode="random", seed: int = 0):
         if len(tokens) <= seq_len:
-            raise UserError(f"{tokens.path}: found {len(tokens)} tokens, expected more than seq_len {seq_len}")
+            raise UserError(f"{tokens.path}: found {len(tokens)} tokens, expected over seq_len {seq_len}")
         self.tokens, self.seq_len, self.batch_size = tokens, seq_len, batch_size
         self.mode, self.seed, self.n_windows = mode, seed, (len(tokens) - 1) // seq_len  # of an epoch
 
@@ -222,8 +222,8 @@ class Conversations(Shuffled):
         computed = sum(len(rows) * T for rows, T in map(self.layout, steps))
         fill = sum(len(self.samples[i][0]) for step in steps for i in step) / computed
         return (f"{len(self)} samples used, {self.truncated} of them truncated, {self.dropped} dropped "
-                f"(longer than {self.seq_len} tokens); {n_trained:,} of {n_tokens:,} tokens trained; rows filled "
-                f"to {'about ' * (n_steps > len(steps))}{fill:.1%}")
+                f"(longer than {self.seq_len} tokens); {n_trained:,} of {n_tokens:,} tokens trained; rows "
+                f"filled to {'about ' * (n_steps > len(steps))}{fill:.1%}")
 
     def layout(self, chosen: list[int]) -> tuple[list[list[int]], int]:
         """(rows of indices into `chosen`, T). Of 16 row lengths T the one that leaves fewest places empty."""
@@ -263,7 +263,7 @@ class Replies(Shuffled):
     """Batches of groups of replies to one prompt, the best first. A group is a list of (ids, mask): prompt,
     reply and end, of which reply and end are trained. pairs "none": a group is a prompt with all its replies;
     "best-worst": with the first and the last; "all": a group of two for each pair of replies. Of equal
-    replies the best is kept. A prompt too long for seq_len loses its beginning, the same for all its replies."""
+    replies the best is kept. Too long a prompt for seq_len loses its beginning, the same for all its replies."""
 
     def __init__(self, records, tokenizer: Tokenizer, seq_len: int, *, pairs="none", batch_size=16, seed=0):
         super().__init__(tokenizer, seq_len, batch_size, seed)

@@ -38,8 +38,8 @@ def test_every_chat_form_gives_the_same_messages(name, tmp_path):
     record, messages = CHATS[name]
     array = json.dumps([record, record], indent=1, ensure_ascii=False)
     second = [i for i, line in enumerate(array.split("\n"), start=1) if line == " {"][1]
-    for ending, content, where in (("jsonl", lines(record, record), [1, 2]), ("json", array.encode(), [2, second])):
-        for path, data in ((tmp_path / f"a.{ending}", content), (tmp_path / f"a.{ending}.gz", gzip.compress(content))):
+    for content, where in ((lines(record, record), [1, 2]), (array.encode(), [2, second])):
+        for path, data in ((tmp_path / "a.json", content), (tmp_path / "a.jsonl.gz", gzip.compress(content))):
             path.write_bytes(data)
             found = read_chats(path)
             assert [chat.messages for chat in found] == [messages, messages]
@@ -78,7 +78,7 @@ def test_hh_turns_and_what_stands_beside_responses(tmp_path):
 
 
 @pytest.mark.parametrize("record", [{"prompt": "Hi 你好"}, {"prompt": [USER]}, {"messages": [USER, REPLY]},
-                                    {"conversations": [USER, REPLY]}, {"instruction": "Hi 你好", "output": "x"},
+                                    {"conversations": [USER, REPLY]}, {"instruction": "Hi 你好"},
                                     {"prompt": "Hi 你好", "chosen": "x"}])
 def test_prompts_from_prompts_and_from_conversations(record, tmp_path):
     """Of a conversation that ends with a reply, the prompt is all before it."""
@@ -89,7 +89,8 @@ def test_records_of_an_array_are_those_of_json(tmp_path):
     """Nested brackets, commas and quotes in strings, any white space between: json.loads is the oracle."""
     found = [{"a": "]],[", "b": [1, {"c": []}]}, {}, {"d": "\\\"]"}, {"e": "\u2028"}]
     plain = json.dumps(found)
-    for text in (plain, json.dumps(found, indent=3), " \n" + plain.replace(", ", " ,\n "), lines(*found).decode()):
+    spaced = " \n" + plain.replace(", ", " ,\n ")
+    for text in (plain, json.dumps(found, indent=3), spaced, lines(*found).decode()):
         (tmp_path / "a.json").write_text(text)
         assert [record for _, record in read_records(tmp_path / "a.json")] == found
 
@@ -114,16 +115,12 @@ BAD = {  # what the file holds, and words that its one line of error must have
     "no JSON": (b"hello\n", [":1:", "JSON"]),
     "JSON cut off": (GOOD + GOOD[:30], [":2:", "JSON"]),
     "single quotes": (b"{'messages': []}", [":1:", "double quotes"]),
-    "null as record": (b"[null]", [":1:", "NoneType"]),
     "other keys": (b'{"question": "a"}', [":1:", "question", '"messages"', '"instruction" and "output"']),
     "messages is null": (b'{"messages": null}', [":1:", "NoneType", "list"]),
-    "no messages": (b'{"messages": []}', [":1:", "list"]),
-    "a text as message": (b'{"messages": ["Hi"]}', [":1, message 1", "str"]),
     "mixed keys": (b'{"messages": [{"role": "user", "value": "Hi"}]}', [":1, message 1", '"from"']),
     "unknown role": (chat({"role": "tool", "content": "a"}), [":1, message 1", "tool", "assistant"]),
     "role is a list": (chat({"role": ["user"], "content": "a"}), [":1, message 1", "list"]),
     "a megabyte as role": (chat({"role": LONG, "content": "a"}), [":1, message 1", "xxx"]),
-    "a megabyte as key": (lines({LONG: 1}), [":1:", "xxx"]),
     "starts with the assistant": (chat(REPLY, USER), [":1, message 1", "assistant", "expected the user"]),
     "two user turns": (chat(USER, USER, REPLY), [":1, message 2", "user", "expected the assistant"]),
     "system in the middle": (chat(USER, SYSTEM, REPLY), [":1, message 2", "system"]),
@@ -176,7 +173,7 @@ BAD_PREFERENCES = {
     "two prompts": {"chosen": [USER, REPLY], "rejected": [{"role": "user", "content": "Bye"}, REPLY]},
     "no reply at the end": {"chosen": [USER, REPLY, USER], "rejected": [USER, REPLY]},
     "hh without turns": {"chosen": "good", "rejected": "bad"},
-    "hh after a text": {"chosen": "x\n\nHuman: a\n\nAssistant: b", "rejected": "x\n\nHuman: a\n\nAssistant: c"},
+    "hh after a text": dict.fromkeys(("chosen", "rejected"), "x\n\nHuman: a\n\nAssistant: b"),
     "tags too few": {"prompt": "a", "responses": ["b", "c"], "tags": ["x"]},
     "scores no numbers": {"prompt": "a", "responses": ["b", "c"], "scores": ["1", "2"]},
 }
@@ -189,8 +186,8 @@ def test_a_malformed_preference_is_one_clear_line(name, tmp_path):
 
 
 def preferences(*prompts) -> list[Record]:
-    return [Record(f"f:{i}", [{"role": "user", "content": prompt}], [f"best of {prompt}", f"other of {prompt}"])
-            for i, prompt in enumerate(prompts)]
+    return [Record(f"f:{i}", [{"role": "user", "content": name}], [f"best of {name}", f"other of {name}"])
+            for i, name in enumerate(prompts)]
 
 
 def test_no_prompt_stands_on_both_sides():
@@ -209,9 +206,9 @@ def test_no_prompt_stands_on_both_sides():
 
 
 def test_negatives_are_replies_to_other_prompts():
-    """The best reply above one to another prompt, the same for a seed; an eighth of the draws is the prompt's own."""
+    """The best reply above one to another prompt, by the seed. An eighth of all draws is the prompt's own."""
     pairs = records.random_negatives(preferences(*"abcdefgh"), 3, seed=1)
     assert pairs == records.random_negatives(preferences(*"abcdefgh"), 3, seed=1) and 15 <= len(pairs) < 24
     for pair in pairs:
         (best, other), prompt = pair.responses, pair.messages[0]["content"]
-        assert pair.negative and best == f"best of {prompt}" and " of " in other and not other.endswith(prompt)
+        assert pair.negative and best == f"best of {prompt}" and not other.endswith(prompt)

@@ -105,7 +105,8 @@ def test_trainer_equals_slow_version():
 def test_tiktoken_applies_merges_as_trainer_did():
     """tiktoken joins by rank of the union, the trainer by pair: both end with the same tokens in a piece."""
     rng = random.Random(2)
-    texts = ["".join(rng.choices(rng.choice(["ab", "aab ", "中文字 ", HINDI, EMOJI]), k=300)) for _ in range(40)]
+    pools = ["ab", "aab ", "中文字 ", HINDI, EMOJI] * 8
+    texts = ["".join(rng.choices(pool, k=300)) for pool in pools]
     for text in [*texts, CHINESE]:
         tokenizer = make_tokenizer("bpe", text, 262 + 60)
         tokens, words = slow_bpe(Counter(regex.findall(WORD_PATTERN, text)), 60)
@@ -115,8 +116,9 @@ def test_tiktoken_applies_merges_as_trainer_did():
 
 
 def test_what_is_not_merged():
-    """Pairs at the seam of two documents, and pairs that occur once: a small text gives a smaller vocabulary."""
-    assert b"ab" not in module.train_bpe(["a", "b"] * 50, 300) and b"ab" in module.train_bpe(["ab "] * 50, 300)
+    """Pairs at the seam of two documents, and pairs that occur once: small texts give small vocabularies."""
+    assert b"ab" not in module.train_bpe(["a", "b"] * 50, 300)
+    assert b"ab" in module.train_bpe(["ab "] * 50, 300)
     documents = [CHINESE[:300], HINDI, EMOJI, CHINESE[200:600]]
     assert module.train_bpe(documents, 400) == module.train_bpe(documents[::-1], 400)
     assert make_tokenizer("bpe", "abab cd", 4096).vocab_size == 256 + 1 + 6
@@ -133,7 +135,7 @@ def test_what_cannot_be_made_is_refused(arguments, message):
 
 @pytest.mark.parametrize("unit", ["a", " ", "\n", "!", "7", "中", "कि", "😀", "\r\n"])
 def test_long_runs_cost_linear_time(unit, tokenizers):
-    """A megabyte without a place to cut: no quadratic time and no panic over white space, learned or encoded."""
+    """A megabyte without a place to cut: no quadratic time, no panic over spaces, learned or encoded."""
     text = unit * (1_000_000 // len(unit.encode()))
     start = time.process_time()
     for tokenizer in (make_tokenizer("bpe", text, 300), tokenizers["byte"], tokenizers["bpe"]):
@@ -155,8 +157,8 @@ def test_trainer_and_tiktoken_cut_alike():
 def test_pattern_keeps_words_whole_and_covers_every_character():
     """Hindi words keep their vowel signs and joiners, emoji sequences stay whole, numbers are cut in threes.
     No character falls between the alternatives: tiktoken drops what the pattern does not match."""
-    for pieces in (["हिन्दी", " में", " क्‍ष"], ["ok", " 👨‍👩‍👧‍👦", " ❤️"], ["don", "'t", " 123", "45", " ", " x", "\n"]):
-        assert regex.findall(WORD_PATTERN, "".join(pieces)) == pieces
+    for pieces in ("हिन्दी| में| क्‍ष", "ok| 👨‍👩‍👧‍👦| ❤️", "don|'t| 123|45| | x|\n"):
+        assert regex.findall(WORD_PATTERN, pieces.replace("|", "")) == pieces.split("|")
     text = "".join(chr(code) for code in range(0x110000) if not 0xD800 <= code < 0xE000)
     assert "".join(regex.findall(WORD_PATTERN, text)) == text
     for kind in ("byte", "bpe"):
@@ -166,7 +168,7 @@ def test_pattern_keeps_words_whole_and_covers_every_character():
 
 @pytest.mark.parametrize("kind", ["byte", "char", "bpe"])
 def test_round_trip_is_exact(kind, tokenizers, corpus):
-    """decode(encode(text)) == text for every str without half characters; char has learned from these texts."""
+    """decode(encode(text)) == text for every str without half characters (char learns from these texts)."""
     rng = random.Random(4)
     texts = ["", "\0", "\r\n\r", "\ufeffBOM", HINDI, EMOJI, MIXED, CHINESE, corpus]
     texts += [random_text(rng, 80) for _ in range(200)]
@@ -266,13 +268,13 @@ def test_saved_tokenizer_is_the_same(kind, tokenizers, tmp_path, corpus):
     tokenizer.save(path)
     loaded, before = make_tokenizer(str(path)), path.read_bytes()
     assert loaded.encode(corpus) == tokenizer.encode(corpus) and loaded.path == str(path)
-    assert all(getattr(loaded, name) == getattr(tokenizer, name) for name in ("vocab_size", "kind", "fingerprint"))
+    assert loaded.content == tokenizer.content and loaded.fingerprint == tokenizer.fingerprint
     loaded.save(path)
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
 
 
 def test_fingerprint_tells_tokenizers_apart(tokenizers):
-    """Other merges, another alphabet or another kind give others; the same text the same; and for ever these."""
+    """Other merges, alphabets or kinds give others; the same text the same; and for ever these."""
     others = [make_tokenizer("char", "ab"), make_tokenizer("char", "ac"), make_tokenizer("bpe", "abab", 263),
               make_tokenizer("bpe", "acac", 263), make_tokenizer("bpe", "abab", 262), *tokenizers.values()]
     assert len({tokenizer.fingerprint for tokenizer in others}) == len(others)
@@ -300,14 +302,14 @@ BAD_CONTENT = {
 
 @pytest.mark.parametrize("name", BAD_CONTENT)
 def test_a_changed_file_is_one_clear_line(name, tmp_path):
-    """Even with a fingerprint that fits: nothing but what `save` writes is taken; control: the unchanged file."""
+    """Even with a fingerprint that fits only what `save` writes is taken; control: the unchanged file."""
     path = tmp_path / "bad.json"
     write(path, BPE)
     good = path.read_bytes()
     assert Tokenizer.load(path).vocab_size == 264
     write(path, BPE, **BAD_CONTENT[name])
     changed = path.read_bytes()
-    for content in (changed, b"", b"[]", b"[" * 200_000, good * 2, good.replace(b"abc", b"abd"), b"\xff\xfe{}"):
+    for content in (changed, b"", b"[]", b"[" * 200_000, good * 2, good.replace(b"abc", b"abd"), b"\xff"):
         path.write_bytes(content)
         with pytest.raises(UserError, match="bad.json.*found|tokenizer") as caught:
             Tokenizer.load(path)
@@ -315,7 +317,7 @@ def test_a_changed_file_is_one_clear_line(name, tmp_path):
 
 
 def test_command_line_trains_and_shows(tmp_path, capsys):
-    """--train writes a file of the wanted size, --show prints a line per token; <|endoftext|> parts documents."""
+    """--train writes a file of the wanted size, --show prints a line per token."""
     book, out = tmp_path / "book.txt", str(tmp_path / "t.json")
     book.write_bytes(("the cat and the hat\r\n<|endoftext|>\r\n" * 30).encode())
     module.main(["--train", str(book), "--vocab_size", "270", "--out", out])
