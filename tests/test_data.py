@@ -21,7 +21,7 @@ import tiktoken_ext.openai_public as named
 import torch
 
 import data
-from data import Conversations, Replies, Windows, chat_samples, collate, encode_chat, eval_windows, pack
+from data import Conversations, Windows, chat_samples, collate, encode_chat, eval_windows, pack
 from lib import corpora
 from lib.corpora import TokenFile, prepare, read_corpus, write_token_file
 from lib.program import UserError
@@ -52,7 +52,7 @@ def test_every_form_of_file_gives_the_same_documents(tmp_path):
     forms = {
         "a.txt": "<|endoftext|>\n".join(texts),
         "crlf.md": "<|endoftext|>\r\n \n<|endoftext|>\r\n".join(texts) + "<|endoftext|>",
-        "a.jsonl": "\n".join(json.dumps({"text": text, "x": 1}, ensure_ascii=False) for text in texts) + "\n\n",
+        "a.jsonl": "\n".join(json.dumps({"text": text}, ensure_ascii=False) for text in texts) + "\n\n",
         "a.json": json.dumps([{"text": text} for text in [*texts, " "]], indent=1),
     }
     for name, content in forms.items():
@@ -71,12 +71,11 @@ def test_every_form_of_file_gives_the_same_documents(tmp_path):
     ("a.txt", None, ["no such file", "stdlib"]),
 ])
 def test_bad_text_is_one_clear_line_and_writes_nothing(tmp_path, name, content, words):
-    if content is not None:
+    if content:
         (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError) as caught:
         prepare(str(tmp_path / name), tokenizer="byte", cache=tmp_path / "cache")
-    message = str(caught.value)
-    assert "\n" not in message and all(word in message for word in [name, *words]), message
+    assert all(word in str(caught.value) for word in [name, *words]) and "\n" not in str(caught.value)
     assert not list((tmp_path / "cache").rglob("*"))
 
 
@@ -97,10 +96,9 @@ def test_shakespeare_is_downloaded_once_and_checked(tmp_path, monkeypatch):
     text = b"First Citizen:\nSpeak, speak.\n"
 
     def urlopen(url, timeout):
-        answer = answers.pop(0)
-        if not answer:
-            raise urllib.error.URLError("no network")
-        return io.BytesIO(answer)
+        if answer := answers.pop(0):
+            return io.BytesIO(answer)
+        raise urllib.error.URLError("no network")
     monkeypatch.setattr(corpora, "SHAKESPEARE_SHA256", hashlib.sha256(text).hexdigest())
     monkeypatch.setattr(corpora.urllib.request, "urlopen", urlopen)
     answers = [b"", b"<html>Please log in</html>", text]
@@ -118,15 +116,15 @@ def test_prepare_keeps_the_text_the_boundaries_and_the_counts(tmp_path, tokenize
     """bos + ids + end per document, validation is the last tenth of the characters; bytes, targets, note."""
     texts = [MANY_SCRIPTS * 3, "short\n", "the end of the text, the end of the text\n" * 20]
     (tmp_path / "a.txt").write_bytes("<|endoftext|>\n".join(texts).encode())
-    *paths, made = prepare(str(tmp_path / "a.txt"), tokenizer=tokenizer, vocab_size=300, cache=tmp_path)
-    made, left = Tokenizer.load(made), int(0.9 * len("".join(texts))) - len(texts[0] + texts[1])
+    *paths, path = prepare(str(tmp_path / "a.txt"), tokenizer=tokenizer, vocab_size=300, cache=tmp_path)
+    made, left = Tokenizer.load(path), int(0.9 * len("".join(texts))) - len(texts[0] + texts[1])
     for path, part in zip(paths, ([*texts[:2], texts[2][:left]], [texts[2][left:]])):
         tokens = TokenFile(path, made)
         expected = [i for text in part for i in [made.bos_id, *made.encode(text), made.end_id]]
         text = "".join(part).encode()
         assert tokens.ids.tolist() == expected
         assert tokens.n_bytes == len(text) and tokens.n_targets == len(expected) - len(part)
-        assert all(getattr(tokens, name) == getattr(made, name) for name in ("vocab_size", "bos_id", "pad_id"))
+        assert (tokens.vocab_size, tokens.bos_id) == (made.vocab_size, made.bos_id)
         assert hashlib.sha256(text).hexdigest()[:16] in tokens.note and "a.txt" in tokens.note
 
 
@@ -136,8 +134,8 @@ def test_bpe_learns_from_training_text_and_char_from_all(tmp_path):
     (tmp_path / "b.jsonl").write_text(json.dumps({"text": "xyxyxy" * 16}))
     for spec, check in (("bpe", lambda made: len(made.encode("ab")) == 1 and len(made.encode("xy")) == 2),
                         ("char", lambda made: made.vocab_size == len("abxy") + 6)):
-        train, val, path = prepare(str(tmp_path / "a.txt"), val_data=str(tmp_path / "b.jsonl"), val_fraction=0.0,
-                                   tokenizer=spec, cache=tmp_path)
+        train, val, path = prepare(str(tmp_path / "a.txt"), val_data=str(tmp_path / "b.jsonl"), tokenizer=spec,
+                                   val_fraction=0.0, cache=tmp_path)
         made = Tokenizer.load(path)
         assert check(made) and made.decode(TokenFile(train).ids[1:-1]) == "abab" * 250
         assert made.decode(TokenFile(val).ids[1:-1]) == "xyxyxy" * 16
@@ -156,8 +154,8 @@ def test_second_start_reads_no_text(tmp_path, monkeypatch):
         return prepare(str(path), **options)[0].parent
     first = folder()
     assert folder() == first and len(calls) == 1
-    others = [folder(vocab_size=280), folder(val_fraction=0.2), folder(tokenizer="byte"),
-              folder(val_data=str(path)), folder(tokenizer=str(first / "tokenizer.json"))]
+    changes = [{"vocab_size": 280}, {"val_fraction": 0.2}, {"tokenizer": "byte"}, {"val_data": str(path)}]
+    others = [folder(**change) for change in [*changes, {"tokenizer": str(first / "tokenizer.json")}]]
     os.utime(path, ns=(0, 1))
     others.append(folder())
     path.write_text("other text" * 51)
@@ -174,7 +172,7 @@ def test_tokenizer_of_a_checkpoint(tmp_path):
     train, *_ = prepare(str(tmp_path / "b.txt"), tokenizer=str(made), cache=tmp_path / "two")
     assert len(TokenFile(train, Tokenizer.load(made))) == 11
     (tmp_path / "b.txt").write_text("cab cab More cab")
-    for tokenizer, error in ((made, "'M'"), (tmp_path / "none.json", "No such file"), ("gpt7", "expected char")):
+    for tokenizer, error in ((made, "'M'"), (tmp_path / "x.json", "No such file"), ("gpt7", "expected char")):
         with pytest.raises(UserError, match=error):
             prepare(str(tmp_path / "b.txt"), tokenizer=str(tokenizer), cache=tmp_path / "two")
     assert list((tmp_path / "two").iterdir()) == [train.parent]
@@ -258,8 +256,8 @@ def naive_row(tokens, start, seq_len):
 @pytest.mark.parametrize("mode", ["random", "sequential"])
 @pytest.mark.parametrize("batch_size, world", [(12, 1), (12, 3), (7, 2), (7, 3), (2, 3), (1, 4)])
 def test_ranks_share_rows_that_are_slices_of_the_file(tmp_path, mode, batch_size, world):
-    """Row r of the global batch is on rank r % world, as counted token by token; sequential rows go through the
-    file epoch after epoch. The surplus trains nothing."""
+    """Row r of the global batch is on rank r % world, as counted token by token; sequential rows go through
+    the file epoch after epoch. The surplus trains nothing."""
     tokens = positions_file(tmp_path, 200, bos_at=[0, 50, 51, 60, 77, 78, 130, 199])
     windows = Windows(tokens, 9, batch_size=batch_size, mode=mode, seed=3)
     for step in range(20):
@@ -273,7 +271,7 @@ def test_ranks_share_rows_that_are_slices_of_the_file(tmp_path, mode, batch_size
                 r = row * world + rank
                 start = starts[r] if r < batch_size else len(tokens)
                 assert tuple(part[row].tolist() for part in batch) == naive_row(tokens, start, 9)
-    with pytest.raises(UserError, match="found 200 tokens, expected over seq_len 200"):
+    with pytest.raises(UserError, match="found 200 tokens, expected more than 200; lower"):
         Windows(tokens, 200, batch_size=1)
 
 
@@ -287,15 +285,12 @@ def philox4x64_10(counter, key):
     return counter
 
 
-def test_random_windows_follow_the_paper_and_reach_every_place(tmp_path):
-    """An independent Philox gives the same windows. All starts are about equally frequent (5 sigma)."""
+def test_random_windows_follow_the_paper(tmp_path):
+    """An independent Philox gives the same windows, on every machine and for ever."""
     windows = Windows(positions_file(tmp_path, 50_000), 64, batch_size=10, seed=7)
     for step in (0, 1, 123_456):
         bits = [number for block in range(1, 4) for number in philox4x64_10([block, step, 0, 0], [7, 0])]
         assert windows.starts(step).tolist() == [number % (50_000 - 64) for number in bits[:10]]
-    windows = Windows(positions_file(tmp_path, 20), 8, batch_size=12_000)
-    counts = np.bincount(windows.starts(0), minlength=12)
-    assert len(counts) == 12 and ((counts - 1000) ** 2 / 1000).sum() < 11 + 5 * math.sqrt(22)
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])
@@ -387,22 +382,6 @@ def test_every_conversation_once_per_epoch(world):
         Conversations(chats(3), BYTES, 3)
     with pytest.raises(UserError, match=r"file:0: .*U\+"):
         Conversations(chats(3), make_tokenizer("char", "x"), 64)
-
-
-@pytest.mark.parametrize("pairs, members", [("none", [(0, 1, 2)]), ("best-worst", [(0, 2)]),
-                                            ("all", [(0, 1), (0, 2), (1, 2)])])
-def test_groups_of_replies(pairs, members):
-    """Each group once over three ranks, the best first, equal ones once; ends point at end tokens."""
-    records = [Record(f"file:{i}", DIALOGUE[:2], [f"{i}", "b", f"{i}", "c"]) for i in range(5)]
-    replies = Replies([*records, Record("file:9", DIALOGUE[:2], ["x", "x"])], BYTES, 40, pairs=pairs)
-    texts = [[str(i), "b", "c"][m] for i in range(5) for group in members for m in group]
-    assert [text for record in replies.records for text in record.responses] == texts
-    assert (replies.repeated, replies.alike) == (6, 1) and "1 prompts dropped" in replies.report()
-    parts = [list(replies.batches(range(len(replies)), 2, rank, 3)) for rank in range(3)]
-    assert len({len(part) for part in parts}) == 1
-    found = {i: BYTES.decode(rows.ids[row, end - 1:end + 1]) for part in parts for rows in part
-             for i, row, end in zip(rows.at.tolist(), *rows.to("cpu").ends.tolist())}
-    assert [found[i] for i in sorted(found)] == [f"{text}<|end|>" for text in texts]
 
 
 def test_command_shows_what_it_made(tmp_path, capsys):

@@ -6,7 +6,7 @@ import pytest
 
 from lib import records
 from lib.program import UserError
-from lib.records import Record, read_chats, read_preferences, read_prompts, read_records
+from lib.records import read_chats, read_preferences, read_prompts, read_records
 
 USER, REPLY = {"role": "user", "content": "Hi 你好"}, {"role": "assistant", "content": "Hello 🙂"}
 SYSTEM, NO = {"role": "system", "content": "Be kind."}, {"role": "assistant", "content": "No."}
@@ -86,20 +86,13 @@ def test_prompts_from_prompts_and_from_conversations(record, tmp_path):
 
 
 def test_records_of_an_array_are_those_of_json(tmp_path):
-    """Nested brackets, commas and quotes in strings, any white space between: json.loads is the oracle."""
+    """Nested brackets, commas and quotes in strings, any white space between, a byte order mark, CRLF."""
     found = [{"a": "]],[", "b": [1, {"c": []}]}, {}, {"d": "\\\"]"}, {"e": "\u2028"}]
     plain = json.dumps(found)
-    spaced = " \n" + plain.replace(", ", " ,\n ")
-    for text in (plain, json.dumps(found, indent=3), spaced, lines(*found).decode()):
-        (tmp_path / "a.json").write_text(text)
+    spaced, rows = " \n" + plain.replace(", ", " ,\n "), lines(*found).decode()
+    for text in (plain, json.dumps(found, indent=3), spaced, rows, "\ufeff" + rows.replace("\n", "\r\n\n")):
+        (tmp_path / "a.json").write_text(text, newline="")
         assert [record for _, record in read_records(tmp_path / "a.json")] == found
-
-
-@pytest.mark.parametrize("before, between", [(b"\xef\xbb\xbf", b"\n"), (b"", b"\r\n"), (b"\n\n", b"\n\n")])
-def test_byte_order_mark_crlf_and_blank_lines_are_no_errors(before, between, tmp_path):
-    record = json.dumps({"messages": [USER, REPLY]}).encode()
-    (tmp_path / "a.jsonl").write_bytes(before + record + between + record + between)
-    assert [chat.messages for chat in read_chats(tmp_path / "a.jsonl")] == [[USER, REPLY]] * 2
 
 
 LONG = "x" * 1_000_000
@@ -185,30 +178,8 @@ def test_a_malformed_preference_is_one_clear_line(name, tmp_path):
     one_clear_line(read_preferences, path, f"{path}:2", "found", "expected")
 
 
-def preferences(*prompts) -> list[Record]:
-    return [Record(f"f:{i}", [{"role": "user", "content": name}], [f"best of {name}", f"other of {name}"])
-            for i, name in enumerate(prompts)]
-
-
-def test_no_prompt_stands_on_both_sides():
-    """Validation is the last part, by prompts; prompts of validation data leave the training data."""
+def test_split_is_the_last_part_of_the_records():
     assert records.split_records(list(range(10)), 0.2) == ([0, 1, 2, 3, 4, 5, 6, 7], [8, 9])
     for fraction in (0.01, 1.0):
         with pytest.raises(UserError, match="--val_fraction"):
             records.split_records(list(range(10)), fraction)
-    found = preferences("a", "b", "a", "c", "d")
-    train, val = records.split_prompts(found, 0.5)
-    assert [r.where for r in train] == ["f:0", "f:2", "f:1"] and [r.where for r in val] == ["f:3", "f:4"]
-    train, val = records.split_prompts(found, 0.5, preferences("a", "x"))
-    assert [r.where for r in train] == ["f:1", "f:3", "f:4"] and len(val) == 2
-    with pytest.raises(UserError, match="--val_data"):
-        records.split_prompts(found, 0.5, found)
-
-
-def test_negatives_are_replies_to_other_prompts():
-    """The best reply above one to another prompt, by the seed. An eighth of all draws is the prompt's own."""
-    pairs = records.random_negatives(preferences(*"abcdefgh"), 3, seed=1)
-    assert pairs == records.random_negatives(preferences(*"abcdefgh"), 3, seed=1) and 15 <= len(pairs) < 24
-    for pair in pairs:
-        (best, other), prompt = pair.responses, pair.messages[0]["content"]
-        assert pair.negative and best == f"best of {prompt}" and not other.endswith(prompt)
