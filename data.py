@@ -35,9 +35,11 @@ CHAT_TEMPLATE = "<|bos|>{<|system|>text<|end|>}[<|user|>text<|end|><|assistant|>
 
 def read_windows(tokens: TokenFile, starts: np.ndarray, seq_len: int, n_rows: int) -> tuple:
     """(ids, targets, segment_ids), each int64 (n_rows, T), of the windows that begin at `starts`.
+
     A target is the next id. We do not train on bos: which document comes next cannot be predicted, and
     counting it would change the loss. segment_ids: how many documents have begun in the row. Rows without a
-    start and places behind the end of the file are padding: pad, -100, -1."""
+    start and places behind the end of the file are padding: pad, -100, -1.
+    """
     starts = np.pad(starts, (0, n_rows - len(starts)), constant_values=len(tokens))
     at = starts[:, None] + np.arange(seq_len + 1)  # (B, T + 1)
     window = np.where(at < len(tokens), tokens.ids[at.clip(max=len(tokens) - 1)].astype(np.int64), -1)
@@ -55,7 +57,8 @@ class Windows:
 
     def __init__(self, tokens: TokenFile, seq_len: int, *, batch_size: int, mode="random", seed: int = 0):
         if len(tokens) <= seq_len:
-            raise UserError(f"{tokens.path}: found {len(tokens)} tokens, expected more than seq_len {seq_len}")
+            raise UserError(f"{tokens.path}: found {len(tokens)} tokens, expected more than {seq_len}; "
+                            "lower --seq_len or give more text")
         self.tokens, self.seq_len, self.batch_size = tokens, seq_len, batch_size
         self.mode, self.seed, self.n_windows = mode, seed, (len(tokens) - 1) // seq_len  # of an epoch
 
@@ -76,7 +79,8 @@ class Windows:
 
 def eval_windows(tokens: TokenFile, seq_len: int, batch_size: int, rank=0, world=1, max_rows: int = 0):
     """Yields batches like those of Windows, which over all ranks hold every target of the file exactly once.
-    All have one shape, at most batch_size rows, and all ranks get the same number. max_rows: of the file."""
+    All have one shape, of at most batch_size rows, and all ranks get the same number of them. max_rows: only
+    so many rows from the beginning of the file, whatever the world; 0: all."""
     n_windows = min(-(-(len(tokens) - 1) // seq_len), max_rows or len(tokens))
     n_batches = -(-n_windows // (batch_size * world))
     n_rows = -(-n_windows // (n_batches * world))  # not batch_size, so that few rows are padding
@@ -120,9 +124,11 @@ def encode_prompts(tokenizer: Tokenizer, records: list[Record], longest: int) ->
 
 
 def chat_samples(tokenizer: Tokenizer, messages: list[dict], turns: str = "all") -> list[tuple]:
-    """What is trained of one conversation, as a list of (ids, mask). turns "all": every assistant turn in one
-    pass; a causal model does not see turn 2 in turn 1. "last": the last one. "each": a sample for each, which
-    ends there: it trains the same as "all", but reads more."""
+    """What is trained of one conversation, as a list of (ids, mask).
+
+    turns "all": every assistant turn in one pass, since a causal model does not see turn 2 in turn 1. "last":
+    the last turn. "each": a sample for each turn, which ends there; it trains the same as "all", reading more.
+    """
     if turns == "all":
         return [encode_chat(tokenizer, messages)]
     ends = [i for i, message in enumerate(messages, start=1) if message["role"] == "assistant"]
@@ -235,14 +241,14 @@ class Conversations(Shuffled):
 
     def report(self) -> str:
         """What became of the conversations, and what an epoch costs."""
-        n_tokens, n_trained = (sum(map(f, self.samples)) for f in (lambda x: len(x[0]), lambda x: sum(x[1])))
+        n_tokens, n_trained = map(sum, zip(*((len(ids), sum(mask)) for ids, mask in self.samples)))
         n_steps = -(-len(self) // self.batch_size)
         steps = [self.of_step(step) for step in range(min(n_steps, 200))]  # enough to say "about"
         computed = sum(len(rows) * T for rows, T in map(self.layout, steps))
         fill = sum(len(self.samples[i][0]) for step in steps for i in step) / computed
         return (f"{len(self)} samples used, {self.truncated} of them truncated, {self.dropped} dropped "
-                f"(longer than {self.seq_len} tokens); {n_trained:,} of {n_tokens:,} tokens trained; rows filled "
-                f"to {'about ' * (n_steps > len(steps))}{fill:.1%}")
+                f"(longer than {self.seq_len} tokens); {n_trained:,} of {n_tokens:,} tokens trained; rows "
+                f"filled to {'about ' * (n_steps > len(steps))}{fill:.1%}")
 
     def layout(self, chosen: list[int]) -> tuple[list[list[int]], int]:
         """(rows of indices into `chosen`, T). Of 16 row lengths T the one that leaves fewest places empty."""
@@ -282,7 +288,7 @@ class Replies(Shuffled):
     """Batches of groups of replies to one prompt, the best first. A group is a list of (ids, mask): prompt,
     reply and end, of which reply and end are trained. pairs "none": a group is a prompt with all its replies;
     "best-worst": with the first and the last; "all": a group of two for each pair of replies. Of equal
-    replies the best is kept. A prompt too long for seq_len loses its beginning, the same for all its replies."""
+    replies the best is kept. A prompt too long loses its beginning, the same for all its replies."""
 
     def __init__(self, records, tokenizer: Tokenizer, seq_len: int, *, pairs="none", batch_size=16, seed=0):
         super().__init__(tokenizer, seq_len, batch_size, seed)
@@ -300,8 +306,9 @@ class Replies(Shuffled):
                 self.too_long += len(kept) >= 2
                 continue
             self.truncated += excess > 0
-            all_, last = range(len(kept)), len(kept) - 1
-            for members in {"none": [all_], "best-worst": [(0, last)], "all": combinations(all_, 2)}[pairs]:
+            places = list(range(len(kept)))
+            ways = {"none": [places], "best-worst": [[0, places[-1]]], "all": combinations(places, 2)}
+            for members in ways[pairs]:
                 self.groups.append([group[i] for i in members])
                 parts = {name: [values[kept[i]] for i in members] for name in ("responses", "tags", "scores")
                          if (values := getattr(record, name))}
@@ -311,7 +318,7 @@ class Replies(Shuffled):
     def report(self) -> str:
         """What became of the records."""
         samples = [sample for group in self.groups for sample in group]
-        n_tokens, n_replied = (sum(map(f, samples)) for f in (lambda x: len(x[0]), lambda x: sum(x[1])))
+        n_tokens, n_replied = map(sum, zip(*((len(ids), sum(mask)) for ids, mask in samples)))
         negatives = sum(record.negative for record in self.records)
         return (f"{len(self)} groups{f' ({negatives} negatives)' if negatives else ''} of "
                 f"{len(samples) / len(self):.1f} replies, {n_replied:,} of {n_tokens:,} tokens in replies; "

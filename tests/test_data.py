@@ -1,4 +1,4 @@
-"""Text, token files and training batches: what corpora.py and data.py promise, each against a plain oracle."""
+"""Text, token files and training batches: what is promised, against plain oracles."""
 import gzip
 import hashlib
 import io
@@ -21,7 +21,7 @@ import tiktoken_ext.openai_public as named
 import torch
 
 import data
-from data import Conversations, Replies, Windows, chat_samples, collate, encode_chat, eval_windows, pack
+from data import Conversations, Windows, chat_samples, collate, encode_chat, eval_windows, pack
 from lib import corpora
 from lib.corpora import TokenFile, prepare, read_corpus, write_token_file
 from lib.program import UserError
@@ -47,12 +47,12 @@ def positions_file(folder, n, bos_at=()) -> TokenFile:
 
 
 def test_every_form_of_file_gives_the_same_documents(tmp_path):
-    """.txt, .json and .jsonl, plain and .gz, with or without a byte order mark, hold the same texts exactly."""
+    """.txt, .json and .jsonl, plain and .gz, with or without a byte order mark, hold the same texts."""
     texts = [MANY_SCRIPTS, "second\u2028document <|endoftext|> inside a line\n", "third\n"]
     forms = {
         "a.txt": "<|endoftext|>\n".join(texts),
         "crlf.md": "<|endoftext|>\r\n \n<|endoftext|>\r\n".join(texts) + "<|endoftext|>",
-        "a.jsonl": "\n".join(json.dumps({"text": text, "other": 1}, ensure_ascii=False) for text in texts) + "\n\n",
+        "a.jsonl": "\n".join(json.dumps({"text": text}, ensure_ascii=False) for text in texts) + "\n\n",
         "a.json": json.dumps([{"text": text} for text in [*texts, " "]], indent=1),
     }
     for name, content in forms.items():
@@ -71,12 +71,11 @@ def test_every_form_of_file_gives_the_same_documents(tmp_path):
     ("a.txt", None, ["no such file", "stdlib"]),
 ])
 def test_bad_text_is_one_clear_line_and_writes_nothing(tmp_path, name, content, words):
-    if content is not None:
+    if content:
         (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError) as caught:
         prepare(str(tmp_path / name), tokenizer="byte", cache=tmp_path / "cache")
-    message = str(caught.value)
-    assert "\n" not in message and all(word in message for word in [name, *words]), message
+    assert all(word in str(caught.value) for word in [name, *words]) and "\n" not in str(caught.value)
     assert not list((tmp_path / "cache").rglob("*"))
 
 
@@ -92,39 +91,19 @@ def test_stdlib_is_a_few_megabytes_of_readable_english():
     assert len(paragraphs) == len(set(paragraphs))
 
 
-def test_stdlib_rules_on_a_small_tree(tmp_path, monkeypatch):
-    """Docstrings in source order, not repeated; topics apart; no tests, no broken files; nothing is run."""
-    long = "This paragraph has more than forty characters in it."
-    sources = {
-        "one.py": f'"""Module one.\n\n    {long}\n    """\nraise SystemExit("imported")\n'
-                  'class A:\n    """Class A."""\n    def method(self):\n        r"""Do \\d."""\ndef last():\n    "Last."\n',
-        "two.py": f'def f():\n    """Again.\n\n    {long}\n    """\nasync def g():\n    """Async."""\n',
-        "old.py": 'print "python 2"\n', "silent.py": "x = 1\n", "test/x.py": '"""A test."""',
-        "pydoc_data/topics.py": "topics = {'if': 'About if.\\n', 'else': 'About else.\\n'}\n",
-    }
-    for name, source in sources.items():
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text(source)
-    (tmp_path / "link.py").symlink_to("nowhere.py")
-    monkeypatch.setattr(corpora, "STDLIB", tmp_path)
-    assert sorted(read_corpus("stdlib")) == ["About else.\n", "About if.\n", "Again.\n\nAsync.\n",
-                                             f"Module one.\n\n{long}\n\nClass A.\n\nDo \\d.\n\nLast.\n"]
-
-
 def test_shakespeare_is_downloaded_once_and_checked(tmp_path, monkeypatch):
-    """One request for two tokenizers. No network, or another text: one line says what to put where by hand."""
+    """One request for two tokenizers. No network or another text: what to put where by hand."""
     text = b"First Citizen:\nSpeak, speak.\n"
 
     def urlopen(url, timeout):
-        answer = answers.pop(0)
-        if not answer:
-            raise urllib.error.URLError("no network")
-        return io.BytesIO(answer)
+        if answer := answers.pop(0):
+            return io.BytesIO(answer)
+        raise urllib.error.URLError("no network")
     monkeypatch.setattr(corpora, "SHAKESPEARE_SHA256", hashlib.sha256(text).hexdigest())
     monkeypatch.setattr(corpora.urllib.request, "urlopen", urlopen)
     answers = [b"", b"<html>Please log in</html>", text]
     for found in ("no network", "sha256"):
-        with pytest.raises(UserError, match=f"{found}.*tinyshakespeare/input.txt there as .*/tinyshakespeare.txt"):
+        with pytest.raises(UserError, match=f"{found}.*tinyshakespeare/input.txt there as .*speare.txt"):
             prepare("shakespeare", tokenizer="byte", cache=tmp_path)
         assert not list(tmp_path.iterdir())
     for tokenizer in ("byte", "char"):
@@ -134,22 +113,23 @@ def test_shakespeare_is_downloaded_once_and_checked(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("tokenizer", ["byte", "char", "bpe"])
 def test_prepare_keeps_the_text_the_boundaries_and_the_counts(tmp_path, tokenizer):
-    """bos + ids + end per document, the last tenth of the characters as validation; bytes, targets and note."""
+    """bos + ids + end per document, validation is the last tenth of the characters; bytes, targets, note."""
     texts = [MANY_SCRIPTS * 3, "short\n", "the end of the text, the end of the text\n" * 20]
     (tmp_path / "a.txt").write_bytes("<|endoftext|>\n".join(texts).encode())
-    *paths, tokenizer_path = prepare(str(tmp_path / "a.txt"), tokenizer=tokenizer, vocab_size=300, cache=tmp_path)
-    made, left = Tokenizer.load(tokenizer_path), int(0.9 * len("".join(texts))) - len(texts[0] + texts[1])
+    *paths, path = prepare(str(tmp_path / "a.txt"), tokenizer=tokenizer, vocab_size=300, cache=tmp_path)
+    made, left = Tokenizer.load(path), int(0.9 * len("".join(texts))) - len(texts[0] + texts[1])
     for path, part in zip(paths, ([*texts[:2], texts[2][:left]], [texts[2][left:]])):
         tokens = TokenFile(path, made)
         expected = [i for text in part for i in [made.bos_id, *made.encode(text), made.end_id]]
+        text = "".join(part).encode()
         assert tokens.ids.tolist() == expected
-        assert tokens.n_bytes == len("".join(part).encode()) and tokens.n_targets == len(expected) - len(part)
-        assert (tokens.vocab_size, tokens.bos_id, tokens.pad_id) == (made.vocab_size, made.bos_id, made.pad_id)
-        assert hashlib.sha256("".join(part).encode()).hexdigest()[:16] in tokens.note and "a.txt" in tokens.note
+        assert tokens.n_bytes == len(text) and tokens.n_targets == len(expected) - len(part)
+        assert (tokens.vocab_size, tokens.bos_id) == (made.vocab_size, made.bos_id)
+        assert hashlib.sha256(text).hexdigest()[:16] in tokens.note and "a.txt" in tokens.note
 
 
 def test_bpe_learns_from_training_text_and_char_from_all(tmp_path):
-    """A string that only validation repeats is no bpe token; a character that only validation has is encoded."""
+    """What only validation repeats is no bpe token; a character that only validation has can be encoded."""
     (tmp_path / "a.txt").write_text("abab" * 250)
     (tmp_path / "b.jsonl").write_text(json.dumps({"text": "xyxyxy" * 16}))
     for spec, check in (("bpe", lambda made: len(made.encode("ab")) == 1 and len(made.encode("xy")) == 2),
@@ -174,8 +154,8 @@ def test_second_start_reads_no_text(tmp_path, monkeypatch):
         return prepare(str(path), **options)[0].parent
     first = folder()
     assert folder() == first and len(calls) == 1
-    others = [folder(vocab_size=280), folder(val_fraction=0.2), folder(tokenizer="byte"), folder(val_data=str(path)),
-              folder(tokenizer=str(first / "tokenizer.json"))]
+    changes = [{"vocab_size": 280}, {"val_fraction": 0.2}, {"tokenizer": "byte"}, {"val_data": str(path)}]
+    others = [folder(**change) for change in [*changes, {"tokenizer": str(first / "tokenizer.json")}]]
     os.utime(path, ns=(0, 1))
     others.append(folder())
     path.write_text("other text" * 51)
@@ -185,14 +165,14 @@ def test_second_start_reads_no_text(tmp_path, monkeypatch):
 
 
 def test_tokenizer_of_a_checkpoint(tmp_path):
-    """A path of a tokenizer.json means exactly that tokenizer. A character outside its alphabet writes nothing."""
+    """A path of a tokenizer.json means exactly that tokenizer. What cannot be used writes nothing."""
     (tmp_path / "a.txt").write_text("abcabcabc abcabc")
     *_, made = prepare(str(tmp_path / "a.txt"), tokenizer="char", cache=tmp_path / "one")
     (tmp_path / "b.txt").write_text("cab cab cab")
     train, *_ = prepare(str(tmp_path / "b.txt"), tokenizer=str(made), cache=tmp_path / "two")
     assert len(TokenFile(train, Tokenizer.load(made))) == 11
-    for tokenizer, error in ((made, "'M'"), (tmp_path / "none.json", "No such file"), ("wordpiece", "expected char")):
-        (tmp_path / "b.txt").write_text("cab cab More cab")
+    (tmp_path / "b.txt").write_text("cab cab More cab")
+    for tokenizer, error in ((made, "'M'"), (tmp_path / "x.json", "No such file"), ("gpt7", "expected char")):
         with pytest.raises(UserError, match=error):
             prepare(str(tmp_path / "b.txt"), tokenizer=str(tokenizer), cache=tmp_path / "two")
     assert list((tmp_path / "two").iterdir()) == [train.parent]
@@ -201,11 +181,12 @@ def test_tokenizer_of_a_checkpoint(tmp_path):
 @pytest.mark.parametrize("name", ["ours", "gpt2", "cl100k_base", "o200k_base"])
 def test_long_texts_are_encoded_in_pieces_without_a_trace(name, monkeypatch):
     """Every pattern splits the pieces of a text as it splits the whole, wherever a piece may end."""
-    monkeypatch.setattr(named, "load_tiktoken_bpe", lambda *_, **__: {})  # the pattern alone: ranks are downloaded
-    monkeypatch.setattr(named, "data_gym_to_mergeable_bpe_ranks", lambda *_, **__: dict.fromkeys(range(50256)))
+    ranks = dict.fromkeys(range(50256))  # the pattern alone is needed: ranks are downloaded
+    for loader in ("load_tiktoken_bpe", "data_gym_to_mergeable_bpe_ranks"):
+        monkeypatch.setattr(named, loader, lambda *_, **__: ranks)
     pattern = WORD_PATTERN if name == "ours" else named.ENCODING_CONSTRUCTORS[name]()["pat_str"]
-    parts = [*"ab1._-/' ", " ", "  ", "\n", "\n\n", "\r\n", "\t", "é", "你", "。", "क्", "😀", "\u00a0", "\u2028",
-             "'s", "\x1d"]  # white space to Python, not to Unicode
+    parts = [*"ab1._-/' \n\té你。😀\u00a0\u2028", " ", "  ", "\n\n", "\r\n", "क्", "'s",
+             "\x1d"]  # white space to Python, not to Unicode
     draw, cuts = random.Random(1), 0
     for _ in range(200):
         text = "".join(draw.choices(parts, k=60))
@@ -213,14 +194,14 @@ def test_long_texts_are_encoded_in_pieces_without_a_trace(name, monkeypatch):
         assert "".join(pieces) == text and regex.findall(pattern, text) == [
             token for piece in pieces for token in regex.findall(pattern, piece)]
         cuts += len(pieces) - 1
-    assert cuts > 200 and len(corpora.pieces("你好。\n" * 9, size=2)) == 9, "without spaces, it is cut at its lines"
+    assert cuts > 200 and len(corpora.pieces("你好。\n" * 9, size=2)) == 9, "without spaces: cut at lines"
 
 
 @pytest.mark.parametrize("vocab_size, dtype", [(300, "uint16"), (65536, "uint16"), (65537, "uint32")])
 def test_token_file_round_trip(tmp_path, vocab_size, dtype):
     """Arrays of any integer type become one sequence of the smallest type that holds the vocabulary."""
-    arrays = [np.array([vocab_size - 5]), np.array([], np.uint16), np.array([0, vocab_size - 1, 7], np.uint32)]
-    write_token_file(tmp_path / "a.bin", iter(arrays), fake_tokenizer(vocab_size), 12345, note="x" + "ü" * 200)
+    arrays = [np.array([vocab_size - 5]), np.array([], np.uint16), [0, vocab_size - 1, 7]]
+    write_token_file(tmp_path / "a.bin", iter(arrays), fake_tokenizer(vocab_size), 12345, "x" + "ü" * 200)
     tokens = TokenFile(tmp_path / "a.bin", fake_tokenizer(vocab_size))
     assert tokens.ids.dtype == dtype and tokens.ids.tolist() == [vocab_size - 5, 0, vocab_size - 1, 7]
     assert (len(tokens), tokens.n_targets, tokens.n_bytes, tokens.vocab_size) == (4, 3, 12345, vocab_size)
@@ -275,18 +256,23 @@ def naive_row(tokens, start, seq_len):
 @pytest.mark.parametrize("mode", ["random", "sequential"])
 @pytest.mark.parametrize("batch_size, world", [(12, 1), (12, 3), (7, 2), (7, 3), (2, 3), (1, 4)])
 def test_ranks_share_rows_that_are_slices_of_the_file(tmp_path, mode, batch_size, world):
-    """Row r of the global batch is on rank r % world, as counted token by token. The surplus trains nothing."""
+    """Row r of the global batch is on rank r % world, as counted token by token; sequential rows go through
+    the file epoch after epoch. The surplus trains nothing."""
     tokens = positions_file(tmp_path, 200, bos_at=[0, 50, 51, 60, 77, 78, 130, 199])
     windows = Windows(tokens, 9, batch_size=batch_size, mode=mode, seed=3)
     for step in range(20):
         starts = windows.starts(step)
+        if mode == "sequential":
+            assert starts.tolist() == [(step * batch_size + r) % (199 // 9) * 9 for r in range(batch_size)]
         for rank in range(world):
             batch = windows.batch(step, rank, world)
-            assert all(part.dtype == torch.int64 and part.shape == (-(-batch_size // world), 9) for part in batch)
+            assert {(x.dtype, x.shape) for x in batch} == {(torch.int64, (-(-batch_size // world), 9))}
             for row in range(len(batch[0])):
                 r = row * world + rank
                 start = starts[r] if r < batch_size else len(tokens)
                 assert tuple(part[row].tolist() for part in batch) == naive_row(tokens, start, 9)
+    with pytest.raises(UserError, match="found 200 tokens, expected more than 200; lower"):
+        Windows(tokens, 200, batch_size=1)
 
 
 def philox4x64_10(counter, key):
@@ -299,36 +285,24 @@ def philox4x64_10(counter, key):
     return counter
 
 
-def test_random_windows_follow_the_paper_and_reach_every_place(tmp_path):
-    """An independent Philox gives the same windows, for ever. All starts come about equally often (5 sigma)."""
+def test_random_windows_follow_the_paper(tmp_path):
+    """An independent Philox gives the same windows, on every machine and for ever."""
     windows = Windows(positions_file(tmp_path, 50_000), 64, batch_size=10, seed=7)
     for step in (0, 1, 123_456):
         bits = [number for block in range(1, 4) for number in philox4x64_10([block, step, 0, 0], [7, 0])]
         assert windows.starts(step).tolist() == [number % (50_000 - 64) for number in bits[:10]]
-    windows = Windows(positions_file(tmp_path, 20), 8, batch_size=12_000)
-    counts = np.bincount(windows.starts(0), minlength=12)
-    assert len(counts) == 12 and ((counts - 1000) ** 2 / 1000).sum() < 11 + 5 * math.sqrt(22)
-
-
-@pytest.mark.parametrize("n, batch_size", [(65, 3), (72, 5), (73, 4), (9, 4)])
-def test_sequential_windows_go_through_the_file_epoch_after_epoch(tmp_path, n, batch_size):
-    """Each epoch is all windows in file order, across the borders of steps and epochs."""
-    windows = Windows(positions_file(tmp_path, n), 8, batch_size=batch_size, mode="sequential")
-    assert windows.n_windows == (n - 1) // 8
-    rows = [row for step in range(3 * windows.n_windows) for row in windows.batch(step)[0].tolist()]
-    assert rows == [list(range(8 * i, 8 * i + 8)) for i in range(windows.n_windows)] * (3 * batch_size)
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])
 @pytest.mark.parametrize("n, seq_len, batch_size", [
     (200, 8, 4), (201, 8, 4), (202, 8, 64), (2, 8, 4), (9, 8, 1), (1000, 7, 5), (3, 1, 1)])
 def test_eval_windows_hold_every_target_once(tmp_path, n, seq_len, batch_size, world):
-    """Over all ranks each id but the bos is a target once, after its own predecessor; equal shapes and counts;
-    of the first rows alone (max_rows) exactly their targets."""
+    """Over all ranks each id but the bos is a target once, after its own predecessor; equal shapes and
+    counts; of the first rows alone (max_rows) exactly their targets."""
     bos_at = [i for i in (0, 17, 18, 170, 199) if i < n - 1]
     tokens = positions_file(tmp_path, n, bos_at)
     for max_rows in (0, 2, 1000):
-        ranks = [list(eval_windows(tokens, seq_len, batch_size, rank, world, max_rows)) for rank in range(world)]
+        ranks = [list(eval_windows(tokens, seq_len, batch_size, r, world, max_rows)) for r in range(world)]
         (rows, width), = {part.shape for batches in ranks for batch in batches for part in batch}
         windows = min(math.ceil((n - 1) / seq_len), max_rows or n)
         assert rows <= batch_size and width == seq_len
@@ -339,13 +313,8 @@ def test_eval_windows_hold_every_target_once(tmp_path, n, seq_len, batch_size, w
             trained = targets != -100
             seen += targets[trained].tolist()
             assert ((ids[trained] == targets[trained] - 1) | (ids[trained] == tokens.bos_id)).all()
-            assert ((segment_ids == -1) == (ids == tokens.pad_id)).all() and not trained[segment_ids == -1].any()
+            assert ((segment_ids < 0) == (ids == tokens.pad_id)).all() and not trained[segment_ids < 0].any()
         assert sorted(seen) == [i for i in range(1, min(n, windows * seq_len + 1)) if i not in bos_at]
-
-
-def test_text_shorter_than_one_window_is_named(tmp_path):
-    with pytest.raises(UserError, match="found 64 tokens, expected more than seq_len 64"):
-        Windows(positions_file(tmp_path, 64), 64, batch_size=1)
 
 
 DIALOGUE = [{"role": role, "content": content} for role, content in (
@@ -363,7 +332,7 @@ def chats(n) -> list[Record]:
 
 
 def test_ids_and_mask_of_a_dialogue():
-    """By hand, message for message: an assistant's bytes and the end of its turns are trained, nothing else."""
+    """By hand, message for message: an assistant's bytes and the ends of its turns are trained."""
     bos, system, user, assistant, end = (getattr(BYTES, f"{name}_id") for name in
                                          ("bos", "system", "user", "assistant", "end"))
     ids, mask = encode_chat(BYTES, DIALOGUE)
@@ -372,7 +341,8 @@ def test_ids_and_mask_of_a_dialogue():
     assert mask == [0] * 9 + [1] * 3 + [0] * 4 + [1] * 4
     assert data.encode_prompt(BYTES, DIALOGUE[:4]) == ids[:-4]
     each = chat_samples(BYTES, DIALOGUE, "each")
-    assert each == [(ids[:12], mask[:12]), (ids, [0] * 16 + [1] * 4)] and chat_samples(BYTES, DIALOGUE, "last") == each[1:]
+    assert each == [(ids[:12], mask[:12]), (ids, [0] * 16 + [1] * 4)]
+    assert chat_samples(BYTES, DIALOGUE, "last") == each[1:]
 
 
 def test_packed_rows_equal_one_row_each():
@@ -381,7 +351,7 @@ def test_packed_rows_equal_one_row_each():
     rows = pack(list(map(len, sequences)), 128)
     assert sorted(i for row in rows for i in row) == list(range(9)) and len(rows) < 6
     ids, targets, segment_ids = collate(sequences, masks, rows, 128)
-    model = GPT(GPTConfig(vocab_size=BYTES.vocab_size, n_layer=2, n_head=2, n_embd=16, max_seq_len=128)).double()
+    model = GPT(GPTConfig(vocab_size=262, n_layer=2, n_head=2, n_embd=16, max_seq_len=128)).double()
     with torch.no_grad():
         packed = model(ids, segment_ids=segment_ids)
         for r, row in enumerate(rows):
@@ -395,7 +365,7 @@ def test_packed_rows_equal_one_row_each():
 
 @pytest.mark.parametrize("world", [1, 2, 3])
 def test_every_conversation_once_per_epoch(world):
-    """Over the ranks and steps of an epoch; all ranks see rows of one shape; what is too long is cut or counted."""
+    """Over the ranks and steps of an epoch, in rows of one shape; what is too long is cut or counted."""
     train = Conversations(chats(24), BYTES, 64, batch_size=6, seed=3)
     seen = []
     for step in range(-(-len(train) // 6)):
@@ -414,22 +384,6 @@ def test_every_conversation_once_per_epoch(world):
         Conversations(chats(3), make_tokenizer("char", "x"), 64)
 
 
-@pytest.mark.parametrize("pairs, members", [("none", [(0, 1, 2)]), ("best-worst", [(0, 2)]),
-                                            ("all", [(0, 1), (0, 2), (1, 2)])])
-def test_groups_of_replies(pairs, members):
-    """Each group once over three ranks, the best reply first and equal ones once; ends point at end tokens."""
-    records = [Record(f"file:{i}", DIALOGUE[:2], [f"{i}", "b", f"{i}", "c"]) for i in range(5)]
-    replies = Replies([*records, Record("file:9", DIALOGUE[:2], ["x", "x"])], BYTES, 40, pairs=pairs)
-    texts = [[str(i), "b", "c"][m] for i in range(5) for group in members for m in group]
-    assert [text for record in replies.records for text in record.responses] == texts
-    assert (replies.repeated, replies.alike) == (6, 1) and "1 prompts dropped" in replies.report()
-    parts = [list(replies.batches(range(len(replies)), 2, rank, 3)) for rank in range(3)]
-    assert len({len(part) for part in parts}) == 1
-    found = {i: BYTES.decode(rows.ids[row, end - 1:end + 1]) for part in parts for rows in part
-             for i, row, end in zip(rows.at.tolist(), *rows.to("cpu").ends.tolist())}
-    assert [found[i] for i in range(sum(replies.sizes(range(len(replies)))))] == [f"{text}<|end|>" for text in texts]
-
-
 def test_command_shows_what_it_made(tmp_path, capsys):
     """Token files and a window: token | target | segment; a chat: token | target | trained?"""
     (tmp_path / "a.txt").write_text("ab" * 40 + "\n<|endoftext|>\n" + "cd" * 10)
@@ -444,6 +398,5 @@ def test_command_shows_what_it_made(tmp_path, capsys):
     assert template == f"chat template: {data.CHAT_TEMPLATE}"
     trained = [["'c'", "trained"], ["'d'", "trained"], ["'<|end|>'", "trained"]]
     assert [row.split()[1:] for row in rows] == [["-"]] * 5 + trained + [["-"]]
-    result = subprocess.run([sys.executable, data.__file__, "--data", "nowhere.txt", "--cache", tmp_path / "x"],
-                            capture_output=True, text=True, timeout=60)
-    assert (result.returncode, result.stdout, result.stderr.count("\n")) == (2, "", 1) and "nowhere" in result.stderr
+    result = subprocess.run([sys.executable, data.__file__, "--data", "none.txt"], capture_output=True)
+    assert result.returncode == 2 and result.stdout == b"" and result.stderr.count(b"\n") == 1

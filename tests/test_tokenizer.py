@@ -26,9 +26,6 @@ CHINESE = """
 语言模型的工作其实并不神秘：它读过很多文字，学会了在每一个位置上猜测下一个词。猜对了，损失就小一点；
 推的次数多了，模型就慢慢懂得了语法、常识，甚至一点点幽默。可是它并不知道自己不知道什么，所以我们还要
 春天种下的番茄，到了六月就结出一串一串的果实。母亲把熟透的摘下来，用井水洗干净，撒上白糖，放在院子里
-父亲下班回来，先不急着吃饭，总要坐在葡萄架下喝一杯茶，听收音机里的新闻，然后讲工厂里发生的事情。
-历史书上写着，这条运河挖了几十年，动用了上百万人，把南方的粮食运到北方，把北方的煤炭运到南方。
-后来铁路修好了，火车比船快得多，码头上的仓库一间一间地空了下来。如今这里是博物馆，游客可以看到古老的
 """
 OTHERS = "العربيّة ١٢٣ עִבְרִית ภาษาไทย 한국어 Ελλάδα it's we'll \u00a0\u200b\ufeff"
 
@@ -105,7 +102,8 @@ def test_trainer_equals_slow_version():
 def test_tiktoken_applies_merges_as_trainer_did():
     """tiktoken joins by rank of the union, the trainer by pair: both end with the same tokens in a piece."""
     rng = random.Random(2)
-    texts = ["".join(rng.choices(rng.choice(["ab", "aab ", "中文字 ", HINDI, EMOJI]), k=300)) for _ in range(40)]
+    pools = ["ab", "aab ", "中文字 ", HINDI, EMOJI] * 8
+    texts = ["".join(rng.choices(pool, k=300)) for pool in pools]
     for text in [*texts, CHINESE]:
         tokenizer = make_tokenizer("bpe", text, 262 + 60)
         tokens, words = slow_bpe(Counter(regex.findall(WORD_PATTERN, text)), 60)
@@ -115,12 +113,13 @@ def test_tiktoken_applies_merges_as_trainer_did():
 
 
 def test_what_is_not_merged():
-    """Pairs at the seam of two documents, and pairs that occur once: a small text gives a smaller vocabulary."""
-    assert b"ab" not in module.train_bpe(["a", "b"] * 50, 300) and b"ab" in module.train_bpe(["ab "] * 50, 300)
-    documents = [CHINESE[:300], HINDI, EMOJI, CHINESE[200:600]]
+    """Pairs at the seam of two documents, and pairs that occur once: small texts give small vocabularies."""
+    assert b"ab" not in module.train_bpe(["a", "b"] * 50, 300)
+    assert b"ab" in module.train_bpe(["ab "] * 50, 300)
+    documents = [CHINESE[:100], HINDI, EMOJI, CHINESE[50:]]
     assert module.train_bpe(documents, 400) == module.train_bpe(documents[::-1], 400)
     assert make_tokenizer("bpe", "abab cd", 4096).vocab_size == 256 + 1 + 6
-    assert len(make_tokenizer("bpe", CHINESE, 4096).encode(CHINESE)) < 0.5 * len(CHINESE.encode())
+    assert len(make_tokenizer("bpe", CHINESE, 4096).encode(CHINESE)) < 0.6 * len(CHINESE.encode())
 
 
 @pytest.mark.parametrize("arguments, message", [
@@ -133,7 +132,7 @@ def test_what_cannot_be_made_is_refused(arguments, message):
 
 @pytest.mark.parametrize("unit", ["a", " ", "\n", "!", "7", "中", "कि", "😀", "\r\n"])
 def test_long_runs_cost_linear_time(unit, tokenizers):
-    """A megabyte without a place to cut: no quadratic time and no panic over white space, learned or encoded."""
+    """A megabyte without a place to cut: no quadratic time, no panic over spaces, learned or encoded."""
     text = unit * (1_000_000 // len(unit.encode()))
     start = time.process_time()
     for tokenizer in (make_tokenizer("bpe", text, 300), tokenizers["byte"], tokenizers["bpe"]):
@@ -155,8 +154,8 @@ def test_trainer_and_tiktoken_cut_alike():
 def test_pattern_keeps_words_whole_and_covers_every_character():
     """Hindi words keep their vowel signs and joiners, emoji sequences stay whole, numbers are cut in threes.
     No character falls between the alternatives: tiktoken drops what the pattern does not match."""
-    for pieces in (["हिन्दी", " में", " क्‍ष"], ["ok", " 👨‍👩‍👧‍👦", " ❤️"], ["don", "'t", " 123", "45", " ", " x", "\n"]):
-        assert regex.findall(WORD_PATTERN, "".join(pieces)) == pieces
+    for pieces in ("हिन्दी| में| क्‍ष", "ok| 👨‍👩‍👧‍👦| ❤️", "don|'t| 123|45| | x|\n"):
+        assert regex.findall(WORD_PATTERN, pieces.replace("|", "")) == pieces.split("|")
     text = "".join(chr(code) for code in range(0x110000) if not 0xD800 <= code < 0xE000)
     assert "".join(regex.findall(WORD_PATTERN, text)) == text
     for kind in ("byte", "bpe"):
@@ -166,7 +165,7 @@ def test_pattern_keeps_words_whole_and_covers_every_character():
 
 @pytest.mark.parametrize("kind", ["byte", "char", "bpe"])
 def test_round_trip_is_exact(kind, tokenizers, corpus):
-    """decode(encode(text)) == text for every str without half characters; char has learned from these texts."""
+    """decode(encode(text)) == text for every str without half characters (char learns from these texts)."""
     rng = random.Random(4)
     texts = ["", "\0", "\r\n\r", "\ufeffBOM", HINDI, EMOJI, MIXED, CHINESE, corpus]
     texts += [random_text(rng, 80) for _ in range(200)]
@@ -175,16 +174,9 @@ def test_round_trip_is_exact(kind, tokenizers, corpus):
         ids, array = tokenizer.encode(text), tokenizer.encode_array(text)
         assert tokenizer.decode(ids) == text and tokenizer.decode_bytes(array) == text.encode()
         assert array.dtype == np.uint16 and array.tolist() == ids and max(ids, default=0) < tokenizer.pad_id
-
-
-def test_byte_and_char_ids_are_what_they_say(tokenizers):
-    """byte: the UTF-8 bytes. char: the index in the sorted alphabet. Half a character decodes to U+FFFD."""
-    assert tokenizers["byte"].encode(MIXED + EMOJI) == list((MIXED + EMOJI).encode())
-    assert tokenizers["byte"].decode("中".encode()[:2]) == "\ufffd"
-    alphabet = sorted(set(MIXED + EMOJI))
-    tokenizer = make_tokenizer("char", [MIXED, EMOJI])
-    assert tokenizer.encode(MIXED) == [alphabet.index(char) for char in MIXED]
-    assert tokenizer.vocab_size == len(alphabet) + 6
+        alphabet = bytes(range(256)) if kind == "byte" else sorted(tokenizer.alphabet)
+        units = text.encode() if kind == "byte" else text[:100] * (kind == "char")
+        assert [alphabet.index(unit) for unit in units] == ids[:len(units)]  # an id is an index
 
 
 def test_specials_have_the_last_six_ids_and_never_come_from_text(tokenizers):
@@ -230,33 +222,29 @@ def test_named_encoding_gets_our_specials_appended(monkeypatch, tmp_path):
 
 
 def test_a_tokenizer_json_fetches_nothing(monkeypatch, tmp_path):
-    """A kind of tiktoken's is taken from its cache, or one line says how to fill it. The network is asked where a
-    user has named the kind, and what it brought is there for every later load."""
-    asked = []
+    """A kind of tiktoken's comes from its cache, or one line says how to fill it. A user who names it
+    may fetch it, and what that brought is there for every later load."""
+    asked, path = [], tmp_path / "t.json"
 
     def network(url):
         asked.append(url)
         tokens = [bytes([i]) for i in range(256)] + [i.to_bytes(3, "big") for i in range(256, 100_256)]
         return b"".join(base64.b64encode(token) + b" %d\n" % i for i, token in enumerate(tokens))
-
     monkeypatch.setattr(tiktoken.load, "read_file", network)
     monkeypatch.setattr(tiktoken.load, "check_hash", lambda *_: True)
-    monkeypatch.setattr(tiktoken.registry, "ENCODINGS", {})
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path / "cache"))
-    path = tmp_path / "t.json"
     write(path, {"format": module.FORMAT, "kind": "cl100k_base", "specials": list(SPECIALS)})
-    with pytest.raises(UserError, match="'cl100k_base'.*may not fetch.*--tokenizer cl100k_base") as info:
-        Tokenizer.load(path)
-    assert not asked and "\n" not in str(info.value)
-    with monkeypatch.context() as patch, pytest.raises(UserError, match="could not be fetched"):
-        patch.setenv("TIKTOKEN_CACHE_DIR", "/proc/none")
-        make_tokenizer("cl100k_base")
-    asked.clear()
-    make_tokenizer("cl100k_base")
-    for known in (tiktoken.registry.ENCODINGS, {}):  # the cache alone knows it
-        monkeypatch.setattr(tiktoken.registry, "ENCODINGS", known)
-        assert Tokenizer.load(path).encode("ab") == [97, 98]
-    assert len(asked) == 1
+    for load, n_asked in ((Tokenizer.load, 0), (make_tokenizer, 1), (Tokenizer.load, 1)):
+        monkeypatch.setattr(tiktoken.registry, "ENCODINGS", {})
+        if n_asked:
+            assert load(path if load == Tokenizer.load else "cl100k_base").encode("ab") == [97, 98]
+        else:
+            with pytest.raises(UserError, match="'cl100k_base'.*may not fetch.*--tokenizer cl100k_base"):
+                load(path)
+        assert len(asked) == n_asked
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", "/proc/none")
+    with pytest.raises(UserError, match="could not be fetched"):
+        make_tokenizer("p50k_base")
 
 
 @pytest.mark.parametrize("kind", ["byte", "char", "bpe"])
@@ -266,13 +254,13 @@ def test_saved_tokenizer_is_the_same(kind, tokenizers, tmp_path, corpus):
     tokenizer.save(path)
     loaded, before = make_tokenizer(str(path)), path.read_bytes()
     assert loaded.encode(corpus) == tokenizer.encode(corpus) and loaded.path == str(path)
-    assert all(getattr(loaded, name) == getattr(tokenizer, name) for name in ("vocab_size", "kind", "fingerprint"))
+    assert loaded.content == tokenizer.content and loaded.fingerprint == tokenizer.fingerprint
     loaded.save(path)
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
 
 
 def test_fingerprint_tells_tokenizers_apart(tokenizers):
-    """Other merges, another alphabet or another kind give others; the same text the same; and for ever these."""
+    """Other merges, alphabets or kinds give others; the same text the same; and for ever these."""
     others = [make_tokenizer("char", "ab"), make_tokenizer("char", "ac"), make_tokenizer("bpe", "abab", 263),
               make_tokenizer("bpe", "acac", 263), make_tokenizer("bpe", "abab", 262), *tokenizers.values()]
     assert len({tokenizer.fingerprint for tokenizer in others}) == len(others)
@@ -291,23 +279,23 @@ def write(path, content: dict, **changes) -> None:
 BPE = Tokenizer("bpe", merged=["ab", "abc"]).content
 BAD_CONTENT = {
     "other version": {"format": "llm-from-zero tokenizer, version 2"}, "no kind": {"kind": ...},
-    "kind is a list": {"kind": ["bpe"]}, "unknown kind": {"kind": "gpt5"}, "byte with merges": {"kind": "byte"},
+    "kind is a list": {"kind": ["bpe"]}, "unknown kind": {"kind": "gpt5"}, "other kind": {"kind": "byte"},
     "char without alphabet": {"kind": "char"}, "other specials": {"specials": ["<|end|>"]},
     "extra key": {"ranks": []}, "another pattern": {"pattern": "(a+)+$"}, "no merges": {"merged": ...},
-    "merges null": {"merged": None}, "merges of numbers": {"merged": ["ab", 7]}, "no bytes": {"merged": ["中文"]},
+    "merges null": {"merged": None}, "a number": {"merged": ["ab", 7]}, "no bytes": {"merged": ["中文"]},
 }
 
 
 @pytest.mark.parametrize("name", BAD_CONTENT)
 def test_a_changed_file_is_one_clear_line(name, tmp_path):
-    """Even with a fingerprint that fits: nothing but what `save` writes is taken; control: the unchanged file."""
+    """Even with a fingerprint that fits only what `save` writes is taken; control: the unchanged file."""
     path = tmp_path / "bad.json"
     write(path, BPE)
     good = path.read_bytes()
     assert Tokenizer.load(path).vocab_size == 264
     write(path, BPE, **BAD_CONTENT[name])
     changed = path.read_bytes()
-    for content in (changed, b"", b"[]", b"[" * 200_000, good * 2, good.replace(b"abc", b"abd"), b"\xff\xfe{}"):
+    for content in (changed, b"", b"[]", b"[" * 200_000, good * 2, good.replace(b"abc", b"abd"), b"\xff"):
         path.write_bytes(content)
         with pytest.raises(UserError, match="bad.json.*found|tokenizer") as caught:
             Tokenizer.load(path)
@@ -315,7 +303,7 @@ def test_a_changed_file_is_one_clear_line(name, tmp_path):
 
 
 def test_command_line_trains_and_shows(tmp_path, capsys):
-    """--train writes a file of the wanted size, --show prints a line per token; <|endoftext|> parts documents."""
+    """--train writes a file of the wanted size, --show prints a line per token."""
     book, out = tmp_path / "book.txt", str(tmp_path / "t.json")
     book.write_bytes(("the cat and the hat\r\n<|endoftext|>\r\n" * 30).encode())
     module.main(["--train", str(book), "--vocab_size", "270", "--out", out])
@@ -325,8 +313,6 @@ def test_command_line_trains_and_shows(tmp_path, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == len(make_tokenizer(out).encode("the 中<|end|>")) + 1
     assert lines[0].endswith("'the'") and "b'\\xe4'" in "".join(lines)
-    module.main(["--show", str(book), "--tokenizer", "byte"])
-    assert capsys.readouterr().out.count("'\\r'") == 60
     for argv, message in {(): "nothing to do", ("--train", "missing.txt"): "No such file"}.items():
         with pytest.raises(UserError, match=message):
             module.main(list(argv))
