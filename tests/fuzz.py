@@ -10,11 +10,9 @@ import json
 import random
 import shutil
 import signal
-import struct
 import sys
 import tempfile
 import traceback
-import zlib
 from pathlib import Path
 
 if __name__ == "__main__":
@@ -23,7 +21,7 @@ if __name__ == "__main__":
 import numpy as np
 
 from data import Conversations, Replies, Windows, eval_windows
-from lib.corpora import HEADER, TokenFile, prepare, write_token_file
+from lib.corpora import TokenFile, prepare, write_token_file
 from lib.program import UserError
 from lib.records import read_chats, read_preferences, read_prompts
 from lib.tokenizer import Tokenizer, fingerprint, make_tokenizer
@@ -152,17 +150,7 @@ def use_text(folder: Path, r: random.Random):
 def use_tokens(folder: Path, r: random.Random):
     path = folder / "file.bin"
     write_token_file(path, iter([np.arange(40) % 256]), BYTES, 40, "note")
-    data = path.read_bytes()
-    if r.random() < 0.5:  # the header alone, with its checksum made right again
-        head = bytearray(mutate_bytes(data[:HEADER.size], r)[:HEADER.size].ljust(HEADER.size, b"\0"))
-        for _ in range(r.choice((0, 0, 1, 3))):
-            at = r.choice((8, 12, 16, 40, 48, 56))  # version, width, vocabulary, ids, targets, bytes
-            head[at:at + 4] = struct.pack("<I", r.choice((0, 1, 2, 4, 255, 2**31, 2**32 - 1)))
-        head[:8] = data[:8]
-        head[-4:] = struct.pack("<I", zlib.crc32(head[:-4]))
-        path.write_bytes(bytes(head) + data[HEADER.size:])
-    else:
-        path.write_bytes(mutate_bytes(data, r))
+    path.write_bytes(mutate_bytes(path.read_bytes(), r))
     yield
     tokens = TokenFile(path, BYTES if r.random() < 0.5 else None)
     Windows(tokens, 8, batch_size=4).batch(0)

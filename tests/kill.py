@@ -7,7 +7,6 @@ step folders must be whole. A run that reached its end must have the weights, th
 reference, to the last bit. Otherwise: an AssertionError, and the folder of the runs stays.
 """
 import argparse
-import contextlib
 import importlib
 import itertools
 import json
@@ -16,7 +15,6 @@ import random
 import re
 import shutil
 import signal
-import socket
 import sys
 import tempfile
 import time
@@ -94,7 +92,8 @@ def play_all(script: str, argv: list[str], world: int, log: str, before) -> None
         os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
     if world == 1:
         os._exit(play(script, argv, before))
-    os.environ |= {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world), "MASTER_PORT": str(free_port()),
+    port = random.randrange(20_000, 30_000)  # not one that the system may give to a connection meanwhile
+    os.environ |= {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world), "MASTER_PORT": str(port),
                    "MASTER_ADDR": "127.0.0.1"}
     children = []
     for rank in range(world):
@@ -106,15 +105,6 @@ def play_all(script: str, argv: list[str], world: int, log: str, before) -> None
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
     os._exit(max(code if code >= 0 else 128 - code for code in codes))  # of a killed one: as a shell says it
-
-
-def free_port() -> int:
-    """Below the ports that the system gives to connections: a rank could else be connected with itself."""
-    while True:
-        port = random.randrange(20_000, 30_000)
-        with socket.socket() as trial, contextlib.suppress(OSError):
-            trial.bind(("127.0.0.1", port))
-            return port
 
 
 class Job:
@@ -199,7 +189,7 @@ def kill(run: Job, late: float, saves: int, out: Path) -> bool:
 
 
 def torment(script, world: int, zero: int, kills: int, inputs: Path, work: Path, dice: random.Random) -> dict:
-    """Kill runs of one setting `kills` times, each run once or twice. Returns counts; AssertionError if not well."""
+    """Kill runs of one setting `kills` times, each run once or twice. Returns how often."""
     def begin() -> Job:
         return Job(script, arguments(script, inputs, out, "--zero", str(zero)), world)
 
@@ -212,12 +202,13 @@ def torment(script, world: int, zero: int, kills: int, inputs: Path, work: Path,
         out = work / f"run-{world}-{zero}-{counts['runs']}"
         for _ in range(min(dice.randint(1, 2), kills - counts["kills"])):
             in_save = counts["kills"] % 2
-            if kill(begin(), dice.uniform(0, 0.02 if in_save else seconds), dice.randint(1, 4) * in_save, out):
+            late = dice.uniform(0, 0.02 if in_save else seconds)
+            if kill(begin(), late, dice.randint(1, 4) * in_save, out):
                 counts["kills"] += 1
                 counts["in save"] += bool(parts(out))
                 for name in folders(out):
                     _examine(out / name, "meta.json")
-                assert len(folders(out) + parts(out)) <= KEEP + 2  # one is being written, one is to be removed
+                assert len(folders(out) + parts(out)) <= KEEP + 2  # one is new, one is to be removed
         assert begin().wait() == 0, f"see {out}.log"
         assert not (problem := difference(outcome(out), expected)), f"{out}: {problem}"
         counts["runs"] += 1
@@ -233,5 +224,6 @@ if __name__ == "__main__":
     work, dice = Path(tempfile.mkdtemp(prefix="kill-")), random.Random(args.seed)
     inputs = make_inputs(work / "inputs")
     for world, zero in itertools.product((1, 2), (0, 3)):
-        print(world, "ranks, ZeRO", zero, torment(args.script, world, zero, -(-args.tries // 4), inputs, work, dice))
+        counts = torment(args.script, world, zero, -(-args.tries // 4), inputs, work, dice)
+        print(f"{args.script}, {world} ranks, ZeRO {zero}: {counts}", flush=True)
     shutil.rmtree(work)

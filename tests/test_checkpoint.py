@@ -79,8 +79,6 @@ def unbroken(last: int) -> dict:
     return z.full_state_dict()
 
 
-# ---- what comes back -------------------------------------------------------------------------------------
-
 def test_any_world_size_and_stage_loads_any_other(tmp_path):
     """2 -> 3 -> 1 -> 2 ranks at stages 3, 2, 0, 1: masters and moments are bitwise what was saved, the end is
     near that of the unbroken run. A frozen block has no moments, a partly frozen one fewer than weights."""
@@ -90,7 +88,7 @@ def test_any_world_size_and_stage_loads_any_other(tmp_path):
         if first:
             saved, loaded = (vectors(tmp_path / place / f"step-{first:08d}") for place in ("out", "again"))
             assert saved == loaded and ("blocks.1", "exp_avg") not in saved
-            assert saved["scalars"] == {"updates": first, "loss_scale": 4.0, "good_steps": first, "skipped": 0}
+            assert saved["scalars"] == dict(updates=first, loss_scale=4.0, good_steps=first, skipped=0)
     assert near(state, unbroken(8), 1e-5)
 
 
@@ -148,11 +146,7 @@ def test_a_checkpoint_of_another_model(tmp_path, change, words):
     save(tmp_path, 1, make())
     with pytest.raises(UserError, match=f"of another model: model: .*{words}.*choose another --out"):
         load(tmp_path, make(**change))
-    with pytest.raises(UserError, match="actor: .* is None there"):
-        load_checkpoint(str(tmp_path), {"actor": make()})
 
-
-# ---- the folder of a run ---------------------------------------------------------------------------------
 
 def test_only_the_newest_stay(tmp_path, monkeypatch):
     """A step that is there is not written again: nothing was trained since it was loaded. What goes is
@@ -185,11 +179,7 @@ def test_who_may_take_a_folder(tmp_path):
         claim(out, resume=False)
     claim(out, resume=True).close()
     assert sorted(os.listdir(out)) == ["final", "lock", "step-00000001", "tmp-mine"]
-    with pytest.raises(UserError, match="/proc/none: cannot be written"):
-        claim("/proc/none", resume=False)
 
-
-# ---- crashes and disks that fail -------------------------------------------------------------------------
 
 def save_and_die(out, rank, point):
     """A save during which `rank` is killed."""
@@ -235,7 +225,7 @@ def save_with_limit(out):
     """A real limit on the size of files, so that torch.save itself meets the error in the middle."""
     hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
-    for action in (lambda: save(out, 2, make()), lambda: save_final(out, {"a": torch.ones(9999)}, {}, __file__)):
+    for action in lambda: save(out, 2, make()), lambda: save_final(out, {"a": torch.ones(9999)}, {}, ""):
         with pytest.raises(UserError, match="(step-00000002|final): cannot be written: .*; free space"):
             action()
     resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
@@ -249,11 +239,10 @@ def test_a_full_disk(tmp_path):
     with mock.patch("os.fsync", full), pytest.raises(UserError, match="2: cannot be written: No space left;"):
         save(tmp_path, 2, make())
     assert os.listdir(tmp_path) == ["step-00000001"] and load(tmp_path, make())[0] == 1
-    with pytest.raises(UserError, match="/proc/none"):
-        save("/proc/none", 1, make())
+    for action in lambda: save("/proc/none", 1, make()), lambda: claim("/proc/none", resume=False):
+        with pytest.raises(UserError, match="/proc/none.*: cannot be written"):
+            action()
 
-
-# ---- damage ----------------------------------------------------------------------------------------------
 
 def flip(path):
     data = bytearray(path.read_bytes())

@@ -2,6 +2,7 @@
 import os
 import signal
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -84,16 +85,15 @@ def test_a_second_signal_means_it(capfd):
     me = Ranks()
     for _ in range(3):
         me._on_signal(signal.SIGINT, None)
+    assert me.exit_code == 130
     assert capfd.readouterr().err.count("stopping after this step") == 1
     me.stop_time -= 2
     with pytest.raises(KeyboardInterrupt):
         me._on_signal(signal.SIGINT, None)
 
 
-def start_again(port):
-    """Ranks that torchrun restarts: the store is the same, and this time rank 0 comes long before rank 1."""
-    rank = dist.get_rank()
-    dist.destroy_process_group()
+def start_twice(rank, port):
+    """A rank that torchrun restarts: the store stays the same, and now rank 0 comes long before rank 1."""
     names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": port,
              "MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_USE_AGENT_STORE": True}
     with pytest.MonkeyPatch.context() as patch:
@@ -103,16 +103,18 @@ def start_again(port):
             time.sleep(rank * attempt)
             me = setup("cpu", timeout=30, catch_signals=False)
             torch.set_num_threads(1)
-            total = me.sum(rank + 1)
-            if attempt == 0:
-                dist.destroy_process_group()
-    return total
+            found = me.sum(rank + 1), me.main_first(lambda: rank), together(lambda: rank), me.asked_to_stop()
+            me.close()
+    return found
 
 
 def test_restarted_ranks_do_not_meet_the_dead():
     """What the first attempt left in torchrun's store, as its addresses, is not that of the second."""
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    assert ranks().run(2, start_again, store.port) == [[3.0], [3.0]]
+    with ThreadPoolExecutor() as pool:
+        other = pool.submit(ranks().run, 1, start_twice, 1, store.port)
+        assert start_twice(0, store.port) == ([3.0], 0, [0, 1], False)
+        assert other.result() == [([3.0], 1, [0, 1], False)]
 
 
 @pytest.mark.parametrize("local_world, threads", [(2, 4), (20, 1), (1, 1)])
