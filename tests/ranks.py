@@ -2,7 +2,7 @@
 
     ranks().run(3, function, *args)  ->  [function(*args) of rank 0, of rank 1, of rank 2]
 
-function must be importable (top level of a test file). A job that does not answer within its timeout is killed.
+function must be importable (top level of a test file). A job that does not answer in time is killed.
 patience: seconds after which a collective that waits for a silent rank becomes an error.
 """
 import atexit
@@ -25,8 +25,8 @@ def warm():
     os.environ["PYTHONPATH"] = os.pathsep.join([ROOT, os.path.join(ROOT, "tests")])
     os.environ["OMP_NUM_THREADS"] = "1"
     context = mp.get_context("forkserver")
-    context.set_forkserver_preload(["pytest", "kill", *(f"train_{name}" for name in (
-        "pretrain", "sft", "rm", "dpo", "ppo"))])
+    context.set_forkserver_preload("pytest kill torch._dynamo train_pretrain train_sft train_rm train_dpo "
+                                   "train_ppo".split())
     return context
 
 
@@ -51,8 +51,7 @@ class RankFailed(Exception):
 
     def __init__(self, answers):
         self.answers = answers
-        failed = [f"rank {r}: {a[1] if a else 'died'}" for r, a in enumerate(answers) if not a or a[0] != "ok"]
-        super().__init__("\n".join(failed))
+        super().__init__("\n".join(f"rank {r}: {a[1] if a else 'died'}" for r, a in enumerate(answers)))
 
 
 def _play(pipe):
