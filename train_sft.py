@@ -20,7 +20,7 @@ from typing import Literal
 import torch
 
 from data import CHAT_TEMPLATE, Conversations, Rehearsal, encode_prompt
-from lib.program import UserError, parse, start
+from lib.program import parse, start
 from lib.ranks import setup
 from lib.records import read_chats, split_records
 from lib.run import Run, RunConfig, lr_at
@@ -73,8 +73,6 @@ def evaluate(model, chats: Conversations, rows: int, ranks) -> dict:
 
 def main(argv=None) -> int:
     cfg = parse(Config, argv, __doc__)
-    if not cfg.data:
-        raise UserError("--data: found nothing, expected a file of conversations")
     ranks = setup(cfg.device)  # this process and its peers: rank, world, device, sum()
 
     # model

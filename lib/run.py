@@ -33,6 +33,8 @@ from lib.program import UserError, keep_lines, require_positive, writing
 
 @dataclass
 class RunConfig:
+    # data
+    data: str = ""  # what to train on
     # optimisation
     steps: int = 0  # updates; 0: as many as --epochs takes
     batch_size: int = 16  # items per update over all ranks
@@ -69,6 +71,8 @@ class RunConfig:
 
     def __post_init__(self):
         require_positive(self, "batch_size", "log_every")
+        if not self.data:
+            raise UserError("--data: found nothing, expected a file to train on")
 
     def compared(self) -> dict:
         """The flags that a resumed run should share with the one it continues, as a checkpoint holds them."""
@@ -195,22 +199,18 @@ class Run:
 
         The numbers, the same on all ranks, are written at every log_every-th step, at the first and at the
         last, with speed, MFU, memory and the time left."""
-        self.tokens, self.counted = self.tokens + tokens, self.counted + 1
-        self.skipped += skipped
+        self.tokens, self.counted, self.skipped = self.tokens + tokens, self.counted + 1, self.skipped + skipped
         if step % self.cfg.log_every and step not in (self.start + 1, self.cfg.steps):
             return
-        if self.skipped:
-            numbers["skipped"] = self.skipped
         seconds = max(time.perf_counter() - self.clock, 1e-9)
-        numbers["tokens_per_second"] = speed = self.tokens / seconds
-        words = [f"{speed:,.0f} tok/s"]
-        if self.flops:
-            numbers["mfu"] = speed * self.flops / (self.peak * self.ranks.world)
-            words.append(f"mfu {numbers['mfu']:.0%}")
-        numbers["memory"] = peak_memory(self.ranks.device)
         left = datetime.timedelta(seconds=round((self.cfg.steps - step) * seconds / self.counted))
-        words += [f"{numbers['memory'] / 2**20:.0f} MiB", f"{left} left"]
-        self._write(step, numbers, words, live=True)
+        speed, memory = self.tokens / seconds, peak_memory(self.ranks.device)
+        machine = {"tokens_per_second": speed, "memory": memory}
+        words = [f"{speed:,.0f} tok/s", f"{memory / 2**20:.0f} MiB", f"{left} left"]
+        if self.flops:
+            machine["mfu"] = speed * self.flops / (self.peak * self.ranks.world)
+            words.insert(1, f"mfu {machine['mfu']:.0%}")
+        self._write(step, {**numbers, **({"skipped": self.skipped} if self.skipped else {})}, machine, words)
         self._restart_clock()
 
     def event(self, step: int, **numbers) -> None:
@@ -220,7 +220,7 @@ class Run:
     def say(self, text: str) -> None:
         """For the person at the screen (rank 0 only); not in metrics.jsonl."""
         if self.ranks.is_main:
-            print(f"\r\033[K{text}" if sys.stdout.isatty() else text, flush=True)
+            print(text, flush=True)
 
     def append(self, name: str, lines: Iterable[dict]) -> None:
         """Rank 0 adds lines, each with a "step", to out/name. A resumed run drops those after its start."""
@@ -251,22 +251,17 @@ class Run:
         """After evaluating and saving, so that tokens/s speaks of training alone."""
         self.clock, self.tokens, self.counted = time.perf_counter(), 0, 0
 
-    def _write(self, step: int, numbers: dict, more_words=(), live: bool = False) -> None:
-        """live: on a terminal the next line overwrites this one."""
+    def _write(self, step: int, numbers: dict, machine: dict | None = None, words=()) -> None:
+        """The numbers to both places; those of the machine to metrics.jsonl, and as words to the screen."""
         if not self.ranks.is_main:
             return
-        finite = {k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in numbers.items()}
+        finite = {name: None if isinstance(x, float) and not math.isfinite(x) else x  # JSON has no NaN
+                  for name, x in {**numbers, **(machine or {})}.items()}
         with writing(self.path), open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **finite}) + "\n")  # JSON has no nan: null
-        shown = [f"{k} {v:.4f}" if isinstance(v, float) and 0.1 <= abs(v) < 100 else
-                 f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}"
-                 for k, v in numbers.items() if k not in ("tokens_per_second", "mfu", "memory")]
+            file.write(json.dumps({"step": step, **finite}) + "\n")
+        shown = [f"{name} {x:.4g}" if isinstance(x, float) else f"{name} {x}" for name, x in numbers.items()]
         rest = [f"{len(shown) - 12} more in metrics.jsonl"] if len(shown) > 12 else []
-        text = " | ".join([f"step {step}/{self.cfg.steps}", *shown[:12], *rest, *more_words])
-        if live and sys.stdout.isatty():
-            print(f"\r\033[K{text}", end="", flush=True)
-        else:
-            self.say(text)
+        self.say(" | ".join([f"step {step}/{self.cfg.steps}", *shown[:12], *rest, *words]))
 
     def _evaluate(self, evaluate, step: int) -> None:
         numbers = evaluate()
