@@ -1,26 +1,23 @@
 """What reward model, DPO and PPO share: batches of ranked replies, whole runs however they are computed."""
 import itertools
 import os
-from types import SimpleNamespace
 
 import pytest
 import torch
 from ranks import as_torchrun, ranks
-from small_chat import assert_noticed, metrics, ranked, save_chat_model, split_by_hand, write
+from small_chat import assert_noticed, calls_of, metrics, ranked, save_chat_model, split_by_hand, write
 
-import data
 import lib.run
 import train_dpo
 import train_ppo
 import train_rm
-from data import Replies
+from data import Replies, Windows
 from lib.checkpoint import load_final
 from lib.program import UserError
 from lib.records import Record, random_negatives, split_prompts
 from lib.tokenizer import make_tokenizer
 
 TOKENIZER = make_tokenizer("byte", [])
-ONE = SimpleNamespace(rank=0, world=1, device=torch.device("cpu"), all_reduce=lambda x: x)  # a process alone
 SCRIPTS = {script.__name__: script for script in (train_rm, train_dpo, train_ppo)}
 ALL = pytest.mark.parametrize("name", SCRIPTS)
 
@@ -37,10 +34,13 @@ def records_of(lines) -> list[Record]:
 
 
 def make_files(folder):
-    """Eleven records of ranked replies, the last one to validate; a language model and a reward model."""
+    """Eleven records of ranked replies, the last one to validate; a text; models, some of them refused."""
     write(folder / "ranked.jsonl", ranked())
-    save_chat_model(folder / "init")
-    save_chat_model(folder / "rm", head="scalar")
+    (folder / "text.txt").write_text("abc def gab " * 200)
+    other = make_tokenizer("char", "".join(map(chr, range(32, 288))))  # of as many tokens as there are bytes
+    for name, more in (("init", {}), ("rm", {"head": "scalar"}), ("base", {"chat_template": None}),
+                       ("other", {"tokenizer": other}), ("other-rm", {"tokenizer": other, "head": "scalar"})):
+        save_chat_model(folder / name, **more)
     return folder
 
 
@@ -54,8 +54,9 @@ def arguments(name, files, out, *more) -> list[str]:
 
 
 def train(name, files, out, *more) -> list[dict]:
-    """What the run logged, less what depends on the machine."""
-    with pytest.MonkeyPatch.context() as patch:
+    """Run a script, alone or as a rank of the pool. What it logged, less what depends on the machine."""
+    with as_torchrun() if torch.distributed.is_initialized() else pytest.MonkeyPatch.context() as patch:
+        patch.chdir(files)
         patch.setattr(lib.run, "matmul_peak", lambda *_: 1e10)
         patch.setattr(SCRIPTS[name].Config, "eps", 1e-4)  # AdamW would else make much of rounding
         assert SCRIPTS[name].main(arguments(name, files, out, *more)) == 0
@@ -68,10 +69,12 @@ def logged(out) -> list[dict]:
             for event in metrics(out)]
 
 
-def run_rank(*given):
-    """train(), as one rank of a pool of processes that already joined."""
-    with as_torchrun():
-        return train(*given)
+def train_on(world, *given) -> None:
+    """train() on one rank, or on two: of 7 groups, one at a time, the last forward is then padding."""
+    if world == 1:
+        train(*given)
+    else:
+        ranks().run(world, train, *given, "--zero", "3", "--micro_batch_size", "1", timeout=180)
 
 
 @pytest.fixture(scope="module")
@@ -79,19 +82,14 @@ def files(tmp_path_factory):
     return make_files(tmp_path_factory.mktemp("files"))
 
 
-SHARDED = ["--zero", "3", "--micro_batch_size", "1"]  # of 7 groups on two ranks: the last forward is padding
-
-
 @pytest.fixture(scope="module")
 def references(files, tmp_path_factory):
     """{(script, number of ranks): folder of a run}"""
     found = {(name, world): tmp_path_factory.mktemp("reference") for name in SCRIPTS for world in (1, 2)}
     for (name, world), out in found.items():
-        ranks().run(2, run_rank, name, files, out, *SHARDED) if world == 2 else train(name, files, out)
+        train_on(world, name, files, out)
     return found
 
-
-# ---- batches ----------------------------------------------------------------------------------------------
 
 def test_every_batch_of_a_step_is_the_step():
     """Whole groups, each once, whatever the ranks and the size; as many batches on each rank. Every reply
@@ -129,13 +127,6 @@ def test_replies_that_read_alike_or_are_too_long():
         Replies([record_of(user, "a", "b")], TOKENIZER, 3)
 
 
-@pytest.mark.parametrize("pairs, expected", [("best-worst", [(0, 2)]), ("all", [(0, 1), (0, 2), (1, 2)])])
-def test_pairs_of_ranked_replies(pairs, expected):
-    records = records_of(ranked(K=3))
-    assert [record.responses for record in Replies(records, TOKENIZER, 96, pairs=pairs).records] == \
-        [[record.responses[i] for i in pair] for record in records for pair in expected]
-
-
 def test_no_prompt_on_both_sides():
     """Equal prompts stay together; with --val_data, training loses what validation has."""
     records = [record_of(prompt, str(n), "z") for n, prompt in enumerate("abcdaebfag")]
@@ -162,19 +153,16 @@ def test_random_negatives():
     assert found != random_negatives(records, 200, seed=2)
 
 
-# ---- whole runs -------------------------------------------------------------------------------------------
-
 @pytest.mark.parametrize("more", ["--micro_batch_size 2", "--zero 2 --offload optim", "--attention naive",
                                   "two ranks", "--val_data", "--zero 3 --activation_checkpointing"])
 @ALL
 def test_one_curve_however_it_is_computed(files, references, tmp_path, name, more):
-    """Micro-batches, ZeRO, two ranks, attention, the prompts that validate in a file of their own: the same
-    log and the same final model, up to rounding."""
+    """Micro-batches, ZeRO, two ranks, other attention, the prompt that validates in a file of its own: the
+    same log and the same final model, up to rounding."""
     out, same = references[name, 2] if more == "two ranks" else tmp_path, references[name, 1]
-    if more == "--val_data":
-        train(name, files, out, *split_by_hand(files / "ranked.jsonl", 10))
-    elif more != "two ranks":
-        train(name, files, out, *more.split())
+    if more != "two ranks":
+        flags = split_by_hand(files / "ranked.jsonl", 10) if more == "--val_data" else more.split()
+        train(name, files, out, *flags)
     for event, expected in zip(logged(out), logged(same), strict=True):
         assert event == pytest.approx(expected, rel=1e-3, abs=1e-4)
     a, b = (load_final(str(folder))[1] for folder in (same, out))
@@ -187,10 +175,7 @@ def test_resuming_is_bitwise_equal_to_not_stopping(files, references, tmp_path, 
     """From the checkpoint of step 2 on: the rest of the log and the final model, to the last bit."""
     out = references[name, world]
     os.symlink(out / "step-00000002", tmp_path / "step-00000002")
-    if world == 2:
-        ranks().run(2, run_rank, name, files, tmp_path, "--resume", *SHARDED)
-    else:
-        train(name, files, tmp_path, "--resume")
+    train_on(world, name, files, tmp_path, "--resume")
     assert logged(tmp_path) == [event for event in logged(out) if event["step"] > 2]
     expected, found = (load_final(str(folder))[1] for folder in (out, tmp_path))
     assert all(torch.equal(found[key], expected[key]) for key in expected)
@@ -210,27 +195,45 @@ def test_every_flag_does_something(files, references, tmp_path, name, more):
     assert train(name, files, tmp_path, *more.split()) != logged(references[name, 1])
 
 
-def assert_refused(name, files, out, flags, words):
-    """A UserError of one line that names what to change; no checkpoint, no model."""
+@pytest.mark.parametrize("name, updates", [("train_dpo", 1), ("train_ppo", 4)])
+def test_text_is_rehearsed(files, tmp_path, monkeypatch, name, updates):
+    """--ptx: each update has windows of the text of its own, also where PPO stops a step early. With a large
+    weight the text becomes likelier than with a small one."""
+    windows = calls_of(monkeypatch, Windows, "batch")
+    runs = [[event for event in train(name, files, tmp_path / ptx, "--lr", "2e-2", "--ptx_data", "text.txt",
+                                      "--ptx", ptx) if "loss/ptx_avg" in event] for ptx in ("0.01", "1")]
+    assert [batch for _, batch, *_ in windows] == [updates * (event["step"] - 1) + n for run in runs
+                                                   for event in run for n in range(event.get("updates", 1))]
+    (*_, low), (first, *_, high) = ([event["loss/ptx_avg"] for event in run] for run in runs)
+    assert high < min(first, low) - 0.3
+
+
+COMMON = [("--data ", "--data"), ("--data nowhere.jsonl", "nowhere.jsonl"), ("--init nowhere", "nowhere"),
+          ("--init base", "train_sft.py"), ("--seq_len 1000", "--seq_len"), ("--seq_len 5", " 5"),
+          ("--val_fraction 0", "--val_fraction"), ("--steps -1", "--steps")]
+REFUSED = {
+    "train_dpo": [("--ref base", "train_sft.py"), ("--ref rm", "reward model"), ("--ref other", "tokenizer"),
+                  ("--init rm", "reward model"), ("--beta 0", "--beta"), ("--ptx 1", "--ptx_data"),
+                  ("--ptx_data text.txt", "--ptx 0.0"), ("--label_smoothing 0.5", "--label_smoothing"),
+                  ("--loss_type ipo --label_smoothing 0.1", "--label_smoothing")],
+    "train_ppo": [("--reward_model init", "--reward_model"), ("--reward_model nowhere", "nowhere"),
+                  ("--reward_model other-rm", "tokenizer"), ("--init rm", "reward model"),
+                  ("--minibatches 8", "--minibatches"), ("--max_new_tokens 90", "--max_new_tokens"),
+                  ("--temperature 0", "--temperature"), ("--ppo_epochs 0", "--ppo_epochs")]}
+
+
+@pytest.mark.parametrize("name, flags, words", [(name, *case) for name in SCRIPTS
+                                                for case in COMMON + REFUSED.get(name, [])])
+def test_bad_input_is_one_clear_line(files, tmp_path, name, flags, words):
+    """A UserError that names what to change; no checkpoint, no model."""
     with pytest.raises(UserError) as error:
-        SCRIPTS[name].main(arguments(name, files, out, *flags.split(" ")))
+        train(name, files, tmp_path, *flags.split(" "))
     assert words in str(error.value) and "\n" not in str(error.value)
-    assert not [*out.glob("step-*"), *out.glob("final")]
-
-
-@pytest.mark.parametrize("flags, words", [
-    ("--data ", "--data"), ("--data nowhere.jsonl", "nowhere.jsonl"), ("--init nowhere", "nowhere"),
-    ("--init base", "train_sft.py"), ("--seq_len 1000", "--seq_len"), ("--seq_len 5", " 5"),
-    ("--val_fraction 0", "--val_fraction"), ("--steps -1", "--steps")])
-@ALL
-def test_bad_input_is_one_clear_line(files, tmp_path, monkeypatch, name, flags, words):
-    monkeypatch.chdir(tmp_path)
-    save_chat_model(tmp_path / "base", chat_template=None)
-    assert_refused(name, files, tmp_path / "out", flags, words)
+    assert not [*tmp_path.glob("step-*"), *tmp_path.glob("final")]
 
 
 BUGS = {  # where, what stands there, the bug, and who must notice it
-    "groups are read twice": (data.Replies, "batches", "range(rank, len(chosen), world)",
+    "groups are read twice": (Replies, "batches", "range(rank, len(chosen), world)",
                               "range(0, len(chosen), world)", test_every_batch_of_a_step_is_the_step),
     **{f"a mean of means: {name}": (
         SCRIPTS[name], "main", "/ cfg.batch_size  # ONE", "/ len(rows.sizes)  # ONE",
