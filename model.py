@@ -156,7 +156,9 @@ class LMHead(nn.Module):
             return logits if self.bias is None else logits + self.bias
         x, flat = x.flatten(0, 1), targets.flatten()  # (B T, C), (B T,)
         out = target_logp(x, self.weight, flat, bias=self.bias, temperature=temperature, **options)
-        return out.view_as(targets) if torch.is_tensor(out) else [x.view_as(targets) for x in out]  # (B, T)
+        if isinstance(out, tuple):  # with_stats
+            return tuple(x.view_as(targets) for x in out)  # (B, T) each
+        return out.view_as(targets)  # (B, T)
 
 
 class ScalarHead(nn.Module):
