@@ -37,8 +37,6 @@ from zero import Zero
 class Config(RunConfig):  # the flags that all stages share are in lib/run.py
     # data
     data: str = ""  # preferences: .json or .jsonl (or .gz) with chosen and rejected, or ranked responses
-    val_data: str = ""  # preferences to validate on; empty: the last val_fraction of data
-    val_fraction: float = 0.1  # of the prompts
     negatives: int = 0  # times each best reply is also compared with a random one to another prompt; 0: off
     # reward
     centre: float = 0.0  # weight of (r_i + r_j)^2, which keeps rewards near 0 (0.01 is usual); 0: off
