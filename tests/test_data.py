@@ -131,8 +131,8 @@ def test_bpe_learns_from_training_text_and_char_from_all(tmp_path):
     (tmp_path / "b.jsonl").write_text(json.dumps({"text": "xyxyxy" * 16}))
     for spec, check in (("bpe", lambda made: len(made.encode("ab")) == 1 and len(made.encode("xy")) == 2),
                         ("char", lambda made: made.vocab_size == len("abxy") + 6)):
-        train, val, path = prepare(str(tmp_path / "a.txt"), val_data=str(tmp_path / "b.jsonl"), tokenizer=spec,
-                                   val_fraction=0.0, cache=tmp_path)
+        train, val, path = prepare(str(tmp_path / "a.txt"), tokenizer=spec, val_fraction=0.0,
+                                   val_data=str(tmp_path / "b.jsonl"), cache=tmp_path)
         made = Tokenizer.load(path)
         assert check(made) and made.decode(TokenFile(train).ids[1:-1]) == "abab" * 250
         assert made.decode(TokenFile(val).ids[1:-1]) == "xyxyxy" * 16
