@@ -128,7 +128,7 @@ class Comm:
             dist.all_reduce(x)
 
     def all_gather(self, whole: torch.Tensor | None, shard: torch.Tensor) -> torch.Tensor:
-        """whole (N shard_size,), new if None <- the shards (shard_size,) of all ranks. Sends (N-1)/N of it."""
+        """whole (N shard_size,), new if None <- the shards (shard_size,) of all ranks. Sends (N-1)/N of it"""
         whole = shard.new_empty(self.world * shard.numel()) if whole is None else whole
         if self.world > 1:
             dist.all_gather_single(whole, shard)
