@@ -114,8 +114,9 @@ def kinds_of_pairs(replies: Replies, pairs) -> dict[str, list[int]]:
     kinds = defaultdict(list)
     for n, (i, j) in enumerate(pairs.T.tolist()):
         kinds[topics[i]].append(n)
-        kinds["|".join(sorted((tags[i], tags[j])))].append(n)
-    return {kind: members for kind, members in kinds.items() if kind not in ("", "|")}
+        kinds["|".join(sorted((tags[i], tags[j]))) if tags[i] and tags[j] else ""].append(n)
+    kinds.pop("", None)
+    return kinds
 
 
 def evaluate(rewards, replies: Replies, cfg: Config) -> dict:
