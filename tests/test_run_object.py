@@ -101,7 +101,7 @@ def test_a_stop_saves_at_once_and_nothing_is_lost(unbroken, tmp_path, at, before
     out = tmp_path / "out"
     assert go(new_run(out), stop_at=at, number=signal.SIGINT) == (before, 130)
     assert not (out / "final").exists()
-    assert go(new_run(out, resume=True)) == (after, 0)
+    assert go(new_run(out, resume=True), first=True) == (after, 0)  # first: of a new run alone
     assert same_weights(out, unbroken)
     same_metrics(out, unbroken, 0)
 
@@ -203,7 +203,8 @@ def test_the_numbers_of_the_log(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("time.perf_counter", iter(range(10**6)).__next__)  # each look takes a second
     more = {f"x{n}": n for n in range(12)}
     for steps in (5, 6):
-        run = new_run(tmp_path / "out", resume=steps == 6, log_every=2, save_every=0, steps=steps, flops=1e3)
+        run = new_run(tmp_path / "out", resume=steps == 6, steps=steps, flops=1e3, log_every=2, save_every=0,
+                      eval_every=0)
         for step in run.steps(dict):
             run.log(step, tokens=100, skipped=step in (2, 6), loss=float("nan"), **more)
         run.lock.close()
