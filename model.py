@@ -1,22 +1,20 @@
 """The model: a GPT that is LLaMA-shaped by default and becomes GPT-2 one switch at a time.
 
-Shapes everywhere: B batch, T time, C width, H query heads, G key/value heads, D head width, V vocabulary.
+B batch, T time, C width, H query heads, G key/value heads, D head width, V vocabulary.
 
     model = GPT(GPTConfig(vocab_size=4096))
-    logp = model(ids, targets)              # (B, T) log-probability of each target; every loss here is arithmetic on it
-    logits = model(ids)                     # (B, T, V), for generation and tests
-    new = generate(model, prompts, ...)     # ragged prompts, KV cache
+    logp = model(ids, targets)            # (B, T) log-probability of each target; every loss is made of these
+    logits = model(ids)                   # (B, T, V), for generation and tests
 
-Read in this order: GPTConfig, GPT.forward, Block, Attention, generate; then kernels.py, which keeps it lean:
-flash_attention (never holds T x T scores) and target_logp (never holds B x T x V logits).
+Read in this order: GPTConfig, GPT.forward, Block, Attention, generate; then kernels.py.
 """
 from __future__ import annotations
 
-import dataclasses
 import os
 import zlib
 from dataclasses import dataclass
-from typing import Literal, get_args, get_type_hints
+from functools import partial
+from typing import Literal
 
 import numpy as np
 import torch
@@ -24,7 +22,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from kernels import flash_attention, naive_attention, sdpa_attention, target_logp
-from lib.checked import expect, reading
 from lib.checkpoint import final_folder, load_final
 from lib.program import UserError
 from lib.tokenizer import Tokenizer
@@ -47,63 +44,40 @@ class GPTConfig:
     mlp: Literal["swiglu", "gelu"] = "swiglu"  # gated (Shazeer 2020) or GPT-2's
     qk_norm: bool = True  # normalise queries and keys, as Qwen3: lets small models take large learning rates
     bias: bool = False  # bias in linear layers and layer norms
-    attention: Literal["flash", "sdpa", "naive"] = "flash"  # ours, PyTorch's C++ kernel, the ten lines
+    attention: Literal["flash", "sdpa", "naive"] = "flash"  # ours, PyTorch's C++ kernel, the definition
 
     def __post_init__(self):
         self.n_kv_head = self.n_kv_head or self.n_head
         for name in ("n_layer", "n_head", "n_embd", "rope_theta", "norm_eps"):
             if getattr(self, name) <= 0:
                 raise UserError(f"--{name} {getattr(self, name)}: expected more than 0")
-        if self.n_embd % self.n_head:
-            raise UserError(f"--n_embd {self.n_embd} is not divisible by --n_head {self.n_head}; change one of them")
-        if self.n_head % self.n_kv_head:
-            raise UserError(f"--n_head {self.n_head} is not divisible by --n_kv_head {self.n_kv_head}; change one")
+        if self.n_embd % self.n_head or self.n_head % self.n_kv_head:
+            raise UserError(f"--n_embd {self.n_embd} --n_head {self.n_head} --n_kv_head {self.n_kv_head}: "
+                            "expected each to be divisible by the next")
         if self.position == "rope" and self.n_embd // self.n_head % 2:
             raise UserError(f"rotary positions need an even head width, found {self.n_embd // self.n_head}; "
                             "change --n_embd or --n_head, or use --position learned")
         if not self.mlp_hidden:
             width = 8 * self.n_embd / 3 if self.mlp == "swiglu" else 4 * self.n_embd
-            self.mlp_hidden = max(32, int(width) // 32 * 32)  # multiples of 32 keep matrix kernels on their fast path
-
-    @classmethod
-    def from_dict(cls, values: dict, where: str) -> GPTConfig:
-        """A configuration read from a file (`where`, for the error message): same names, same types, or UserError."""
-        defaults, hints = dataclasses.asdict(cls()), get_type_hints(cls)
-        for name, value in values.items():
-            choices = get_args(hints.get(name))  # of a Literal
-            expected = "no such field" if name not in defaults else f"one of {', '.join(choices)}" if choices else \
-                f"a {type(defaults[name]).__name__}, not below 0"
-            if name not in defaults or type(value) is not type(defaults[name]) or (
-                    value not in choices if choices else not isinstance(value, str) and not value >= 0):
-                raise UserError(f"{where}: found {ascii(name)[1:41]} = {ascii(value)[:40]}, expected {expected}")
-        return cls(**values)
+            self.mlp_hidden = max(32, int(width) // 32 * 32)  # matrix kernels are fast at multiples of 32
 
 
-# ---- the network --------------------------------------------------------------------------------------------------
+# ---- the network -----------------------------------------------------------------------------------------
 
 ATTENTION = {"flash": flash_attention, "sdpa": sdpa_attention, "naive": naive_attention}
 
 
-class Norm(nn.Module):
-    """RMSNorm or LayerNorm over the last dimension."""
-
-    def __init__(self, width: int, config: GPTConfig):
-        super().__init__()
-        self.kind, self.eps, self.width = config.norm, config.norm_eps, width
-        self.weight = nn.Parameter(torch.empty(width))
-        self.bias = nn.Parameter(torch.empty(width)) if config.norm == "layer" and config.bias else None
-
-    def forward(self, x):
-        if self.kind == "layer":
-            return F.layer_norm(x, (self.width,), self.weight, self.bias, self.eps)
-        return F.rms_norm(x, (self.width,), self.weight, self.eps)
+def norm(width: int, config: GPTConfig) -> nn.Module:
+    if config.norm == "rms":
+        return nn.RMSNorm(width, config.norm_eps)
+    return nn.LayerNorm(width, config.norm_eps, bias=config.bias)
 
 
 def rotate(x, cos, sin):
-    """Rotary position (Su et al. 2021, eq. 34) in the half-split layout of LLaMA: entry d is paired with d + D/2.
+    """Rotary position (Su et al. 2021, eq. 34) in LLaMA's half-split layout: entry d is paired with d + D/2.
 
-    x (B, T, H, D); cos and sin (B or 1, T, 1, D), the sine of the first half negated:
-    (x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin), and (x2, x1) is x rolled by D/2.
+    x (B, T, H, D); cos and sin (B or 1, T, 1, D), the sine of the first half negated. (x1, x2) becomes
+    (x1 cos - x2 sin, x2 cos + x1 sin), and (x2, x1) is x rolled by D/2.
     """
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
@@ -114,13 +88,13 @@ class Attention(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.H, self.G, self.D = config.n_head, config.n_kv_head, config.n_embd // config.n_head
-        self.qkv = nn.Linear(config.n_embd, (self.H + 2 * self.G) * self.D, bias=config.bias)  # rows: q heads, k, v
+        self.qkv = nn.Linear(config.n_embd, (self.H + 2 * self.G) * self.D, bias=config.bias)  # rows: q, k, v
         self.proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
-        self.q_norm = Norm(self.D, config) if config.qk_norm else None
-        self.k_norm = Norm(self.D, config) if config.qk_norm else None
+        self.q_norm = norm(self.D, config) if config.qk_norm else None
+        self.k_norm = norm(self.D, config) if config.qk_norm else None
         self.attend = ATTENTION[config.attention]
 
-    def forward(self, x, rope, segment_ids, kv_segment_ids, cache):
+    def forward(self, x, rope, segment_ids, kv_segment_ids, append):
         B, T, C = x.shape
         qkv = self.qkv(x).view(B, T, self.H + 2 * self.G, self.D)
         q, k, v = qkv.split((self.H, self.G, self.G), dim=2)  # (B, T, H, D), (B, T, G, D) twice
@@ -129,8 +103,8 @@ class Attention(nn.Module):
         if rope is not None:
             q, k = rotate(q, *rope), rotate(k, *rope)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T, D), (B, G, T, D) twice
-        if cache is not None:
-            k, v = cache.append(k, v)  # (B, G, Tk, D) twice
+        if append is not None:
+            k, v = append(k, v)  # (B, G, Tk, D) twice
         y = self.attend(q, k, v, segment_ids=segment_ids, kv_segment_ids=kv_segment_ids)
         return self.proj(y.transpose(1, 2).reshape(B, T, C))
 
@@ -139,15 +113,14 @@ class MLP(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.gated = config.mlp == "swiglu"
-        self.up = nn.Linear(config.n_embd, config.mlp_hidden * (1 + self.gated), bias=config.bias)  # gate rows first
+        self.up = nn.Linear(config.n_embd, config.mlp_hidden * (1 + self.gated), bias=config.bias)
         self.down = nn.Linear(config.mlp_hidden, config.n_embd, bias=config.bias)
 
     def forward(self, x):
-        h = self.up(x)
-        if self.gated:
-            gate, h = h.chunk(2, dim=-1)
-            return self.down(F.silu(gate) * h)
-        return self.down(F.gelu(h, approximate="tanh"))
+        if not self.gated:
+            return self.down(F.gelu(self.up(x), approximate="tanh"))
+        gate, h = self.up(x).chunk(2, dim=-1)
+        return self.down(F.silu(gate) * h)
 
 
 class Block(nn.Module):
@@ -155,11 +128,11 @@ class Block(nn.Module):
 
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.attn_norm, self.attn = Norm(config.n_embd, config), Attention(config)
-        self.mlp_norm, self.mlp = Norm(config.n_embd, config), MLP(config)
+        self.attn_norm, self.attn = norm(config.n_embd, config), Attention(config)
+        self.mlp_norm, self.mlp = norm(config.n_embd, config), MLP(config)
 
-    def forward(self, x, rope=None, segment_ids=None, kv_segment_ids=None, cache=None):
-        x = x + self.attn(self.attn_norm(x), rope, segment_ids, kv_segment_ids, cache)
+    def forward(self, x, rope=None, segment_ids=None, kv_segment_ids=None, append=None):
+        x = x + self.attn(self.attn_norm(x), rope, segment_ids, kv_segment_ids, append)
         return x + self.mlp(self.mlp_norm(x))
 
 
@@ -172,18 +145,20 @@ class LMHead(nn.Module):
         self.register_buffer("bias", None, persistent=False)
 
     def forbid(self, ids) -> None:
-        """Give these ids probability 0, in drawing and in every log-probability alike.
+        """Give these ids probability 0, in drawing and in every log-probability. If only the sampler left
+        them out, each log-probability would be wrong by log(1 - p(forbidden))."""
+        zeros = self.weight.new_zeros(len(self.weight))
+        self.bias = zeros.index_fill(0, torch.tensor(ids, device=zeros.device), -torch.inf)  # (V,)
 
-        Forbidden to the sampler alone, they would make each log-probability wrong by log(1 - p(forbidden))."""
-        self.bias = self.weight.new_zeros(len(self.weight)).index_fill(0, torch.tensor(ids), -torch.inf)  # (V,)
-
-    def forward(self, x, targets=None, temperature=1.0, with_stats=False, equal_weights=False):
+    def forward(self, x, targets=None, temperature=1.0, **options):
         if targets is None:
             logits = F.linear(x, self.weight) / temperature  # (B, T, V)
             return logits if self.bias is None else logits + self.bias
-        out = target_logp(x.flatten(0, 1), self.weight, targets.flatten(), bias=self.bias, temperature=temperature,
-                          with_stats=with_stats, equal_weights=equal_weights)
-        return tuple(o.view_as(targets) for o in out) if with_stats else out.view_as(targets)  # (B, T)
+        x, flat = x.flatten(0, 1), targets.flatten()  # (B T, C), (B T,)
+        out = target_logp(x, self.weight, flat, bias=self.bias, temperature=temperature, **options)
+        if isinstance(out, tuple):  # with_stats
+            return tuple(x.view_as(targets) for x in out)  # (B, T) each
+        return out.view_as(targets)  # (B, T)
 
 
 class ScalarHead(nn.Module):
@@ -191,7 +166,8 @@ class ScalarHead(nn.Module):
 
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.weight, self.bias = nn.Parameter(torch.empty(1, config.n_embd)), nn.Parameter(torch.empty(1))
+        self.weight = nn.Parameter(torch.empty(1, config.n_embd))
+        self.bias = nn.Parameter(torch.empty(1))
 
     def forward(self, x):
         return F.linear(x, self.weight, self.bias).squeeze(-1).float()  # (B, T)
@@ -201,88 +177,73 @@ class GPT(nn.Module):
     """Decoder-only transformer.
 
     forward(ids, targets, ...): ids, targets, segment_ids, positions (B, T) integers. Returns
-      with targets: log p(target) under softmax(logits / temperature), (B, T) float32, 0 where the target is -100;
-        with_stats=True adds the entropy (B, T) and whether the target was the argmax (the first), (B, T) bool;
+      with targets: log p(target) under softmax(logits / temperature), (B, T) float32, 0 where the target is
+        -100; with_stats=True adds the entropy (B, T) and whether the target was the argmax (B, T) bool;
       without: logits / temperature (B, T, V); head="scalar": (B, T) float32.
-    segment_ids tell documents apart inside a row: attention does not cross them and positions restart at each change
-    (-1: padding). equal_weights: a promise that the loss weighs all trained tokens alike, which saves target_logp a
-    product. cache: a KVCache; then only the last position's logits are returned, (B, 1, V).
+    segment_ids tell documents apart inside a row (-1: padding): attention does not cross them, and positions
+    restart at each change. equal_weights: see target_logp. cache: a KVCache; then only the last position's
+    logits are returned, (B, 1, V).
     """
 
     def __init__(self, config: GPTConfig, head: Literal["lm", "scalar"] = "lm", seed: int = 0):
         super().__init__()
         self.config = config
         self.embed = nn.Embedding(config.vocab_size, config.n_embd)
-        self.position = nn.Embedding(config.max_seq_len, config.n_embd) if config.position == "learned" else None
+        learned = config.position == "learned"
+        self.position = nn.Embedding(config.max_seq_len, config.n_embd) if learned else None
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        self.norm = Norm(config.n_embd, config)
+        self.norm = norm(config.n_embd, config)
         self.head = LMHead(config) if head == "lm" else ScalarHead(config)
         if config.tie_embeddings and head == "lm":
             self.head.weight = self.embed.weight
         D = config.n_embd // config.n_head
         frequencies = config.rope_theta ** (-torch.arange(0, D, 2, device="cpu").double() / D)  # (D/2,)
         angles = torch.arange(config.max_seq_len, device="cpu").double()[:, None] * frequencies  # (T, D/2)
-        self.register_buffer("cos", torch.cat((angles.cos(), angles.cos()), -1).float(), persistent=False)  # (T, D)
-        self.register_buffer("sin", torch.cat((-angles.sin(), angles.sin()), -1).float(), persistent=False)  # (T, D)
+        for name, table in (("cos", (angles.cos(), angles.cos())), ("sin", (-angles.sin(), angles.sin()))):
+            self.register_buffer(name, torch.cat(table, -1).float(), persistent=False)  # (T, D)
         initialise(self, seed)
 
-    def forward(self, ids, targets=None, *, segment_ids=None, positions=None, temperature=1.0, with_stats=False,
-                equal_weights=False, cache=None):
+    def forward(self, ids, targets=None, *, segment_ids=None, positions=None, temperature=1.0,
+                with_stats=False, equal_weights=False, cache=None):
         if ids.shape[1] > self.config.max_seq_len:
             raise UserError(f"found a row of {ids.shape[1]} tokens, but the model was made for rows of "
                             f"{self.config.max_seq_len} (its max_seq_len)")
-        if segment_ids is not None and cache is None:
-            if bool((segment_ids == segment_ids[:, :1]).all()):
-                segment_ids = None  # one document a row: the causal mask alone is the same and cheaper
-            elif positions is None:
-                positions = restarting_positions(segment_ids)  # (B, T)
-        if positions is None:
+        if segment_ids is not None and cache is None and bool((segment_ids == segment_ids[:, :1]).all()):
+            segment_ids = None  # one document a row: the causal mask alone is the same and cheaper
+        if positions is None and segment_ids is not None:
+            positions = restarting_positions(segment_ids)  # (B, T)
+        elif positions is None:
             positions = torch.arange(ids.shape[1], device=ids.device)[None]  # (1, T)
-        x = self.embed(ids)  # (B, T, C)
+        x, rope = self.embed(ids), None  # (B, T, C)
         if self.position is not None:
             x = x + self.position(positions)
-            rope = None
         else:
-            rope = [table[positions][:, :, None].to(x.dtype) for table in (self.cos, self.sin)]  # (B, T, 1, D) twice
-        kv_segment_ids = None if cache is None else cache.advance(segment_ids)  # (B, Tk)
+            rope = [turn[positions][:, :, None].to(x.dtype) for turn in (self.cos, self.sin)]  # (B, T, 1, D)
+        kv_segment_ids = None if cache is None else cache.advance(segment_ids, ids.shape[1])  # (B, Tk)
         for i, block in enumerate(self.blocks):
-            x = block(x, rope, segment_ids, kv_segment_ids, None if cache is None else cache.layers[i])
+            x = block(x, rope, segment_ids, kv_segment_ids, cache and partial(cache.append, i))
         x = self.norm(x if cache is None else x[:, -1:])
         if isinstance(self.head, ScalarHead):
             return self.head(x)
-        return self.head(x, targets, temperature, with_stats, equal_weights)
+        return self.head(x, targets, temperature, with_stats=with_stats, equal_weights=equal_weights)
 
-    def load_weights(self, weights: dict, where: str) -> None:
-        """Copy {name: tensor} into the parameters. Names and shapes must match, except that the head is left as it was
-        born when the file holds the other kind of head. `where`: the file, for the error message."""
-        own = dict(self.named_parameters(remove_duplicate=False))  # a tied head has a name of its own in files
-        same_head = weights.get("head.weight", self.head.weight).shape[0] == self.head.weight.shape[0]
-        for name in sorted(own.keys() | weights.keys()):
-            if name.startswith("head.") and not same_head:
-                continue
-            found, expected = (tuple(d[name].shape) if name in d else "nothing" for d in (weights, own))
-            if found != expected:
-                raise UserError(f"{where}: found {found} for {name}, expected {expected}; it is another model")
-            with torch.no_grad():
-                own[name].copy_(weights[name])
-
+    @torch.no_grad()
     def units(self) -> list[nn.Module]:
-        """The modules that ZeRO gathers one at a time; what is in none of them is gathered once for the whole pass."""
-        ends = [] if self.config.tie_embeddings else [self.embed, self.head]
-        return [*ends, *self.blocks]
+        """The modules that ZeRO gathers one at a time. What is in none of them is gathered once a pass."""
+        return [*self.blocks] if self.config.tie_embeddings else [self.embed, self.head, *self.blocks]
 
     def parameter_count(self) -> int:
         return sum(p.numel() for p in self.parameters())
 
     def flops_per_token(self, T: int) -> float:
-        """Floating-point operations of one training token in a row of T, forward and backward, without recomputation.
+        """Floating-point operations of one training token in a row of T, forward and backward.
 
-        6 per weight of a matrix product: 2 forward (multiply, add), 4 backward (by input and by weight); reading an
-        embedding costs none. Attention: q k^T and p v cost 4 C per visible key and token forward, three times that with
-        backward, over (T + 1) / 2 visible keys on average. (Kaplan et al. 2020, section 2.1; PaLM, appendix B.)
+        6 per weight of a matrix product: 2 forward (multiply, add), 4 backward (by input, by weight). q k^T
+        and p v: 4 C forward per visible key, (T + 1) / 2 on average; 8 C backward. (Kaplan et al. 2020.)
         """
         matrices = sum(p.numel() for block in self.blocks for p in block.parameters() if p.dim() == 2)
-        return 6 * (matrices + self.head.weight.numel()) + 6 * self.config.n_layer * self.config.n_embd * (T + 1)
+        attention = self.config.n_layer * self.config.n_embd * (T + 1)
+        return 6 * (matrices + self.head.weight.numel() + attention)
 
 
 def restarting_positions(segment_ids):
@@ -296,164 +257,143 @@ def restarting_positions(segment_ids):
 def initialise(module: nn.Module, seed: int, prefix: str = "") -> None:
     """Fill every parameter from its own random stream, a function of (seed, its full name).
 
-    So a model built whole and one built unit by unit on several ranks start from the same numbers. The choices:
-    matrices N(0, 1/fan_in), which keeps the variance of what passes through; 0 for the matrices that write into the
-    residual stream, so that each block starts as the identity and depth costs nothing at first; 0 for an untied head,
-    so that the first loss is ln V and no step is spent on unlearning random guesses; embeddings N(0, 1), since the
-    residual stream is then born with the unit scale that the norms give everything else; tied N(0, 0.02^2) as GPT-2,
-    since they are the head too and a token's logit for itself would otherwise start at sqrt(C).
+    So a model built whole and one built unit by unit on several ranks start from the same numbers. Choices:
+    - matrices N(0, 1/fan_in): this keeps the variance of what passes through;
+    - 0 for matrices that write into the residual stream: each block starts as the identity;
+    - 0 for an untied head: the first loss is ln V, and no step is spent on unlearning random guesses;
+    - embeddings N(0, 1), the scale that norms give everything else; if tied N(0, 0.02^2), as GPT-2, since a
+      token's logit for itself would start at sqrt(C).
     """
     tied = isinstance(module, GPT) and module.config.tie_embeddings and isinstance(module.head, LMHead)
     for name, p in module.named_parameters(prefix):
-        kind = name.split(".")[-3:]
+        kind = name.split(".")[-2]
         generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}:{name}".encode()))
         with torch.no_grad():
             if p.dim() == 1:
                 p.fill_(1.0 if "norm" in name and name.endswith("weight") else 0.0)
-            elif kind[-2] in ("proj", "down") or (kind[-2] == "head" and not tied):
+            elif kind in ("proj", "down") or (kind == "head" and not tied):
                 p.zero_()
             else:
-                std = (0.02 if tied else 1.0) if kind[-2] == "embed" else p.shape[1] ** -0.5
+                std = (0.02 if tied else 1.0) if kind == "embed" else p.shape[1] ** -0.5
                 p.copy_(torch.randn(p.shape, generator=generator, dtype=torch.float32) * std)
 
 
-# ---- finished models ------------------------------------------------------------------------------------------------
+def load_model(folder: str, head: str = "", attention: str = "") -> tuple[GPT, Tokenizer, dict]:
+    """(model, tokenizer, config) of a finished run, given its folder. UserError if it holds something else.
 
-def load_model(folder: str, head: str = "", **changes) -> tuple[GPT, Tokenizer, dict]:
-    """(model, tokenizer, config) of a finished run. changes: fields of GPTConfig that are no weights, as attention.
-
-    head "scalar": a language model gets a new head of zeros in place of its own. head "lm": a reward model is refused.
-    """
+    head "scalar": a language model gets a new head of zeros. head "lm": a reward model is refused. attention:
+    another one than it was trained with. config: what config.json holds; config["files"] are checksums."""
     folder = final_folder(folder)
     config, weights = load_final(folder)
     tokenizer = Tokenizer.load(os.path.join(folder, "tokenizer.json"))
-    expect(isinstance(config.get("model"), dict) and config.get("head") in ("lm", "scalar"),
-           f'{folder}/config.json: expected "model" and "head", as training scripts write them')
-    expect(head != "lm" or config["head"] == "lm", f"{folder}: found a reward model, expected a language model")
-    shape = GPTConfig.from_dict({**config["model"], **changes}, folder)
-    expect(shape.vocab_size == tokenizer.vocab_size,
-           f"{folder}: the model has {shape.vocab_size} tokens, its tokenizer {tokenizer.vocab_size}")
-    # config.json may claim any size. What follows from it is compared with the weights before memory is taken.
-    layers = len({name.split(".")[1] for name in weights if name.startswith("blocks.")})
-    found = shape.n_layer, (shape.vocab_size, shape.n_embd), shape.max_seq_len * shape.n_embd // shape.n_head <= 2**27
-    with reading(os.path.join(folder, "config.json")):
-        expect(found == (layers, tuple(weights["embed.weight"].shape), True),
-               f"{folder}/config.json: its sizes are not those of the weights in model.pt, or too large to be true")
-        with torch.device("meta"):
-            GPT(shape, head=head or config["head"]).load_weights(weights, folder)
+    try:
+        shape = GPTConfig(**config["model"] | ({"attention": attention} if attention else {}))
         model = GPT(shape, head=head or config["head"])
-        model.load_weights(weights, folder)
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{folder}/config.json: not a model of this version: {error}") from None
+    if head == "lm" != config["head"]:
+        raise UserError(f"{folder}: found a reward model, expected a language model")
+    if head not in ("", config["head"]):
+        weights = {name: x for name, x in weights.items() if not name.startswith("head.")} | {
+            f"head.{name}": p for name, p in model.head.named_parameters()}  # the new head as it was born
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        raise UserError(f"{folder}: found another model: {' '.join(str(error).split())}") from None
     return model, tokenizer, config
 
 
-# ---- generation ---------------------------------------------------------------------------------------------------
-
-class LayerCache:
-    """Keys and values of one layer, in buffers of the final length so that a step writes and copies nothing else."""
-
-    def __init__(self, length: int):
-        self.length, self.used, self.k, self.v = length, 0, None, None
-
-    def append(self, k, v):
-        """k, v (B, G, T, D) of the new tokens -> all keys and values so far, (B, G, used, D) twice."""
-        B, G, T, D = k.shape
-        if self.k is None:
-            self.k, self.v = k.new_empty(B, G, self.length, D), v.new_empty(B, G, self.length, D)
-        self.k[:, :, self.used:self.used + T], self.v[:, :, self.used:self.used + T] = k, v
-        self.used += T
-        return self.k[:, :, :self.used], self.v[:, :, :self.used]
-
+# ---- generation ------------------------------------------------------------------------------------------
 
 class KVCache:
-    """What attention must remember while a text grows: per layer the keys and values, and which of them are padding."""
+    """What attention must remember while a text grows: keys and values per layer, and which are padding.
+
+    The buffers have the final length, so that a step only writes its own token."""
 
     def __init__(self, n_layer: int, length: int):
-        self.layers = [LayerCache(length) for _ in range(n_layer)]
-        self.segment_ids = None
+        self.length, self.used, self.layers, self.segment_ids = length, 0, [None] * n_layer, None
 
-    def advance(self, segment_ids):
-        """Note the new tokens' segment ids (B, T); returns those of all keys (B, Tk), None if nothing is padded."""
-        if self.segment_ids is None:
-            self.segment_ids = segment_ids
-        elif segment_ids is not None:
-            self.segment_ids = torch.cat((self.segment_ids, segment_ids), 1)
-        return self.segment_ids
+    def advance(self, segment_ids, T: int):
+        """T new tokens, their segment ids (B, T) or None. Returns those of all keys, (B, Tk) or None."""
+        if self.segment_ids is not None:
+            segment_ids = torch.cat((self.segment_ids, segment_ids), 1)
+        self.used, self.segment_ids = self.used + T, segment_ids
+        return segment_ids
+
+    def append(self, layer: int, k, v):
+        """k, v (B, G, T, D) of the new tokens -> those of all tokens so far, (B, G, used, D) twice."""
+        if self.layers[layer] is None:
+            self.layers[layer] = [x.new_empty(*x.shape[:2], self.length, x.shape[3]) for x in (k, v)]
+        for buffer, x in zip(self.layers[layer], (k, v)):
+            buffer[:, :, self.used - x.shape[2]:self.used] = x
+        return [buffer[:, :, :self.used] for buffer in self.layers[layer]]
 
     def keep(self, rows) -> None:
         """Forget all rows but these."""
-        for layer in self.layers:
-            layer.k, layer.v = layer.k[rows], layer.v[rows]
-        if self.segment_ids is not None:
-            self.segment_ids = self.segment_ids[rows]
+        self.layers = [[buffer[rows] for buffer in layer] for layer in self.layers]
+        self.segment_ids = self.segment_ids if self.segment_ids is None else self.segment_ids[rows]
 
 
 def choose(logits, uniforms, temperature=1.0, top_k=0, top_p=1.0):
-    """Draw one token per row by inverting its CDF at the row's own uniform number; temperature 0 takes the argmax.
+    """Draw one token per row: invert its CDF at the row's own uniform number. Temperature 0 takes the argmax.
 
-    logits (B, V), uniforms (B,) in [0, 1) float64 -> (B,) ids. top_k keeps the k likeliest (0: all); top_p the fewest
-    whose probability reaches p (Holtzman et al. 2020).
-    """
+    logits (B, V), uniforms (B,) in [0, 1) float64 -> (B,) ids. top_k keeps the k likeliest (0: all), top_p
+    the fewest whose probability reaches p (Holtzman et al. 2020)."""
     if temperature == 0:
         return logits.argmax(-1)
     p = (logits.double() / temperature).softmax(-1)  # (B, V)
     if top_k or top_p < 1:
         ranked, order = p.sort(dim=-1, descending=True, stable=True)
         drop = ranked.cumsum(-1) - ranked >= top_p  # the mass before a token already suffices
-        drop[:, 0] = False
-        if top_k:
-            drop[:, top_k:] = True
+        drop[:, 0], drop[:, top_k or len(p[0]):] = False, True
         p = p.scatter(-1, order, ranked.masked_fill(drop, 0.0))
     cdf = p.cumsum(-1)
-    return torch.searchsorted(cdf, (uniforms * cdf[:, -1])[:, None], right=True)[:, 0].clamp(max=p.shape[-1] - 1)
+    ids = torch.searchsorted(cdf, (uniforms * cdf[:, -1])[:, None], right=True)[:, 0]
+    return ids.clamp(max=p.shape[-1] - 1)
+
+
+def left_pad(prompts, device):
+    """Prompts as one batch, the short ones padded on the left: ids, segment_ids, positions, (B, T) each.
+    segment_ids are 0, or -1 for padding; None if nothing is padded."""
+    T = max(map(len, prompts))
+    ids = torch.tensor([[0] * (T - len(p)) + list(p) for p in prompts], device=device)  # (B, T)
+    positions = torch.tensor([range(len(p) - T, len(p)) for p in prompts], device=device)  # (B, T)
+    segment_ids = None if min(map(len, prompts)) == T else torch.where(positions < 0, -1, 0)  # (B, T)
+    return ids, segment_ids, positions.clamp(min=0)
 
 
 @torch.inference_mode()
-def generate(model, prompts, *, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, repetition_penalty=1.0,
-             eos_id=None, banned=(), seeds=None, return_logp=False, on_token=None):
-    """Continue each prompt (a non-empty list of ids); returns one list of new ids per prompt, eos_id included if drawn.
+def generate(model, prompts, *, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, eos_id=None, banned=(),
+             seeds=None, return_logp=False, on_token=None):
+    """Continue each prompt (a non-empty list of ids): a list of new ids per prompt, eos_id included if drawn.
 
-    Ragged prompts are padded on the left. seeds: one integer per prompt; row i's draws depend on seeds[i] alone, not on
-    its neighbours. banned: ids never drawn (padding). repetition_penalty: CTRL's (Keskar et al. 2019), 1 is off; eos_id
-    is exempt. return_logp: also a list of the drawn tokens' log-probabilities under softmax(logits / temperature),
-    before any filter. on_token(row, id): called at every new token. UserError if prompt + max_new_tokens > max_seq_len.
+    seeds: one integer per prompt. What row i draws depends on seeds[i], not on its neighbours. banned: ids
+    never drawn. return_logp: also the drawn tokens' log-probabilities under softmax(logits / temperature).
+    on_token(row, id): called at every new token. UserError if prompt + max_new_tokens > max_seq_len.
     """
     if not prompts:
         return ([], []) if return_logp else []
-    lengths = [len(p) for p in prompts]
-    if min(lengths) == 0:
+    longest, limit = max(map(len, prompts)), model.config.max_seq_len
+    if min(map(len, prompts)) == 0:
         raise UserError("a prompt has no tokens; begin it with the tokenizer's bos_id")
-    B, P = len(prompts), max(lengths)
-    if P + max_new_tokens > model.config.max_seq_len:
-        raise UserError(f"prompt of {P} tokens + {max_new_tokens} new ones exceed the model's max_seq_len "
-                        f"{model.config.max_seq_len}; shorten the prompt or ask for fewer tokens")
-    device = model.cos.device
-    ids = torch.tensor([[0] * (P - len(p)) + list(p) for p in prompts], device=device)  # (B, P)
-    start = torch.tensor([P - n for n in lengths], device=device)[:, None]  # (B, 1) first real column
-    columns = torch.arange(P, device=device)[None]  # (1, P)
-    segment_ids = torch.where(columns >= start, 0, -1) if min(lengths) < P else None  # (B, P)
-    positions = (columns - start).clamp(min=0)  # (B, P)
-    seeds = range(B) if seeds is None else seeds
-    uniforms = np.stack([np.random.Generator(np.random.Philox(key=int(s))).random(max_new_tokens) for s in seeds])
-    uniforms = torch.from_numpy(uniforms).to(device)  # (B, max_new_tokens)
-    cache = KVCache(model.config.n_layer, P + max_new_tokens)
-    new, logps, rows = [[] for _ in prompts], [[] for _ in prompts], list(range(B))  # rows: prompts still computed
+    if longest + max_new_tokens > limit:
+        raise UserError(f"prompt of {longest} tokens + {max_new_tokens} new ones exceed the model's "
+                        f"max_seq_len {limit}; shorten the prompt or ask for fewer tokens")
+    ids, segment_ids, positions = left_pad(prompts, model.cos.device)  # (B, T) each
+    seeds = range(len(prompts)) if seeds is None else seeds
+    uniforms = [np.random.Generator(np.random.Philox(key=int(s))).random(max_new_tokens) for s in seeds]
+    uniforms = torch.from_numpy(np.stack(uniforms)).to(ids.device)  # (B, max_new_tokens)
+    cache = KVCache(model.config.n_layer, longest + max_new_tokens)
+    new, logps, rows = [[] for _ in prompts], [[] for _ in prompts], list(range(len(prompts)))
     for t in range(max_new_tokens):
-        logits = model(ids, segment_ids=segment_ids, positions=positions, cache=cache)[:, -1].float()  # (b, V)
-        full = logits
-        if repetition_penalty != 1:
-            logits = logits.clone()  # full keeps what the model said
-            for i, row in enumerate(rows):
-                seen = sorted({*prompts[row], *new[row]} - {eos_id})  # a chat has many ends
-                logits[i, seen] = torch.where(logits[i, seen] > 0, logits[i, seen] / repetition_penalty,
-                                              logits[i, seen] * repetition_penalty)
-        if banned:
-            logits = logits.index_fill(-1, torch.tensor(banned, device=device), -torch.inf)
-        drawn = choose(logits, uniforms[:, t], temperature, top_k, top_p)  # (b,)
+        full = model(ids, segment_ids=segment_ids, positions=positions, cache=cache)[:, -1].float()  # (b, V)
+        allowed = full.index_fill(-1, torch.tensor(banned, device=ids.device), -torch.inf) if banned else full
+        drawn = choose(allowed, uniforms[:, t], temperature, top_k, top_p)  # (b,)
         if return_logp:
             scaled = (full / (temperature or 1.0)).log_softmax(-1).gather(-1, drawn[:, None])[:, 0].tolist()
-        going = []
+        going = []  # which of the rows go on
         for i, (row, token) in enumerate(zip(rows, drawn.tolist())):
-            if new[row] and new[row][-1] == eos_id:
+            if new[row][-1:] == [eos_id]:
                 continue
             new[row].append(token)
             if return_logp:
@@ -464,25 +404,26 @@ def generate(model, prompts, *, max_new_tokens, temperature=1.0, top_k=0, top_p=
                 going.append(i)
         if not going:
             break
-        ids, positions = drawn[:, None], positions[:, -1:] + 1  # (b, 1) twice
-        segment_ids = torch.zeros_like(ids) if segment_ids is not None else None
-        if len(going) <= 0.75 * len(rows):  # finished rows cost as much as others; to drop them costs a copy
+        if len(going) <= 0.75 * len(rows):  # to drop the finished rows saves time, but copies the cache
             rows = [rows[i] for i in going]
             cache.keep(going)
-            ids, uniforms, positions = ids[going], uniforms[going], positions[going]
-            segment_ids = segment_ids[going] if segment_ids is not None else None
+            drawn, uniforms, positions = drawn[going], uniforms[going], positions[going]
+        ids, positions = drawn[:, None], positions[:, -1:] + 1  # (b, 1) twice
+        segment_ids = None if segment_ids is None else torch.zeros_like(ids)
     return (new, logps) if return_logp else new
 
 
 def generate_sorted(model, prompts, *, batch_size, seeds, on_token=None, progress=None, **options):
-    """generate, for any number of prompts: batch_size at a time, those of like length together, so that little is
-    padding. Returns the replies in the order of the prompts; with return_logp each is a pair (ids, logp).
-    progress(done, total) is called after every batch."""
+    """generate for any number of prompts: batch_size at a time, those of like length together to pad little.
+
+    Replies come in the order of the prompts; with return_logp each is a pair (ids, logp). progress(done,
+    total) is called after every batch."""
     order, replies = sorted(range(len(prompts)), key=lambda i: len(prompts[i])), [None] * len(prompts)
     for start in range(0, len(order), batch_size):
         some = order[start:start + batch_size]
         tell = on_token and (lambda row, token, some=some: on_token(some[row], token))
-        new = generate(model, [prompts[i] for i in some], seeds=[seeds[i] for i in some], on_token=tell, **options)
+        new = generate(model, [prompts[i] for i in some], seeds=[seeds[i] for i in some], on_token=tell,
+                       **options)
         for i, reply in zip(some, zip(*new) if options.get("return_logp") else new):
             replies[i] = reply
         if progress:
@@ -491,9 +432,9 @@ def generate_sorted(model, prompts, *, batch_size, seeds, on_token=None, progres
 
 
 def greedy_replies(model, prompts, tokenizer, longest: int = 64) -> list[str]:
-    """Each prompt (a list of ids) with the likeliest reply to it, as text; prompts that leave no room are left out."""
+    """Each prompt (a list of ids) with the likeliest reply, as text. One that leaves no room is left out."""
     prompts = [prompt for prompt in prompts if len(prompt) < model.config.max_seq_len]
     room = model.config.max_seq_len - max(map(len, prompts), default=0)
-    replies = generate(model, prompts, max_new_tokens=min(room, longest), temperature=0, eos_id=tokenizer.end_id,
-                       banned=tokenizer.specials_but_end)
+    replies = generate(model, prompts, max_new_tokens=min(room, longest), temperature=0,
+                       eos_id=tokenizer.end_id, banned=tokenizer.specials_but_end)
     return [tokenizer.decode(prompt + reply) for prompt, reply in zip(prompts, replies)]

@@ -36,8 +36,6 @@ from zero import Zero
 class Config(RunConfig):  # the flags that all stages share are in lib/run.py
     # data
     data: str = ""  # preferences: .json or .jsonl (or .gz) with chosen and rejected, or ranked responses
-    val_data: str = ""  # preferences to validate on; empty: the last val_fraction of data
-    val_fraction: float = 0.1  # of the prompts
     pairs: Literal["best-worst", "all"] = "best-worst"  # of ranked replies: first and last, or all C(K,2)
     # preference
     ref: str = ""  # folder of the frozen reference model; empty: init
@@ -47,7 +45,6 @@ class Config(RunConfig):  # the flags that all stages share are in lib/run.py
     # optimisation
     epochs: float = 1.0  # times each pair is seen, if steps is 0
     batch_size: int = 16  # pairs per update over all ranks
-    micro_batch_size: int = 0  # pairs per rank and forward; 0: the rank's whole share at once
     lr: float = 5e-4
     ptx: float = 0.0  # weight of the pretraining loss that is mixed in, against forgetting; 0: off
     ptx_data: str = ""  # its text: .txt, .json or .jsonl
@@ -139,8 +136,6 @@ def evaluate(logps, ref_logps, cfg: Config) -> dict:
 
 def main(argv=None) -> int:
     cfg = parse(Config, argv, __doc__)
-    if not cfg.data:
-        raise UserError("--data: found nothing, expected a file of preferences")
     ranks = setup(cfg.device)  # this process and its peers: rank, world, device, sum()
 
     # models: the policy, and the reference, which stays as it is

@@ -37,7 +37,6 @@ import hashlib
 import itertools
 import json
 import math
-import time
 from collections import Counter
 from dataclasses import dataclass
 
@@ -58,8 +57,6 @@ from zero import Zero
 class Config(RunConfig):  # the flags that all stages share are in lib/run.py
     # data
     data: str = ""  # prompts: .json or .jsonl (or .gz) with {"prompt"}, or conversations less the last reply
-    val_data: str = ""  # prompts to validate on; empty: the last val_fraction of data
-    val_fraction: float = 0.1  # of the records; prompts that are also trained on are left out
     # rollouts
     max_new_tokens: int = 48  # longest reply
     temperature: float = 1.0  # sampling and all log-probabilities are of logits / temperature
@@ -255,8 +252,6 @@ def metrics_of(rollout: Rollout, scores, returns, totals: dict[str, float]) -> d
 
 def main(argv=None) -> int:
     cfg = parse(Config, argv, __doc__)
-    if not cfg.data:
-        raise UserError("--data: found nothing, expected a file of prompts")
     ranks = setup(cfg.device)  # this process and its peers: rank, world, device, sum()
     models, tokenizer, frozen = load_models(cfg)
     train, val, report = load_prompts(cfg, tokenizer)
@@ -282,13 +277,9 @@ def main(argv=None) -> int:
     B = cfg.batch_size
     for step in run.steps(evaluate_and_show, first=True):
         # rollout
-        clock = [time.perf_counter()]
         chosen = shuffled(len(train), (step - 1) * B, B, cfg.seed)
         rollout = draw([train[i][1] for i in chosen], step, models.actor, actor, tokenizer, cfg, ranks)
-        clock.append(time.perf_counter())
         score(rollout, minibatches(B, cfg, step, 0), models, cfg, ranks)
-        if run.stop_before(step):
-            break
         run.append("samples.jsonl", sample_lines(rollout, step, [train[i][0] for i in chosen], tokenizer))
 
         # rewards and advantages: the same numbers on every rank
@@ -299,7 +290,6 @@ def main(argv=None) -> int:
         advantages, returns = gae(rewards, rollout.values, rollout.mask, cfg.gamma, cfg.lam)  # (B, R) each
         if cfg.whiten_advantages:
             advantages = whiten(advantages, rollout.mask)
-        clock.append(time.perf_counter())
 
         # optimising: epochs x minibatches updates
         totals, updates, skipped = Counter(), 0, 0
@@ -314,13 +304,9 @@ def main(argv=None) -> int:
             updates, skipped = updates + 1, skipped + sum(info.skipped for info in infos)
             if cfg.stop_kl and sums["approxkl"] / sums["tokens"] > cfg.stop_kl:  # on all ranks alike
                 break
-        clock.append(time.perf_counter())
-
-        seconds = zip(("rollout", "scoring", "optimisation"), clock, clock[1:])
         run.log(step, tokens=sum(map(len, rollout.sequences)), skipped=skipped,
                 **metrics_of(rollout, scores, returns, totals), **ptx, lr=lr, episode=step * B,
-                updates=updates, **{f"seconds/{name}": after - before for name, before, after in seconds},
-                **{f"grad_norm/{name}": info.norm for name, info in zip(("actor", "critic"), infos)})
+                updates=updates, **{"grad_norm/actor": infos[0].norm, "grad_norm/critic": infos[1].norm})
     return run.finish()
 
 

@@ -11,20 +11,21 @@ end of the reply, since it alone has seen everything:
     reward                  r
 
     python train_rm.py --data preferences.jsonl --init out/sft --out out/rm                       one process
-    torchrun --nproc_per_node 2 train_rm.py --data preferences.jsonl --init out/sft --zero 3 --out out/two
+    torchrun --nproc_per_node 2 train_rm.py --data preferences.jsonl --zero 3 --out out/two       two
     python train_rm.py --data preferences.jsonl --init out/sft --steps 5 --out out/toy            a first try
 """
 from __future__ import annotations
 
 import itertools
 import math
+from collections import defaultdict
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
 from data import CHAT_TEMPLATE, Replies, expect_chat
-from lib.program import UserError, parse, start
+from lib.program import parse, start
 from lib.ranks import setup
 from lib.records import random_negatives, read_preferences, split_prompts
 from lib.run import Run, RunConfig, lr_at
@@ -36,25 +37,20 @@ from zero import Zero
 class Config(RunConfig):  # the flags that all stages share are in lib/run.py
     # data
     data: str = ""  # preferences: .json or .jsonl (or .gz) with chosen and rejected, or ranked responses
-    val_data: str = ""  # preferences to validate on; empty: the last val_fraction of data
-    val_fraction: float = 0.1  # of the prompts
     negatives: int = 0  # times each best reply is also compared with a random one to another prompt; 0: off
     # reward
     centre: float = 0.0  # weight of (r_i + r_j)^2, which keeps rewards near 0 (0.01 is usual); 0: off
-    reference_prompts: int = 1000  # training prompts whose best replies get a mean reward of 0; 0: all
+    reference_prompts: int = 1000  # training prompts whose best replies get a mean reward of 0
     score_gap: float = 0.0  # agreement with scores counts pairs whose scores differ by this or more
     # optimisation
     epochs: float = 1.0  # times each group (a prompt with its replies) is seen, if steps is 0
     batch_size: int = 16  # groups per update over all ranks
-    micro_batch_size: int = 0  # groups per rank and forward; 0: the rank's whole share at once
     lr: float = 5e-4
     # run
     out: str = "out/rm"
     init: str = "out/sft"
     eval_prompts: int = 1  # validation prompts whose replies are shown with their rewards; 0: none
 
-
-# ---- the loss and what it is worth -------------------------------------------------------------------------
 
 def ranked_pairs(group_sizes: list[int]) -> torch.Tensor:
     """(2, pairs): the better and the worse of every pair in a group. Replies are numbered through all groups,
@@ -69,8 +65,7 @@ def rm_loss(rewards, group_sizes: list[int], centre: float = 0.0):
     """Sum over groups of the mean over its pairs of -log sigmoid(r_i - r_j) + centre (r_i + r_j)^2.
 
     rewards (n,): group after group, the best first. Each group weighs the same, however many replies it has;
-    the caller divides by the number of groups. centre: Eisenstein et al. 2023.
-    """
+    the caller divides by the number of groups. centre: Eisenstein et al. 2023."""
     better, worse = rewards[ranked_pairs(group_sizes).to(rewards.device)]  # (pairs,) twice
     losses = -F.logsigmoid(better - worse) + centre * (better + worse).square()
     weights = [2 / (K * (K - 1)) for K in group_sizes for _ in range(K * (K - 1) // 2)]  # 1/C(K,2)
@@ -116,20 +111,18 @@ def kinds_of_pairs(replies: Replies, pairs) -> dict[str, list[int]]:
     """{kind: its pairs}. A pair has up to two kinds: its record's tag, and its two replies' tags as "a|b"."""
     tags = [tag for record in replies.records for tag in record.tags or [""] * len(record.responses)]
     topics = [record.tag for record in replies.records for _ in record.responses]
-    kinds = {}
+    kinds = defaultdict(list)
     for n, (i, j) in enumerate(pairs.T.tolist()):
-        for kind in (topics[i], "|".join(sorted((tags[i], tags[j]))) if tags[i] and tags[j] else ""):
-            if kind:
-                kinds.setdefault(kind, []).append(n)
-    return kinds
+        kinds[topics[i]].append(n)
+        kinds["|".join(sorted((tags[i], tags[j])))].append(n)
+    return {kind: members for kind, members in kinds.items() if kind not in ("", "|")}
 
 
 def evaluate(rewards, replies: Replies, cfg: Config) -> dict:
     """What the rewards (n,) of all replies are worth against the labels, for all pairs and by kind of pair.
 
-    Where replies have scores, which are free of noise: agreement is the accuracy against the scores' order,
-    and ceiling is the accuracy of the scores' order against the labels.
-    """
+    agreement: accuracy against the order of the replies' scores, which have no noise. ceiling: accuracy of
+    that order against the labels."""
     sizes = replies.sizes(range(len(replies)))
     pairs = ranked_pairs(sizes)  # (2, pairs)
     differences = rewards[pairs[0]] - rewards[pairs[1]]  # (pairs,)
@@ -139,9 +132,8 @@ def evaluate(rewards, replies: Replies, cfg: Config) -> dict:
     known, differ = gaps.abs() >= 0, (gaps.abs() > 0) & (gaps.abs() >= cfg.score_gap - 1e-9)
     result = {"loss": rm_loss(rewards, sizes, cfg.centre).item() / len(sizes),
               **pair_metrics(rewards, sizes), "calibration_error": calibration_error(differences)}
-    for kind, members in {"": range(len(differences)), **kinds_of_pairs(replies, pairs)}.items():
-        chosen = torch.zeros(len(differences), dtype=torch.bool)
-        chosen[list(members)] = True
+    for kind, members in {"": list(range(len(differences))), **kinds_of_pairs(replies, pairs)}.items():
+        chosen = torch.zeros(len(differences), dtype=torch.bool).index_fill(0, torch.tensor(members), True)
         for name, right, counted in (("accuracy", wins(differences), chosen),
                                      ("agreement", wins(differences * gaps), chosen & differ),
                                      ("ceiling", wins(gaps), chosen & known)):
@@ -153,8 +145,6 @@ def evaluate(rewards, replies: Replies, cfg: Config) -> dict:
 
 def main(argv=None) -> int:
     cfg = parse(Config, argv, __doc__)
-    if not cfg.data:
-        raise UserError("--data: found nothing, expected a file of preferences")
     ranks = setup(cfg.device)  # this process and its peers: rank, world, device, sum()
 
     # model
@@ -179,11 +169,9 @@ def main(argv=None) -> int:
 
     def evaluate_and_show() -> dict:
         rewards = all_rewards(model, val, range(len(val)), micro or 16, ranks)  # (n,)
-        shown = iter(rewards.tolist())
-        for record in val.records[:cfg.eval_prompts]:
-            run.say(f"    {record.messages[-1]['content']!r}")
-            for text in record.responses:
-                run.say(f"    {next(shown):8.3f} {text!r}")
+        shown = [text for record in val.records[:cfg.eval_prompts] for text in record.responses]
+        for text, reward in zip(shown, rewards.tolist()):
+            run.say(f"    {reward:8.3f} {text!r}")
         return evaluate(rewards, val, cfg)
 
     for step in run.steps(evaluate_and_show):
@@ -208,8 +196,7 @@ def main(argv=None) -> int:
         return run.finish()
 
     # The loss knows r only up to a constant. We choose it: the mean over the best replies becomes 0.
-    known = [g for g, record in enumerate(train.records) if not record.negative]
-    known = known[:cfg.reference_prompts or None]
+    known = [g for g, record in enumerate(train.records) if not record.negative][:cfg.reference_prompts]
     rewards = all_rewards(model, train, known, micro or 16, ranks)  # (n,)
     best = [0, *itertools.accumulate(train.sizes(known))][:-1]  # each group's first reply
     mean, std = rewards[best].mean().item(), rewards.std().item()

@@ -20,7 +20,7 @@ from typing import Literal
 import torch
 
 from data import CHAT_TEMPLATE, Conversations, Rehearsal, encode_prompt
-from lib.program import UserError, parse, start
+from lib.program import parse, start
 from lib.ranks import setup
 from lib.records import read_chats, split_records
 from lib.run import Run, RunConfig, lr_at
@@ -32,8 +32,6 @@ from zero import Zero
 class Config(RunConfig):  # the flags that all stages share are in lib/run.py
     # data
     data: str = ""  # conversations: .json or .jsonl (or .gz) with messages, Alpaca or ShareGPT records
-    val_data: str = ""  # conversations to validate on, all turns; empty: the last val_fraction of data
-    val_fraction: float = 0.1  # of the records
     turns: Literal["all", "last", "each"] = "all"  # train every turn in one pass, the last, or each by itself
     # optimisation
     epochs: float = 3.0  # times each conversation is seen, if steps is 0
@@ -73,8 +71,6 @@ def evaluate(model, chats: Conversations, rows: int, ranks) -> dict:
 
 def main(argv=None) -> int:
     cfg = parse(Config, argv, __doc__)
-    if not cfg.data:
-        raise UserError("--data: found nothing, expected a file of conversations")
     ranks = setup(cfg.device)  # this process and its peers: rank, world, device, sum()
 
     # model

@@ -1,42 +1,38 @@
-"""ZeRO by hand: train a model that is sharded over ranks, or moved to host memory, with torch.distributed alone.
+"""ZeRO by hand: train a model sharded over ranks, or offloaded to host memory, with torch.distributed alone.
 
-    z = Zero(model, units=model.units(), stage=3, dtype=torch.bfloat16, lr=3e-4, weight_decay=0.1)
+    zero = Zero(model, units=model.units(), stage=2, dtype=torch.bfloat16, lr=3e-4, weight_decay=0.1)
     for micro_batch in batch:
-        z.backward(loss_sum / global_count)      # gradients are SUMMED over micro-batches and ranks
-    info = z.step(lr, clip=1.0)                  # StepInfo(norm, skipped, loss_scale), the same on all ranks
-    with z.gathered(): generate(model, ...)      # whole weights, no communication inside
+        zero.backward(loss_sum / global_count)   # gradients are SUMMED over micro-batches and ranks
+    info = zero.step(lr, clip=1.0)               # StepInfo(norm, skipped, loss_scale), the same on all ranks
+    with zero.gathered(): generate(model, ...)   # whole weights, no communication inside
 
-ZeRO (Rajbhandari et al. 2020, arXiv 1910.02054) removes what data parallelism repeats on each of its N ranks. With P
-parameters, p bytes per weight in forward and backward (2 or 4), k micro-batches per step and f = (N-1)/N:
+Data parallelism holds all of it N times, once per rank. ZeRO (Rajbhandari et al. 2020, arXiv 1910.02054) cuts
+it in N shards, with each stage one kind more. Psi is the number of parameters, p the bytes of one weight in
+forward and backward (2 or 4), m the micro-batches of one step, and f = (N-1)/N. Bytes per rank:
 
-    stage                weights + gradients + fp32 masters + Adam's two moments    bytes sent per step and rank
-    0 data parallel      p P     + 4 P       + 4 P *        + 8 P                   2f 4P    all-reduce of gradients
-    1 optimizer          p P     + 4 P       + 4 P/N *      + 8 P/N                 f 4P + f pP
-    2 + gradients        p P     + 4 P/N     + 4 P/N *      + 8 P/N                 k f pP + f pP
-    3 + weights                    4 P/N     + 4 P/N        + 8 P/N                 k f 3pP  (2 gathers, 1 reduce)
-    * 0 when p = 4: then the masters are the weights, or a slice of them
+    stage            weights  gradients  fp32 masters  Adam moments  sent in one step
+    0 data parallel  p Psi    4 Psi      4 Psi *       8 Psi         2f 4 Psi            all-reduce
+    1 + optimizer    p Psi    4 Psi      4 Psi/N *     8 Psi/N       f 4 Psi + f p Psi   reduce, gather
+    2 + gradients    p Psi    4 Psi/N    4 Psi/N *     8 Psi/N       m f p Psi + f p Psi m reduces, gather
+    3 + weights      0        4 Psi/N    4 Psi/N       8 Psi/N       m f 3p Psi          2m gathers, m reduces
+    * 0 if p = 4: then the masters are the weights, or a slice of them
 
-plus, for a moment, one unit (block) of weights at stage 3 and about three at every reduce of stages 2-3 (with overlap
-two and five). So in float32 stage 3 sends 1.5k x of data parallelism, with k micro-batches, and half of that where
-p = 2; stage 1, at 1x and 0.75x, is the stage to accumulate with.
+For a moment stage 3 also holds the weights of one unit (block), and every reduce about three vectors of that
+size. For many micro-batches choose stage 1: it sends as much as for one.
 
-Example, 7 B parameters, p = 2, GB per GPU; last, the fewest GPUs that leave a quarter of their memory for activations:
-                     N = 1      2      4      8     16     64      of 24 GB   80 GB   141 GB
-    stage 0            126    126    126    126    126    126         never   never    never
-    stage 1            126     84     63   52.5   47.3   43.3         never       5        2
-    stage 2            126     70     42     28     21   15.8            28       3        2
-    stage 3            112     56     28     14      7    1.8             7       2        2
-    3, offload optim    14      7    3.5    1.8    0.9    0.2             1       1        1     + 112/N in main memory
-The common estimate of 168 GB for full fine-tuning of 7 B in float32 is 24 bytes per parameter: 16 of model states (the
-table with p = 4: weights 28 + gradients 28 + moments 56 = 112 GB), and as a rule of thumb half as much again for
-activations. Those follow batch x length and not the parameters; activation_checkpointing takes most of them away.
+7 B parameters, p = 2, GB per GPU; then the fewest GPUs that leave a quarter of their memory for activations:
+                     N = 1      2      4      8     16     64     of 24 GB   80 GB   141 GB
+    stage 0            126    126    126    126    126    126        never   never    never
+    stage 1            126     84     63   52.5   47.3   43.3        never       5        2
+    stage 2            126     70     42     28     21   15.8           28       3        2
+    stage 3            112     56     28     14      7    1.8            7       2        2
+    3, offload optim    14      7    3.5    1.8    0.9    0.2            1       1        1  (host: 112/N)
 
-Several machines: the same command on each, with --out on a file system that they share:
-    torchrun --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint FIRST:29500 train_pretrain.py --zero 3
-
-How it works. A unit is a module whose parameters become one flat vector, cut in N shards. Its parameters are deleted
-and plugged in anew at every forward by `Use`, an autograd function that fetches weights on the way in and reduces
-gradients on the way back. The stages differ in three small methods: Unit.fetch, Unit.reduce, Unit.publish.
+One training step at stage 2, and what other stages do instead:
+    forward   Unit.fetch     All weights are at hand. Stage 3: they are gathered for as long as the unit runs.
+    backward  Unit.reduce    Each rank sums 1/N of a unit's gradients over ranks. Stages 0, 1: at the end.
+    update    Zero.step      One norm of all gradients, clipping, AdamW on this rank's 1/N of the masters.
+              Unit.publish   Each rank sends its new weights to all others. Stages 0, 3: nothing to send.
 """
 from __future__ import annotations
 
@@ -51,13 +47,13 @@ import torch.nn as nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
-from lib import collectives as zero_tools
+from lib import collectives
 from lib.collectives import Slot, aligned, plug, sum_of_squares
 from lib.program import UserError
 
 
 def data_parallel_step(model: nn.Module, optimizer: torch.optim.Optimizer, clip: float) -> float:
-    """Stage 0 as the ten lines that all the rest must equal (the tests compare); call it after loss.backward()."""
+    """Stage 0 in ten lines, called after loss.backward(). All stages must equal it; a test compares them."""
     for p in model.parameters():
         dist.all_reduce(p.grad)
     norm = torch.cat([p.grad.double().flatten() for p in model.parameters()]).norm().item()
@@ -69,347 +65,50 @@ def data_parallel_step(model: nn.Module, optimizer: torch.optim.Optimizer, clip:
 
 
 class StepInfo(NamedTuple):
-    norm: float  # global gradient norm before clipping
+    norm: float  # of all gradients, before clipping
     skipped: bool  # the norm was not finite, or 0: weights and optimizer were left alone, on all ranks
-    loss_scale: float  # the scale this step's gradients carried (1 unless dtype is float16)
+    loss_scale: float  # by which this step's gradients were multiplied (1 unless dtype is float16)
 
-
-class Use(torch.autograd.Function):
-    """Using a unit's weights: forward fetches them, backward receives their gradients.
-
-    Autograd calls backward once all consumers of the weights are differentiated, and before the unit that ran earlier.
-    """
-
-    @staticmethod
-    def forward(ctx, unit: Unit, trigger: torch.Tensor):
-        ctx.unit = unit
-        ctx.set_materialize_grads(False)  # an unused weight's gradient stays None
-        views = unit.views(unit.fetch())
-        ctx.mark_non_differentiable(*views[unit.trainable:])
-        return tuple(views)
-
-    @staticmethod
-    def backward(ctx, *gradients):
-        ctx.unit.reduce(gradients[:ctx.unit.trainable])
-        return None, None
-
-
-class Unit:
-    """One module's parameters as one flat vector, padded to N S elements; rank r owns [r S, (r+1) S).
-
-    slots, values: the parameters in the vector's order: with weight decay, without, frozen; so decay is one boundary.
-    trainable, decaying: how many of the slots are.
-    """
-
-    def __init__(self, zero: Zero, name: str, module: nn.Module, slots: list[Slot], values: list[torch.Tensor],
-                 trainable: int, decaying: int):
-        self.zero, self.name, self.module, self.slots, self.trainable = zero, name, module, slots, trainable
-        memory, world, rank, stage = zero.memory, zero.comm.world, zero.comm.rank, zero.stage
-        self.is_block = name.split(".")[-1].isdigit()  # a member of a ModuleList, not an embedding or a head
-        self.numel, self.length = sum(slot.numel for slot in slots), aligned(slots[-1].start + slots[-1].numel)
-        self.ends = [*(slot.start for slot in slots), self.length]  # ends[n]: where the first n slots end
-        self.shard_size = aligned(-(-self.length // world))
-        flat = memory.empty(self.shard_size * world, zero.wide if trainable else zero.dtype).zero_()
-        for view, value in zip(self.views(flat), values):
-            view.copy_(value.detach())
-        zero.comm.broadcast(flat)  # ranks that were seeded differently would train a mixture
-        self.low, self.high = (0, self.shard_size * world) if stage == 0 else (rank * self.shard_size, (rank + 1) * self.shard_size)
-        # resident: the weights that compute, as far as they stay on the device: all at stages 0-2; at stage 3 this
-        # rank's part if its master alone is in the host. master: its part of the truth; without a cast it is a slice
-        # of resident and costs nothing.
-        self.offloaded = "params" in zero.offload or (trainable > 0 and "optim" in zero.offload)
-        self.resident = flat.to(zero.dtype) if stage < 3 else None
-        self.master = flat[self.low:self.high]
-        if self.offloaded:
-            self.master = memory.empty(self.master.numel(), flat.dtype, host=True).copy_(self.master)
-        elif self.resident is not flat:
-            self.master = self.master.clone()
-        if stage == 3 and self.offloaded and "params" not in zero.offload:
-            self.resident = self.compute_shard()
-        if self.resident is not None:
-            memory.resident.add(self.resident.data_ptr())
-
-        self.filled = False  # grad holds gradients of this step, not of the last one
-        self.pending = self.held = None  # stage 3: a gather under way; weights, from first use in backward to reduce
-        self.recipe_for, self.gathers_in_backward = None, False  # the storage that autograd must not keep; see hooks()
-        self.original = module.forward
-        self.fwd = torch.compile(self.original) if zero.compile and self.is_block else self.original
-        if not trainable:
-            return
-
-        def owned(n_slots: int) -> int:  # elements of the first n_slots that lie in this rank's part
-            return min(max(self.ends[n_slots] - self.low, 0), self.high - self.low)
-
-        self.decay, self.end = owned(decaying), owned(trainable)
-        self.exp_avg, self.exp_avg_sq = (memory.moment(self.end, zero.wide, host=self.offloaded) for _ in range(2))
-        part = self.high - self.low
-        if stage < 2:
-            self.grad = memory.empty(flat.numel(), zero.wide).zero_()
-            self.shard_grad = memory.empty(part, zero.wide, True) if self.offloaded else self.grad[self.low:self.high]
-        else:
-            self.grad = self.shard_grad = memory.empty(part, zero.wide, host=self.offloaded).zero_()
-
-    def views(self, whole: torch.Tensor) -> list[torch.Tensor]:
-        return [whole[slot.start:slot.start + slot.numel].view(slot.shape) for slot in self.slots]
-
-    def compute_shard(self) -> torch.Tensor:
-        """This rank's part of the weights, on the device and in the compute dtype."""
-        memory, dtype = self.zero.memory, self.zero.dtype
-        return memory.to_device(self.master, dtype) if self.offloaded else self.master.to(dtype)
-
-    # ---- the four stages are these three methods
-
-    def fetch(self) -> torch.Tensor:
-        """The whole flat vector: resident at stages 0-2, gathered from the shards at stage 3."""
-        if self.zero.stage < 3:
-            return self.resident
-        whole, handle = self.pending or self.start_gather()
-        self.pending = None
-        self.zero.comm.wait(handle)
-        self.zero.prefetch_after(self)
-        return whole
-
-    @torch.no_grad()
-    def reduce(self, gradients) -> None:
-        """Add one backward's gradients to the local gradient (stages 0-1), or to this rank's shard (2-3)."""
-        self.held = None
-        if self.zero.stage < 2:
-            for part, gradient in zip(self.views(self.grad), gradients):
-                gradient = part.new_zeros(()) if gradient is None else gradient
-                part.add_(gradient) if self.filled else part.copy_(gradient)
-            self.filled = True
-            return
-        flat, end = self.zero.memory.temporary("reduced", self.shard_size * self.zero.comm.world, self.zero.dtype), 0
-        for slot, part, gradient in zip(self.slots, self.views(flat), gradients):
-            flat[end:slot.start].zero_()  # padding between parameters
-            part.copy_(gradient) if gradient is not None else part.zero_()
-            end = slot.start + slot.numel
-        flat[end:].zero_()  # frozen parameters, padding at the end
-        self.zero.comm.reduce_scatter(flat, self.add_to_shard)
-
-    def publish(self) -> None:
-        """After an update: the weights that compute take the masters' new values."""
-        if self.pending:  # gathered ahead, before the update
-            self.zero.comm.wait(self.pending[1])
-            self.pending = None
-        if self.zero.stage in (1, 2):
-            self.zero.comm.all_gather(self.resident, self.compute_shard())
-        elif self.resident is not None and self.resident.data_ptr() != self.master.data_ptr():
-            self.resident.copy_(self.compute_shard())
-
-    def start_gather(self, later: bool = False):
-        whole = self.zero.memory.temporary("gathered", self.shard_size * self.zero.comm.world, self.zero.dtype)
-        shard = self.compute_shard() if self.resident is None else self.resident
-        return whole, self.zero.comm.all_gather(whole, shard, later)
-
-    def refetch(self) -> torch.Tensor:
-        """The weights again, in backward; held until reduce, or if the unit is frozen until another one's turn."""
-        if self.held is None:
-            for unit in self.zero.units:
-                unit.held = unit.held if unit.trainable else None
-            self.held = self.fetch()
-        return self.held
-
-    def finish_gradients(self) -> None:
-        """After the last micro-batch: stages 0-1 communicate only now, however many there were."""
-        if not self.filled:
-            self.grad.zero_()  # nobody used this unit
-        if self.zero.stage == 0:
-            self.zero.comm.all_reduce(self.grad)
-            self.add_to_shard(self.grad[None])
-        elif self.zero.stage == 1:
-            self.zero.comm.reduce_scatter(self.grad, self.add_to_shard)
-            self.zero.comm.finish()
-        self.filled = False
-
-    def add_to_shard(self, chunks: torch.Tensor) -> None:
-        """shard gradient (+)= the sum of chunks (N, S), one per rank, in rank order and in the wide dtype."""
-        total = chunks[0].to(self.zero.wide)
-        for chunk in chunks[1:]:
-            total += chunk
-        more = self.filled and self.zero.stage >= 2  # this step's earlier micro-batches are in the shard already
-        if self.offloaded:
-            self.zero.memory.to_host(self.shard_grad, total, add=more)
-        elif more:
-            self.shard_grad.add_(total)
-        elif self.shard_grad.data_ptr() != total.data_ptr():
-            self.shard_grad.copy_(total)
-        self.filled = True
-
-    def forward(self, *args, **kwargs):
-        """What calling the module runs from now on."""
-        if self.zero.is_gathered:
-            return self.original(*args, **kwargs)
-        if torch.is_autocast_enabled(self.zero.device.type):  # autograd would keep its casted copies of all the weights
-            raise RuntimeError("autocast with Zero: choose the compute dtype by Zero(dtype=...)")
-        # Of nested saved_tensors_hooks only the innermost pair acts: ours must stand outside of checkpoint, or it would
-        # drop nothing. Checkpoint itself drops the weights, and recomputing `run` fetches them again.
-        with self.hooks():
-            if self.zero.activation_checkpointing and self.is_block and torch.is_grad_enabled():
-                return checkpoint(self.run, *args, use_reentrant=False, **kwargs)
-            return self.run(*args, **kwargs)
-
-    def run(self, *args, **kwargs):
-        train = self.trainable and torch.is_grad_enabled()
-        weights = Use.apply(self, self.zero.trigger) if train else self.views(self.fetch())
-        if self.zero.stage == 3 and self is not self.zero.root:  # the root is needed until backward ends, so it is kept
-            self.recipe_for = weights[0].untyped_storage().data_ptr()
-        plug(self.slots, weights)
-        try:
-            return self.fwd(*args, **kwargs)
-        finally:
-            plug(self.slots, None)
-            self.recipe_for = None
-
-    def hooks(self):
-        """What autograd keeps for backward: of gathered weights a recipe (where to look after gathering again); of
-        large activations, if they are offloaded, a copy in host memory."""
-        if not torch.is_grad_enabled() or self.zero.stage < 3 and "acts" not in self.zero.offload:
-            return contextlib.nullcontext()
-
-        def pack(x):
-            if x.untyped_storage().data_ptr() == self.recipe_for:
-                return None, x.size(), x.stride(), x.storage_offset()
-            kept = self.zero.memory.park(x)
-            return (kept, x._version) if isinstance(kept, torch.Tensor) else kept
-
-        def unpack(kept):
-            parked, *geometry = kept
-            if isinstance(parked, torch.Tensor):
-                if [parked._version] != geometry:  # with hooks this check of autograd is ours
-                    raise RuntimeError("a tensor needed for backward has been modified by an inplace operation")
-                return parked
-            return (parked.fetch() if parked else self.refetch()).as_strided(*geometry)
-
-        return saved_tensors_hooks(pack, unpack)
-
-
-# ---- the whole model ------------------------------------------------------------------------------------------------
 
 class Zero:
-    """Shards a model, owns its optimizer (AdamW), and takes the place of loss.backward() and optimizer.step().
+    """Shards a model, owns its optimizer, and takes the place of loss.backward() and optimizer.step().
 
-    units: modules that are fetched one at a time (blocks; untied embedding and head). A parameter that is not inside
-        exactly one of them belongs to the root unit, fetched once for the whole forward and backward.
-    dtype: of weights and activations; masters, gradients and moments are float32 (float64 if dtype is).
-    offload: "optim" masters, moments and gradient shards in host memory, updated there; "params" (stage 3) weight
-        shards too; "acts" large activations; "disk" the moments in a file instead of memory.
+    units: modules that are fetched one at a time (blocks; untied embedding and head). A parameter that is not
+        inside exactly one of them belongs to the root unit, which is fetched once for forward and backward.
+    dtype: of weights and activations, in place of autocast. The rest is float32 (float64 if dtype is).
+    offload: "optim": masters, moments and gradient shards are in host memory, and AdamW runs there; "params"
+        (stage 3): weight shards too; "acts": large activations.
     frozen: no gradients, no optimizer (a reference or reward model); sharded at stage 3 only.
-    activation_checkpointing, compile: of every unit that is a member of a ModuleList, i.e. of the blocks.
-    overlap: gather one unit ahead, and let one reduce run beside the computation. The same numbers, more memory.
-    init(module, prefix): for a model built under torch.device("meta") because no rank may hold it whole (then device
-        says where to): fills one unit's parameters in place, with numbers that depend on their full names alone.
-    Afterwards the model's Parameters are gone: model(...) works as before, model.parameters() is empty.
+    activation_checkpointing, compile: of units that are members of a ModuleList, which are the blocks.
+    init(module, prefix): for a model built under torch.device("meta"), because no rank may hold it whole. It
+        fills one unit's parameters in place, with numbers that depend on their full names. device: where to.
+    Afterwards the model has no Parameters: model(...) works as before, model.parameters() is empty.
     """
-
-    def __init__(self, model: nn.Module, *, units: list[nn.Module], stage: int = 0, dtype: torch.dtype = torch.float32,
-                 offload: tuple[str, ...] = (), lr: float = 1e-3, weight_decay: float = 0.0,
-                 betas: tuple[float, float] = (0.9, 0.95), eps: float = 1e-8, frozen: bool = False,
-                 activation_checkpointing: bool = False, compile: bool = False, overlap: bool = False,
-                 init: Callable[[nn.Module, str], None] | None = None, device: torch.device | str | None = None):
-        zero_tools.check_options(stage, offload, frozen)
-        self.model, self.stage, self.dtype, self.offload = model, stage, dtype, tuple(offload)
-        self.activation_checkpointing, self.compile, self.overlap = activation_checkpointing, compile, overlap
-        self.wide = torch.float64 if dtype == torch.float64 else torch.float32
-        self.device = torch.device(device or next(model.parameters()).device)
-        self.memory = zero_tools.Memory(self.device, self.offload)
-        self.comm = zero_tools.Comm(self.memory, overlap)
-        self.trigger = torch.zeros((), requires_grad=True)  # makes Use a node of the graph
-        self.is_gathered = self.in_backward = False
-        self.order = []  # overlap: units in the order of the first forward
-        self.loss_scale = 2.0**16 if dtype == torch.float16 else 1.0
-        self.updates = self.good_steps = self.skipped = 0  # all in all; since the scale changed; skipped in a row
-        if compile:  # to dynamo all blocks of all models are one function; beyond its limit of 8 variants it runs eager
-            config = torch._dynamo.config
-            limit = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"  # before torch 2.7
-            setattr(config, limit, max(64, getattr(config, limit)))
-        self.units = []
-        for name, module, parameters in zero_tools.group_parameters(model, units):
-            if init is not None:
-                zero_tools.materialise(parameters, self.device)
-                init(module, name)
-            self.units.append(Unit(self, name or "root", module, *zero_tools.take_out(parameters, frozen)))
-            module.forward = self.units[-1].forward
-        model.to(self.device)  # the parameters are out of it; what it moves are the buffers
-        self.memory.resident |= {buffer.data_ptr() for buffer in model.buffers()}
-        self.root = next((unit for unit in self.units if unit.module is model), None)
-        self.trained = [unit for unit in self.units if unit.trainable]
-        self.frozen = not self.trained
-        self.optimizer = None if self.frozen else self._optimizer(lr, betas, eps, weight_decay)
-
-    def _optimizer(self, lr, betas, eps, weight_decay) -> torch.optim.AdamW:
-        """AdamW (Loshchilov & Hutter 2019) is elementwise: it need not know that its tensors are slices of shards."""
-        groups = [{"params": [], "weight_decay": weight_decay}, {"params": [], "weight_decay": 0.0}]
-        state = {}
-        for unit in self.trained:
-            for group, part in zip(groups, (slice(0, unit.decay), slice(unit.decay, unit.end))):
-                p = nn.Parameter(unit.master[part])
-                p.grad = unit.shard_grad[part]
-                group["params"].append(p)
-                moments = {"exp_avg": unit.exp_avg[part], "exp_avg_sq": unit.exp_avg_sq[part]}
-                state[p] = {"step": torch.zeros((), device=p.device), **moments}
-        optimizer = torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)
-        optimizer.state.update(state)
-        return optimizer
-
-    def prefetch_after(self, unit: Unit) -> None:
-        """Start gathering what comes next, in the order of the first forward, or in backward its reverse."""
-        if not self.overlap or self.is_gathered:
-            return
-        if unit not in self.order:
-            self.order.append(unit)
-        unit.gathers_in_backward |= self.in_backward
-        i = self.order.index(unit) + (-1 if self.in_backward else 1)
-        following = self.order[i] if 0 <= i < len(self.order) else unit
-        needed = following.gathers_in_backward or not self.in_backward
-        if following is not unit and needed and following.pending is following.held is None:
-            following.pending = following.start_gather(later=True)
-
-    # ---- training
 
     def backward(self, loss: torch.Tensor) -> None:
         """loss: already divided by the global count; gradients of all ranks and micro-batches are summed."""
-        self._must_train()
-        self.in_backward = True
-        try:
-            (loss * self.loss_scale if self.loss_scale != 1.0 else loss).backward()
-        finally:
-            self.in_backward = False
-            for unit in self.units:
-                unit.held = None
-        self.comm.finish()
-
-    def _must_train(self) -> None:
-        if self.is_gathered or self.frozen:
-            raise RuntimeError("backward or step " + ("inside gathered()" if self.is_gathered else
-                               "of a frozen model: none of its parameters requires a gradient"))
+        (loss * self.loss_scale).backward()
+        self.held = None
 
     @torch.no_grad()
     def step(self, lr: float, clip: float | None = None) -> StepInfo:
-        """Reduce, clip to the global norm `clip` (None or 0: off), AdamW with learning rate `lr`, publish.
+        """Clip to the global norm `clip` (None or 0: off), AdamW with rate `lr`, publish the new weights.
 
-        A gradient that is not finite on any rank makes all ranks skip the update; the 20th in a row is a UserError.
-        One of 0 everywhere, since there was nothing to train, is skipped as well.
+        If a gradient is not finite on any rank, all ranks skip the update. The 20th in a row is a UserError.
+        If all gradients are 0, the update is skipped too: Adam's momentum alone would move the weights.
         """
-        self._must_train()
-        for unit in reversed(self.trained):
+        for unit in self.trained:
             unit.finish_gradients()
-        self.memory.wait()
-        squares = torch.stack([sum_of_squares(unit.shard_grad) for unit in self.trained]).to(self.device)  # (units,)
-        if self.stage > 0:  # norm, overflow vote and NaN guard in one: an inf anywhere is an inf everywhere
+        self.memory.wait()  # for gradients on their way to the host
+        squares = torch.stack([sum_of_squares(unit.shard_grad) for unit in self.trained]).to(self.device)
+        if self.stage > 0:  # (units,); also the vote on skipping: an inf or NaN of one rank reaches all
             self.comm.all_reduce(squares)
         scale, norm = self.loss_scale, squares.sum().sqrt().item() / self.loss_scale
         if not math.isfinite(norm):
-            self.skipped, self.good_steps = self.skipped + 1, 0
-            if self.dtype == torch.float16:
-                self.loss_scale = max(1.0, self.loss_scale / 2)
-            if self.skipped >= 20:  # a checkpoint may bring some
-                bad = [unit.name for unit, square in zip(self.trained, squares.tolist()) if not math.isfinite(square)]
-                raise UserError(f"{self.skipped} steps in a row had a gradient that is not finite, first in {bad[0]}; "
-                                "lower --lr, or use --dtype bfloat16 or float32")
+            self._skip(squares)
             return StepInfo(norm, True, scale)
-        if norm > 0:  # 0: no token was trained, on no rank. Adam's momentum alone would move the weights blindly
-            # AdamW divides while it reads the gradient anyway: a pass of our own would take a quarter of its time.
+        if norm > 0:
+            # Fused AdamW divides gradients by grad_scale while it reads them, which costs nothing.
             divisor = scale * max(1.0, (norm + 1e-6) / clip if clip else 1.0)
             self.optimizer.grad_scale = torch.tensor(divisor, device=self.trained[0].shard_grad.device)
             for group in self.optimizer.param_groups:
@@ -419,15 +118,23 @@ class Zero:
                 unit.publish()
             self.updates += 1
         self.skipped, self.good_steps = 0, self.good_steps + 1
-        if self.dtype == torch.float16 and self.good_steps == 2000:
-            self.loss_scale, self.good_steps = self.loss_scale * 2, 0  # only now: this step was made with the old scale
+        if self.dtype == torch.float16 and self.good_steps == 2000:  # the rules of torch.amp.GradScaler
+            self.loss_scale, self.good_steps = self.loss_scale * 2, 0
         return StepInfo(norm, norm == 0, scale)
+
+    def _skip(self, squares: torch.Tensor) -> None:
+        """Count a step whose gradients are not finite. squares (units,): their sums of squares."""
+        self.skipped, self.good_steps = self.skipped + 1, 0
+        if self.dtype == torch.float16:
+            self.loss_scale = max(1.0, self.loss_scale / 2)
+        if self.skipped >= 20:
+            unit = next(unit.name for unit, x in zip(self.trained, squares) if not x.isfinite())
+            raise UserError(f"{self.skipped} steps in a row had a gradient that is not finite, first in "
+                            f"{unit}; lower --lr, or use --dtype bfloat16 or float32")
 
     @contextlib.contextmanager
     def gathered(self):
-        """Whole weights in every module, no gradients, no communication: ranks may generate different lengths."""
-        if self.is_gathered:
-            raise RuntimeError("gathered() inside gathered(): leaving the inner one would end the outer")
+        """Inside, modules have whole weights and nothing is communicated: replies may differ in length."""
         self.is_gathered = True
         try:
             with torch.no_grad():
@@ -439,27 +146,245 @@ class Zero:
             for unit in self.units:
                 plug(unit.slots, None)
 
-    # ---- state
+    def __init__(self, model: nn.Module, *, units: list[nn.Module], stage: int = 0,
+                 dtype: torch.dtype = torch.float32, offload: tuple[str, ...] = (), lr: float = 1e-3,
+                 weight_decay: float = 0.0, betas: tuple[float, float] = (0.9, 0.95), eps: float = 1e-8,
+                 frozen: bool = False, activation_checkpointing: bool = False, compile: bool = False,
+                 init: Callable[[nn.Module, str], None] | None = None,
+                 device: torch.device | str | None = None):
+        collectives.check_options(stage, offload, frozen)
+        self.model, self.stage, self.dtype, self.offload = model, stage, dtype, tuple(offload)
+        self.activation_checkpointing, self.compile = activation_checkpointing, compile
+        self.wide = torch.float64 if dtype == torch.float64 else torch.float32
+        self.device = torch.device(device or next(model.parameters()).device)
+        self.memory, self.comm = collectives.Memory(self.device), collectives.Comm()
+        self.is_gathered, self.held = False, None  # held: (unit, its weights) where backward is now
+        self.loss_scale = 2.0**16 if dtype == torch.float16 else 1.0
+        self.updates = self.good_steps = self.skipped = 0  # all; since the scale changed; skipped in a row
+        if compile:  # torch.compile takes the blocks of all models for one function, and allows it 8 variants
+            torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+        self.units = []
+        for name, module, parameters in collectives.group_parameters(model, units):
+            if init is not None:
+                collectives.materialise(parameters, self.device)
+                init(module, name)
+            self.units.append(Unit(self, name or "root", module, *collectives.take_out(parameters, frozen)))
+            module.forward = self.units[-1].forward
+        model.to(self.device)  # the buffers: the parameters are out of it
+        self.stays = {buffer.data_ptr() for buffer in model.buffers()}  # and weights in use: never parked
+        self.trained = [unit for unit in self.units if unit.trainable]
+        self.frozen = not self.trained
+        self.optimizer = None if self.frozen else self._optimizer(lr, betas, eps, weight_decay)
+
+    def _optimizer(self, lr, betas, eps, weight_decay) -> torch.optim.AdamW:
+        """AdamW (Loshchilov & Hutter 2019) is elementwise: its tensors may be parts of shards."""
+        groups, state = [{"params": [], "weight_decay": decay} for decay in (weight_decay, 0.0)], {}
+        for unit in self.trained:
+            for group, part in zip(groups, (slice(0, unit.decay), slice(unit.decay, unit.end))):
+                p = nn.Parameter(unit.master[part])
+                p.grad = unit.shard_grad[part]
+                group["params"].append(p)
+                state[p] = {"step": torch.zeros((), device=p.device), "exp_avg": unit.exp_avg[part],
+                            "exp_avg_sq": unit.exp_avg_sq[part]}
+        optimizer = torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)
+        optimizer.state.update(state)
+        return optimizer
 
     @torch.no_grad()
     def full_state_dict(self) -> dict[str, torch.Tensor]:
-        """{name: tensor} as the unsharded model's own state_dict(), in main memory; on rank 0 alone, {} elsewhere.
-        All ranks must call it. Tied names share one tensor."""
+        """{name: tensor} like state_dict() of the unsharded model, in main memory; {} on all ranks but 0. All
+        ranks must call it. Tied names share one tensor."""
         state = {}
         for unit in self.units:
             whole = unit.master
-            if self.stage > 0 and unit.master.numel() < unit.length:
-                whole = self.memory.empty(unit.shard_size * self.comm.world, unit.master.dtype)
-                self.comm.all_gather(whole, unit.master.to(self.device))
+            if unit.master.numel() < unit.length:
+                whole = self.comm.all_gather(unit.master.to(self.device))
             if self.comm.rank == 0:
                 for slot, view in zip(unit.slots, unit.views(whole)):
-                    state |= dict.fromkeys((name for name, _, _ in slot.places), view.to("cpu", copy=True))
+                    state |= dict.fromkeys((name for name, *_ in slot.places), view.to("cpu", copy=True))
         return state | self.model.state_dict() if self.comm.rank == 0 else {}
 
     def report(self) -> str:
-        """A few lines for the log: bytes held by this rank, as counted and by formula; bytes to send."""
-        return zero_tools.report(self)
+        """For the log: bytes held, counted and by the table above (no padding, no offload); bytes to send."""
+        world, stage, p, w = self.comm.world, self.stage, self.dtype.itemsize, self.wide.itemsize
+        psi, total = (sum(unit.numel for unit in units) for units in (self.trained, self.units))
+        part = psi / world if stage > 0 else psi
+        table = {"weights": p * (total if stage < 3 else (total - psi) / world),
+                 "gradients": w * (psi if stage < 2 else part),
+                 "masters": w * part * (stage == 3 or p < w), "moments": 2 * w * part}
+        sent = (1 - 1 / world) * psi * (2 * w, w + p, 2 * p, 3 * p)[stage]
+        counted = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes()
+                   for unit in self.units for x in vars(unit).values() if isinstance(x, torch.Tensor)}
+        return (f"ZeRO stage {stage}, rank {self.comm.rank} of {world}: {total:,} parameters\n"
+                f"model states held: {sum(counted.values()) / 2**20:.1f} MiB; by formula "
+                + " + ".join(f"{kind} {n_bytes / 2**20:.1f}" for kind, n_bytes in table.items())
+                + f"\nto send per step of one micro-batch: {sent / 2**20:.1f} MiB")
 
-    def counted(self) -> str:
-        """One line for the end of the log: bytes that this rank has sent so far, and the peak of its temporaries."""
-        return zero_tools.counted(self)
+
+class Use(torch.autograd.Function):
+    """Use of a unit's weights: forward fetches them, backward gets the gradients of all of them at once."""
+
+    @staticmethod
+    def forward(ctx, unit: Unit, trigger: torch.Tensor):  # an input with a gradient makes this a graph's node
+        ctx.unit = unit
+        ctx.set_materialize_grads(False)  # the gradient of an unused weight stays None
+        views = unit.views(unit.fetch())
+        ctx.mark_non_differentiable(*views[unit.trainable:])
+        return tuple(views)
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        ctx.unit.reduce(gradients[:ctx.unit.trainable])
+        return None, None
+
+
+class Unit:
+    """One module's parameters as one flat vector of N shard_size elements, the last of them padding.
+
+    slots, values: the parameters in the order of the vector: with weight decay, without, frozen.
+    trainable, decaying: how many of the slots are. ends[n]: where the first n slots end.
+    low: the first element that this rank owns: shard_size of them, at stage 0 all.
+    """
+
+    def __init__(self, zero: Zero, name: str, module: nn.Module, slots: list[Slot],
+                 values: list[torch.Tensor], trainable: int, decaying: int):
+        self.zero, self.name, self.module, self.slots, self.trainable = zero, name, module, slots, trainable
+        memory, comm, stage = zero.memory, zero.comm, zero.stage
+        self.numel = sum(slot.numel for slot in slots)
+        self.length = aligned(slots[-1].start + slots[-1].numel)
+        self.ends = [*(slot.start for slot in slots), self.length]
+        self.shard_size = aligned(-(-self.length // comm.world))
+        flat = memory.empty(self.shard_size * comm.world, zero.wide if trainable else zero.dtype).zero_()
+        for view, value in zip(self.views(flat), values):
+            view.copy_(value)
+        if comm.world > 1:  # ranks that were seeded differently would train a mixture
+            dist.broadcast(flat, 0)
+        size = self.shard_size if stage > 0 else flat.numel()
+        self.low = comm.rank * size if stage > 0 else 0
+        # resident: the weights that compute, as far as they stay on the device: all at stages 0-2; at stage 3
+        # this rank's shard, if the optimizer alone is offloaded. master: what this rank owns, in float32.
+        self.offloaded = "params" in zero.offload or (trainable > 0 and "optim" in zero.offload)
+        self.resident = flat.to(zero.dtype) if stage < 3 else None
+        self.master = flat[self.low:self.low + size]
+        if self.offloaded:
+            self.master = memory.empty(size, flat.dtype, host=True).copy_(self.master)
+        elif self.resident is not flat:
+            self.master = self.master.clone()
+        if stage == 3 and self.offloaded and "params" not in zero.offload:
+            self.resident = memory.to_device(self.master, zero.dtype)
+
+        self.is_block = name.split(".")[-1].isdigit()  # a member of a ModuleList
+        self.original = module.forward
+        self.fwd = torch.compile(self.original) if zero.compile and self.is_block else self.original
+        self.address = None  # where in memory the weights lie while forward uses them
+        self.filled = False  # whether grad holds gradients of this step
+        if trainable:
+            self.decay, self.end = (min(max(self.ends[n] - self.low, 0), size) for n in (decaying, trainable))
+            self.exp_avg, self.exp_avg_sq, self.shard_grad = (
+                memory.empty(n, zero.wide, host=self.offloaded).zero_() for n in (self.end, self.end, size))
+            self.grad = self.shard_grad if stage > 1 else memory.empty(flat.numel(), zero.wide).zero_()
+            if stage < 2 and not self.offloaded:
+                self.shard_grad = self.grad[self.low:self.low + size]
+
+    def views(self, whole: torch.Tensor) -> list[torch.Tensor]:
+        return [whole[slot.start:slot.start + slot.numel].view(slot.shape) for slot in self.slots]
+
+    def fetch(self) -> torch.Tensor:
+        """The weights (N shard_size,): at hand at stages 0-2, gathered from the shards at stage 3."""
+        if self.zero.stage < 3:
+            return self.resident
+        shard = self.resident
+        if shard is None:
+            shard = self.zero.memory.to_device(self.master, self.zero.dtype)
+        return self.zero.comm.all_gather(shard)
+
+    @torch.no_grad()
+    def reduce(self, gradients) -> None:
+        """Add up the gradients of one backward (None: unused): over all ranks at stages 2-3, else my own."""
+        self.zero.held = None
+        total = self.zero.memory.empty(self.shard_size * self.zero.comm.world, self.zero.dtype).zero_()
+        for part, gradient in zip(self.views(total), gradients):
+            if gradient is not None:
+                part.copy_(gradient)
+        if self.zero.stage > 1:
+            total = self.zero.comm.reduce_scatter(total, self.zero.wide)  # (shard_size,)
+        self.zero.memory.put(self.grad, total, add=self.filled)
+        self.filled = True
+
+    def finish_gradients(self) -> None:
+        """After the last micro-batch: stages 0-1 communicate only now, however many there were."""
+        if not self.filled:  # nobody used this unit
+            self.grad.zero_()
+        self.filled = False
+        if self.zero.stage == 0:
+            self.zero.comm.all_reduce(self.grad)
+            self.zero.memory.put(self.shard_grad, self.grad)
+        elif self.zero.stage == 1:
+            self.zero.memory.put(self.shard_grad, self.zero.comm.reduce_scatter(self.grad, self.zero.wide))
+
+    def publish(self) -> None:
+        """After an update: the weights that compute take the new values of the masters."""
+        if self.resident is not None:
+            mine = self.zero.memory.to_device(self.master, self.zero.dtype)
+            if 0 < self.zero.stage < 3:
+                self.zero.comm.all_gather(mine, self.resident)
+            else:
+                self.zero.memory.put(self.resident, mine)
+
+    def forward(self, *args, **kwargs):
+        """Takes the place of module.forward."""
+        if self.zero.is_gathered:
+            return self.original(*args, **kwargs)
+        # Of nested saved_tensors_hooks only the innermost pair acts, so ours stand outside of checkpoint. It
+        # drops the weights with all else; when it calls `run` again, in backward, they are fetched again.
+        with self.hooks():
+            if self.zero.activation_checkpointing and self.is_block and torch.is_grad_enabled():
+                return checkpoint(self.run, *args, use_reentrant=False, **kwargs)
+            return self.run(*args, **kwargs)
+
+    def run(self, *args, **kwargs):
+        train = self.trainable and torch.is_grad_enabled()
+        weights = Use.apply(self, torch.zeros(0, requires_grad=True)) if train else self.views(self.fetch())
+        self.address = weights[0].untyped_storage().data_ptr()
+        self.zero.stays.add(self.address)
+        plug(self.slots, weights)
+        try:
+            return self.fwd(*args, **kwargs)
+        finally:
+            plug(self.slots, None)
+            self.zero.stays.discard(self.address)
+            self.address = None
+
+    def hooks(self):
+        """What autograd keeps for backward. Of gathered weights: their place in the vector, which refetch()
+        brings back. Of large activations, if they are offloaded: a copy in host memory."""
+        zero = self.zero
+        if not torch.is_grad_enabled() or zero.stage < 3 and "acts" not in zero.offload:
+            return contextlib.nullcontext()
+
+        def pack(x):
+            address, size = x.untyped_storage().data_ptr(), x.untyped_storage().nbytes()
+            if zero.stage == 3 and address == self.address and self.module is not zero.model:
+                fetch = self.refetch  # but the root is kept: it is needed until the end of backward
+            elif "acts" in zero.offload and size >= collectives.PARK_BYTES and address not in zero.stays:
+                fetch = zero.memory.park(x)
+            else:  # detached: x may be the output of the node that keeps it, a circle that nobody would free
+                return x.detach(), x._version
+            return fetch, (x.size(), x.stride(), x.storage_offset())
+
+        def unpack(kept):
+            source, more = kept
+            if callable(source):
+                return source().as_strided(*more)
+            if source._version != more:  # autograd leaves this check to whoever sets hooks
+                raise RuntimeError("a tensor needed for backward has been modified by an inplace operation")
+            return source
+
+        return saved_tensors_hooks(pack, unpack)
+
+    def refetch(self) -> torch.Tensor:
+        """The weights again, in backward. The last unit's are held, because autograd asks several times."""
+        if self.zero.held is None or self.zero.held[0] is not self:
+            self.zero.held = None  # first let go of the other unit's
+            self.zero.held = self, self.fetch()
+        return self.zero.held[1]

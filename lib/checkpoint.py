@@ -1,213 +1,199 @@
 """Checkpoints that are whole or not there: one folder per step, one file of flat shards per rank.
 
-    out/step-00000300/   config.json, tokenizer.json, rank000.pt ..., meta.json (last: sizes and sha256 of all others)
-    out/final/           config.json, tokenizer.json, model.pt (plain {name: tensor})
+    out/run/step-00000300/   rank000.pt ..., config.json, tokenizer.json, meta.json
+    out/run/final/           model.pt (plain {name: tensor}), config.json, tokenizer.json
 
-A folder is made as tmp-*, flushed to the disk and renamed when all ranks agree, so step-* is never half a checkpoint.
-One that a resumed run could not read is renamed to damaged-step-* (in place of an earlier one of that step): it counts
-no longer, but is not thrown away.
-Shards are slices of flat vectors, so any world size and any ZeRO stage loads what any other has written.
-Every torch.load is weights_only, which refuses to run code from a file.
+A folder gets its name when it is complete and on the disk, so a crash leaves no half checkpoint. meta.json
+(of final/: config.json) holds the checksums of all files. Shards are slices of flat vectors, so any number of
+ranks, at any ZeRO stage, loads what any other has written.
 """
 from __future__ import annotations
 
+import contextlib
 import fcntl
-import math
+import hashlib
+import json
 import os
-import re
 import shutil
 import sys
+from pathlib import Path
 
 import torch
 
-from lib.checked import expect, is_number, load_tensors, read_json, reading, verify, write_files
-from lib.collectives import rank_and_world
-from lib.program import LostRanks, UserError, start, sync, writing
+from lib.program import UserError, replacing, start, sync, writing
 from lib.ranks import together
 
-VERSION = 1
+KEEP = 2  # checkpoints that stay; older ones are removed
+VECTORS = ("master", "exp_avg", "exp_avg_sq")  # what training needs of a unit, and of the whole Zero:
+SCALARS = ("updates", "loss_scale", "good_steps", "skipped")
 
 
-def save_checkpoint(out: str, step: int, models: dict, extra: dict, *, keep: int = 2,
-                    config: dict | None = None, tokenizer_path: str | None = None) -> str:
-    """Write out/step-XXXXXXXX and return its path; all ranks call it, after claim(). extra: JSON-able, given back by
-    load_checkpoint.
-
-    Raises UserError on all ranks alike when any of them cannot write; then no part of this step is left behind.
-    """
-    rank, world = rank_and_world()
-    folder, tmp = os.path.join(out, f"step-{step:08d}"), os.path.join(out, f"tmp-{step:08d}")
-
-    @writing(folder)
-    def prepare():
-        _prune(out, keep)  # once more: a run that was killed may not have come to it
-        os.makedirs(tmp)
-
-    @writing(folder)
-    def write_shard():
-        return write_files(tmp, {f"rank{rank:03d}.pt": {key: state_shards(z) for key, z in models.items()}})
-
-    @writing(folder)
-    def finish():
-        files = {name: entry for written in shards for name, entry in written.items()}
-        files |= write_files(tmp, {"config.json": config, "tokenizer.json": tokenizer_path})
-        meta = {"version": VERSION, "step": step, "world": world, "threads": torch.get_num_threads(),
-                "torch": torch.__version__, "layout": {key: layout(z) for key, z in models.items()},
-                "files": files, "extra": extra}
-        write_files(tmp, {"meta.json": meta})
-        _replace_folder(tmp, folder)
-        _prune(out, keep)
-
-    try:
-        together(prepare if rank == 0 else None)
-        shards = together(write_shard)
-        together(finish if rank == 0 else None)
-    except Exception:
-        if rank == 0:
-            shutil.rmtree(tmp, ignore_errors=True)
-        raise
-    return folder
+def save_checkpoint(out: str, step: int, models: dict, extra: dict, *, config: dict, tokenizer_path) -> None:
+    """Write out/step-XXXXXXXX; all ranks call it, after claim(). models: {name: Zero}. extra: JSON-able.
+    UserError if it cannot be written; then nothing of this step is left."""
+    comm, folder = next(iter(models.values())).comm, Path(out, f"step-{step:08d}")
+    if together(folder.exists)[0]:
+        return  # the run was loaded from it, and has not trained since
+    with replacing(folder) if comm.rank == 0 else contextlib.nullcontext() as tmp:
+        tmp = together(lambda: tmp)[0]  # rank 0 has chosen the name
+        mine = {f"rank{comm.rank:03d}.pt": {key: state_shards(zero) for key, zero in models.items()}}
+        mine |= {"config.json": config, "tokenizer.json": tokenizer_path} if comm.rank == 0 else {}
+        written = together(lambda: _write(tmp, mine))
+        if comm.rank == 0:
+            _write(tmp, {"meta.json": {
+                "version": 1, "step": step, "world": comm.world, "threads": torch.get_num_threads(),
+                "torch": torch.__version__, "layout": {key: layout(zero) for key, zero in models.items()},
+                "files": {name: entry for part in written for name, entry in part.items()}, "extra": extra}})
+    for old in steps(out)[KEEP:] if comm.rank == 0 else ():
+        _remove(old)
 
 
 def load_checkpoint(out: str, models: dict, *, same: dict | None = None, numbers=(),
                     bitwise: dict | None = None) -> tuple[int, dict] | None:
-    """Restore the newest whole checkpoint of `out`; all ranks call it. Returns (step, extra), None if there is none.
+    """Restore the newest whole checkpoint; all ranks call it. Returns (step, extra), None if there is none.
+    same: what extra must say, as the tokenizer's fingerprint; UserError if it says otherwise.
+    numbers: names of numbers that extra must have. bitwise: settings that may differ, with a warning."""
+    comm = next(iter(models.values())).comm
+    if not (found := _newest_whole(out, comm.rank, comm.world)):
+        return None
+    folder, meta = found
+    extra, (same, bitwise) = meta["extra"], json.loads(json.dumps([same or {}, bitwise or {}]))  # no tuples
+    for key, zero in models.items():
+        there, here = ({names[0]: shape for unit in units.values() for names, shape, _ in unit}
+                       for units in (meta["layout"].get(key, {}), layout(zero)))
+        for name in [*here, *there]:
+            a, b = there.get(name), here.get(name)
+            expect(a == b, f"{folder}: is of another model: {key}: {name} is {a} there and {b} here; choose "
+                           "another --out, or the flags it was made with")
+    for key, value in same.items():
+        expect(extra.get(key) == value, f"{folder}: is of a run with another {key}; choose another --out")
+    for key in numbers:
+        expect(isinstance(extra.get(key), (int, float)), f"{folder}: expected a number as {key} in meta.json")
+    for key, zero in models.items():
+        load_shards(zero, [_load_tensors(folder / f"rank{r:03d}.pt")[key] for r in range(meta["world"])])
+    was = {**extra, **meta}
+    now = {**bitwise, "world": comm.world, "threads": torch.get_num_threads(), "torch": torch.__version__}
+    changes = [f"{key} was {was[key]!r:.80} and is {value!r:.80}" for key, value in now.items()
+               if key in was and was[key] != value]
+    changes += ["it is older, and does not name all settings"] if now.keys() - was.keys() else []
+    if changes and comm.rank == 0:
+        print(f"warning: {folder}: {', '.join(changes)}: going on, but not bit for bit as the unbroken run",
+              file=sys.stderr)
+    return meta["step"], extra
 
-    A damaged one is named in a warning and moved aside, the one before it is taken; UserError if all are damaged or the
-    newest whole one is of another model or lacks what this run needs of extra: the values of `same`, and numbers >= 0
-    under the names in `numbers`. bitwise: settings of this run (as micro_batch_size) that should equal those in extra,
-    or else, as with another world size, number of threads or PyTorch, a warning says that the last bits will differ.
-    """
-    rank, world = rank_and_world()
-    problem, damaged, share = None, [], slice(rank, None, world)  # of the files, which the ranks hash together
-    for name in together((lambda: steps(out)) if rank == 0 else None)[0]:
-        folder = os.path.join(out, name)
+
+def _newest_whole(out: str, rank: int, world: int) -> tuple[Path, dict] | None:
+    """The newest step folder that is whole, and its meta.json. Damaged ones are named and moved aside."""
+    damaged, problem = [], None
+    for folder in together((lambda: steps(out)) if rank == 0 else None)[0]:
         try:
-            found = []  # not sent to the others, who have it too
-            together(lambda found=found, folder=folder: found.append(_examine(folder, share)))
-            meta, = found
-            expect(name == f"step-{meta['step']:08d}", f"{folder}/meta.json: is that of step {meta['step']}")
-        except LostRanks:
-            raise
+            meta = together(lambda folder=folder: _examine(folder, "meta.json", rank, world))[rank]
         except UserError as error:
-            problem = error
-            damaged.append(folder)
-            print(f"warning: {error}; trying the checkpoint before it", file=sys.stderr) if rank == 0 else None
+            damaged, problem = [*damaged, folder], error
+            if rank == 0:
+                print(f"warning: {error}; trying the checkpoint before it", file=sys.stderr)
             continue
-        _check_layout(folder, meta["layout"], {key: layout(z) for key, z in models.items()})
-        extra, path = meta["extra"], os.path.join(folder, "meta.json")
-        for key, value in (same or {}).items():
-            expect(extra.get(key) == value, f"{path}: is of a run with another {key}; choose another --out")
-        for key in numbers:
-            expect(is_number(extra.get(key)), f"{path}: expected a number as {key}")
-        for key, z in models.items():
-            with reading(folder):
-                load_shards(z, _read_shards(folder, meta, key))
-        now = {"threads": torch.get_num_threads(), "torch": torch.__version__, "world": world, **(bitwise or {})}
-        changed = [f"{key} was {was!r:.80} and is {value!r:.80}" for key, value in now.items()
-                   if (was := meta.get(key, extra.get(key))) != value]
-        if changed and rank == 0:
-            print(f"warning: {folder}: {', '.join(changed)}: going on, but the last bits will differ", file=sys.stderr)
-        # Aside, since --keep must not count them. Not away: it may have been the disk that failed, for a moment.
-        together((lambda: [_hide_folder(folder, "damaged") for folder in damaged]) if rank == 0 else None)
-        return meta["step"], extra
-    expect(not problem, f"{problem}; no checkpoint in {out} is whole: remove them, or choose another --out")
-    return None
+        for bad in damaged if rank == 0 else ():
+            bad.rename(bad.with_name(f"damaged-{bad.name}-{os.getpid()}"))
+        return folder, meta
+    expect(not damaged, f"{problem}; no checkpoint in {out} is whole: remove them, or choose another --out")
 
 
 def consolidate(folder: str, key: str = "model") -> dict[str, torch.Tensor]:
-    """{name: tensor} of one model in a step folder: one process, no torch.distributed, no GPU, no model code."""
-    meta = _examine(folder, slice(None))
+    """{name: tensor} of one model in a step folder, without a process group, a GPU or the model's code."""
+    meta, state = _examine(Path(folder), "meta.json"), {}
     expect(key in meta["layout"], f"{folder}: holds {', '.join(meta['layout'])}, not {key}")
-    shards, state = _read_shards(folder, meta, key), {}
-    with reading(os.path.join(folder, "meta.json")):
-        for unit, tensors in meta["layout"][key].items():
-            flat = torch.cat([shard["units"][unit]["master"] for shard in shards])
-            expect(sum(abs(math.prod(shape)) for _, shape, _ in tensors) <= len(flat),
-                   f"{folder}/meta.json: the shapes in {ascii(unit)[:80]} are larger than what was saved")
-            for names, shape, start in tensors:
-                state |= dict.fromkeys(names, flat[start:start + math.prod(shape)].view(shape).clone())
-        return state | shards[0]["buffers"]
+    shards = [_load_tensors(Path(folder, f"rank{r:03d}.pt"))[key] for r in range(meta["world"])]
+    for unit, tensors in meta["layout"][key].items():
+        flat = torch.cat([shard["units"][unit]["master"] for shard in shards])
+        for names, shape, first in tensors:
+            state |= dict.fromkeys(names, flat[first:first + torch.Size(shape).numel()].view(shape).clone())
+    return state | shards[0]["buffers"]
 
 
-# ---- what of a Zero is in a checkpoint ------------------------------------------------------------------------------
+# ---- what of a Zero is in a checkpoint -------------------------------------------------------------------
 
-SCALARS = ("updates", "loss_scale", "good_steps", "skipped")
-
-
-def layout(z) -> dict:
-    """JSON-able: which tensors lie in which flat vector. A checkpoint must match it; world size and stage are free."""
-    return {unit.name: [[[name for name, _, _ in slot.places], list(slot.shape), slot.start] for slot in unit.slots]
-            for unit in z.units}
+def layout(zero) -> dict:
+    """{unit: [[names, shape, start] of each parameter]}. World size and ZeRO stage do not change it."""
+    return {unit.name: [[[name for name, _, _ in slot.places], list(slot.shape), slot.start]
+                        for slot in unit.slots] for unit in zero.units}
 
 
 def _vectors(unit) -> dict[str, torch.Tensor]:
-    """What is kept of a unit; each begins at element unit.low of its flat vector."""
-    return {key: getattr(unit, key) for key in ("master", "exp_avg", "exp_avg_sq")[:3 if unit.trainable else 1]}
+    """The flat vectors that are kept of a unit. This rank's part of each begins at element unit.low."""
+    return {key: getattr(unit, key) for key in (VECTORS if unit.trainable else VECTORS[:1])}
 
 
-def state_shards(z) -> dict:
-    """This rank's part of all that training needs: {"units": {unit: {vector: (n,) tensor}}, "buffers", "scalars"}.
-
-    A vector is master, exp_avg or exp_avg_sq: elements [r S, (r+1) S) of the flat one, without the padding at its end.
-    """
+def state_shards(zero) -> dict:
+    """This rank's share of a model: {"units": {unit: {vector: (n,) tensor}}, "buffers", "scalars"}."""
     def compact(x: torch.Tensor) -> torch.Tensor:
-        """In main memory, for machines without a GPU; in a storage of its own, since torch.save writes whole ones."""
         x = x.cpu()
-        return x.clone() if x.untyped_storage().nbytes() > x.nbytes else x
+        return x.clone() if x.untyped_storage().nbytes() > x.nbytes else x  # torch.save writes whole storages
 
     units = {}
-    for unit in z.units:
-        first, last = (min(r * unit.shard_size, unit.length) - unit.low for r in (z.comm.rank, z.comm.rank + 1))
+    for unit in zero.units:  # of each flat vector, the shard of this rank without the padding at its end
+        first, last = (min((zero.comm.rank + i) * unit.shard_size, unit.length) - unit.low for i in (0, 1))
         units[unit.name] = {key: compact(vector[first:last]) for key, vector in _vectors(unit).items()}
-    return {"units": units, "buffers": {name: compact(x) for name, x in z.model.state_dict().items()},
-            "scalars": {key: getattr(z, key) for key in SCALARS}}
+    return {"units": units, "buffers": {name: compact(x) for name, x in zero.model.state_dict().items()},
+            "scalars": {key: getattr(zero, key) for key in SCALARS}}
 
 
 @torch.no_grad()
-def load_shards(z, shards: list[dict]) -> None:
-    """shards: state_shards() of all ranks of the run that saved, in rank order, whatever its world size and stage."""
-    for unit in z.units:
+def load_shards(zero, shards: list[dict]) -> None:
+    """shards: state_shards() of all ranks that saved, in rank order, whatever their number and stage."""
+    for unit in zero.units:
         for key, mine in _vectors(unit).items():
-            start = -unit.low  # of the next piece, counted from the start of my own vector
-            for piece in (shard["units"][unit.name][key] for shard in shards):
-                first, last = max(start, 0), min(start + piece.numel(), mine.numel())
-                if first < last:
-                    mine[first:last].copy_(piece[first - start:last - start])
-                start += piece.numel()
-            found, end = start + unit.low, unit.length if key == "master" else unit.ends[unit.trainable]
-            if found != end:
-                raise ValueError(f"{unit.name}: {key} has {found} elements, expected {end}")
+            rest = torch.cat([shard["units"][unit.name][key] for shard in shards])[unit.low:]
+            mine[:len(rest)] = rest[:len(mine)]  # at its end mine may have padding, which was not saved
         unit.publish()
-    z.model.load_state_dict(shards[0]["buffers"])
+    zero.model.load_state_dict(shards[0]["buffers"])
     for key in SCALARS:
-        setattr(z, key, shards[0]["scalars"][key])
-    for state in z.optimizer.state.values() if z.optimizer else ():
-        state["step"].fill_(z.updates)
+        setattr(zero, key, shards[0]["scalars"][key])
+    for state in zero.optimizer.state.values() if zero.optimizer else ():
+        state["step"].fill_(zero.updates)
 
 
-# ---- final models ---------------------------------------------------------------------------------------------------
+def claim(out: str, resume: bool):
+    """Take the folder `out` for this run; rank 0 alone calls it, and keeps what is returned until it ends.
+    UserError if another run holds it, or if it has a run that this one does not go on with."""
+    with writing(out):
+        os.makedirs(out, exist_ok=True)
+        file = open(os.path.join(out, "lock"), "a")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system drops the lock of a dead process
+        except BlockingIOError:
+            holder = Path(file.name).read_text()
+            raise UserError(f"{out}: in use by process {holder}; choose another --out") from None
+        file.truncate(0)
+        print(os.getpid(), end="", file=file, flush=True)
+    for left in Path(out).glob("*.tmp-*"):  # by a save that was killed
+        shutil.rmtree(left, ignore_errors=True)
+    found, finished = steps(out), Path(out, "final").exists()
+    expect(resume or not found, f"{out}: holds a run; go on by --resume, or choose another --out")
+    expect(found or not finished, f"{out}: holds final/ but no checkpoint to go on; choose another --out")
+    return file
 
-def save_final(out: str, state_dict: dict[str, torch.Tensor], config: dict, tokenizer_path: str) -> str:
-    """Write out/final; called by rank 0 alone. Returns the folder.
 
-    config: JSON-able, enough to build the model. Added to it: "tied", the groups of names that share one tensor,
-    "files", sizes and checksums, and "sha256", its own.
-    """
-    folder, tmp = os.path.join(out, "final"), os.path.join(out, "tmp-final")
-    storages = {}
-    for name, tensor in state_dict.items():
-        storages.setdefault((tensor.data_ptr(), tensor.shape), []).append(name)
-    config = {**config, "tied": [names for names in storages.values() if len(names) > 1]}
-    try:
-        with writing(folder):
-            os.makedirs(tmp)
-            config["files"] = write_files(tmp, {"model.pt": state_dict, "tokenizer.json": tokenizer_path})
-            write_files(tmp, {"config.json": config})
-            _replace_folder(tmp, folder)
-    finally:
-        shutil.rmtree(tmp, ignore_errors=True)
-    return folder
+def steps(out: str) -> list[Path]:
+    """The step folders in `out`, newest first."""
+    return sorted(Path(out).glob(f"step-{'[0-9]' * 8}"), reverse=True)
+
+
+def _remove(folder: Path) -> None:
+    """Renamed first: killed in the middle, no half of the folder stays under its name."""
+    gone = folder.with_name(f"{folder.name}.tmp-gone")
+    folder.rename(gone)
+    shutil.rmtree(gone, ignore_errors=True)
+
+
+def save_final(out: str, state_dict: dict[str, torch.Tensor], config: dict, tokenizer_path) -> None:
+    """Write out/final; rank 0 alone calls it. config: JSON-able, enough to build the model."""
+    folder = Path(out, "final")
+    with replacing(folder) as tmp:
+        files = _write(tmp, {"model.pt": state_dict, "tokenizer.json": tokenizer_path})
+        _write(tmp, {"config.json": {**config, "files": files}})
+        if folder.exists():
+            _remove(folder)
 
 
 def final_folder(folder: str) -> str:
@@ -217,138 +203,82 @@ def final_folder(folder: str) -> str:
 
 
 def load_final(folder: str) -> tuple[dict, dict[str, torch.Tensor]]:
-    """(config, {name: tensor}) of a folder that save_final wrote, or of the run's; tensors are read when used."""
-    folder = final_folder(folder)
-    config = read_json(os.path.join(folder, "config.json"))
-    files = config.setdefault("files", {})  # a folder made by hand has none
-    expect(isinstance(files, dict), f"{folder}/config.json: expected 'files' to be of type dict")
-    for name in {"model.pt", "tokenizer.json"} & files.keys():
-        verify(folder, name, files[name])
-    state = load_tensors(os.path.join(folder, "model.pt"))
-    expect(isinstance(state, dict) and all(isinstance(name, str) and isinstance(t, torch.Tensor) and
-                                           t.is_floating_point() for name, t in state.items()),
-           f"{folder}/model.pt: expected a plain {{name: tensor}} dictionary of floating-point numbers")
-    return config, state
+    """(config, {name: tensor}) of a finished model, given its folder or the run's. UserError if damaged."""
+    folder = Path(final_folder(folder))
+    return _examine(folder, "config.json"), _load_tensors(folder / "model.pt")
 
 
-# ---- the run's folder -----------------------------------------------------------------------------------------------
-
-def claim(out: str, resume: bool):
-    """Take `out` for this run (rank 0 alone calls it); keep what is returned until the process ends.
-
-    UserError if another run holds it, naming the holder's pid, if it holds checkpoints and this run does not resume, or
-    if it holds a finished model and none. What a save that was killed has left is cleared away.
-    The kernel drops a flock when its holder dies, however it dies, so there is no stale lock to clean up.
-    """
-    with writing(out):
-        os.makedirs(out, exist_ok=True)
-        file = open(os.path.join(out, "lock"), "a+")
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            raise UserError(f"{out}: in use by process {file.read().strip()}; choose another --out") from None
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
-        for name in filter(re.compile(r"tmp-((old|gone)-step-)?\d{8}|tmp-(old-)?final").fullmatch, os.listdir(out)):
-            hidden, folder = (os.path.join(out, name) for name in (name, name.removeprefix("tmp-old-")))
-            shutil.rmtree(hidden) if os.path.isdir(folder) else os.rename(hidden, folder)  # the last to be replaced
-    newest, finished = "".join(steps(out)[:1]), os.path.isdir(os.path.join(out, "final"))
-    expect(resume or not newest, f"{out}: holds a run ({newest}); go on by --resume, or choose another --out")
-    expect(newest or not finished, f"{out}: holds final/ and no checkpoint to go on from; choose another --out")
-    return file
+def _write(folder: Path, contents: dict) -> dict[str, dict]:
+    """Write {name: tensors (*.pt), JSON, or a path to copy} for good. Returns {name: size and checksum}."""
+    folder.mkdir(exist_ok=True)
+    for path, content in ((folder / name, content) for name, content in contents.items()):
+        if not isinstance(content, dict):
+            shutil.copyfile(content, path)
+        elif path.suffix == ".json":
+            path.write_text(json.dumps({**content, "sha256": _digest(content)}, indent=1))
+        else:
+            try:
+                torch.save(content, path)
+            except RuntimeError as error:  # a full disk
+                raise OSError(str(error).splitlines()[0]) from None
+        sync(path)
+    return {name: _size_and_hash(folder / name) for name in contents}
 
 
-def steps(out: str) -> list[str]:
-    """Names of the step folders in `out`, newest first."""
-    names = os.listdir(out) if os.path.isdir(out) else []
-    return sorted((n for n in names if re.fullmatch(r"step-\d{8}", n)), reverse=True)
+def _digest(content: dict) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def _replace_folder(tmp: str, folder: str) -> None:
-    """Rename tmp to folder, for good even if the power goes."""
-    sync(tmp)
-    old = _hide_folder(folder, "tmp-old") if os.path.isdir(folder) else None
-    os.rename(tmp, folder)
-    sync(os.path.dirname(folder))
-    if old:
-        shutil.rmtree(old)
+def _size_and_hash(path: Path) -> dict:
+    hashed = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            hashed.update(block)
+        return {"bytes": file.tell(), "sha256": hashed.hexdigest()}
 
 
-def _prune(out: str, keep: int) -> None:
-    """All but the newest. They are whole: what is damaged is moved aside by the run that finds it, before it saves."""
-    for folder in (os.path.join(out, name) for name in steps(out)[keep:]):
-        with writing(folder):
-            shutil.rmtree(_hide_folder(folder, "tmp-gone"))
+def expect(good, otherwise: str) -> None:
+    if not good:
+        raise UserError(otherwise)
 
 
-def _hide_folder(folder: str, prefix: str) -> str:
-    """Out of sight before it goes off the disk: killed in the middle, no half of it stands under its name.
-
-    prefix: "tmp-gone", "tmp-old" of one that claim() gives its name back if it is killed before the new one has it, or
-    "damaged" of one that stays."""
-    out, name = os.path.split(folder)
-    hidden = os.path.join(out, f"{prefix}-{name}")
-    shutil.rmtree(hidden, ignore_errors=True)
-    os.rename(folder, hidden)
-    return hidden
-
-
-def _examine(folder: str, part: slice) -> dict:
-    """meta.json, after checking all of it that the loader relies on, and that part of the files it lists."""
-    path = os.path.join(folder, "meta.json")
-    meta = read_json(path)
-    expect(meta.get("version") == VERSION,
-           f"{path}: checkpoint version {ascii(meta.get('version'))[:40]}, this program reads {VERSION}")
-    kinds = {"step": int, "world": int, "threads": int, "torch": str, "layout": dict, "files": dict, "extra": dict}
-    for key, kind in kinds.items():
-        expect(isinstance(meta.get(key), kind), f"{path}: expected {key!r} to be of type {kind.__name__}")
-    world, files = meta["world"], meta["files"].keys()  # names are looked for in this folder and nowhere else
-    ranks = {f"rank{r:03d}.pt" for r in range(min(world, len(files) + 1))}
-    expect(world > 0 and ranks <= files <= ranks | {"config.json", "tokenizer.json"},
-           f"{path}: expected the rank files of a world of {world}, config.json and tokenizer.json, found others")
-    for name, entry in sorted(meta["files"].items())[part]:
-        verify(folder, name, entry)
-    return meta
+@contextlib.contextmanager
+def reading(path):
+    """Whatever a missing or damaged file makes its reader raise becomes one line that names the file."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        why = (getattr(error, "strerror", "") or str(error) or repr(error)).splitlines()[0]
+        raise UserError(f"{path}: cannot be read: {why}; expected what a training script wrote") from None
 
 
-def _read_shards(folder: str, meta: dict, key: str) -> list[dict]:
-    """What state_shards() returned for one model, for every rank of the run that saved; not yet read into memory."""
-    shards = []
-    for r in range(meta["world"]):
-        path = os.path.join(folder, f"rank{r:03d}.pt")
-        with reading(path):
-            shard = load_tensors(path)[key]
-            vectors = [vector for unit in meta["layout"][key] for vector in shard["units"][unit].values()]
-            expect(all(is_number(shard["scalars"][name]) for name in SCALARS) and shard["scalars"]["loss_scale"] > 0
-                   and all(vector.dim() == 1 and vector.is_floating_point() for vector in vectors),
-                   f"{path}: does not hold what meta.json says")
-        shards.append(shard)
-    return shards
+def _examine(folder: Path, name: str, rank: int = 0, world: int = 1) -> dict:
+    """The JSON file `name`, once it and the files that it lists are found whole. The ranks share the work."""
+    with reading(folder / name):
+        content = json.loads((folder / name).read_text(encoding="utf-8"))
+        own = content.pop("sha256", None)  # a file made by hand has none
+        expect(own in (None, _digest(content)), f"{folder / name}: is damaged: its checksum differs")
+    for other, entry in sorted(content.get("files", {}).items())[rank::world]:
+        with reading(path := folder / other):
+            expect(_size_and_hash(path) == entry, f"{path}: is damaged: its size or checksum differs")
+    return content
 
 
-def _check_layout(folder: str, found: dict, expected: dict) -> None:
-    """UserError naming the first tensor in which the layouts of the models differ."""
-    if {key: found.get(key) for key in expected} == expected:
-        return
-    with reading(os.path.join(folder, "meta.json")):
-        have, want = ({f"{key}: {names[0]}": tuple(shape) for key, units in layouts.items()
-                       for tensors in units.values() for names, shape, _ in tensors} for layouts in (found, expected))
-    for name in [*want, *have]:
-        there, here = (shapes.get(name, "missing") for shapes in (have, want))
-        expect(there == here, f"{folder}: is of another model: {name} is {there} there and {here} here; choose "
-                              "another --out, or the flags it was made with")
-    raise UserError(f"{folder}: has the tensors of this model, but cut into other units")
+def _load_tensors(path: Path):
+    """torch.load that runs no code from the file (weights_only) and reads a tensor when it is used (mmap)."""
+    with reading(path):
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
 
 
 def main() -> None:
-    """python checkpoint.py out/run/step-00000300 [actor]: make out/run/final of a run that did not get to its end."""
-    expect(len(sys.argv) in (2, 3), "usage: python checkpoint.py out/run/step-00000300 [name of the model]")
-    folder = sys.argv[1].rstrip("/")
-    state, config = consolidate(folder, *sys.argv[2:]), read_json(os.path.join(folder, "config.json"))
-    lock = claim(os.path.dirname(folder) or ".", resume=True)  # noqa: F841 - held until this function returns
-    print(save_final(os.path.dirname(folder) or ".", state, config, os.path.join(folder, "tokenizer.json")))
+    """python -m lib.checkpoint out/run/step-00000300: make final/ of a run that did not reach its end."""
+    expect(len(sys.argv) in (2, 3), "usage: python -m lib.checkpoint out/run/step-00000300 [name of a model]")
+    folder = Path(sys.argv[1])
+    state, config = consolidate(folder, *sys.argv[2:]), _examine(folder, "config.json")
+    lock = claim(str(folder.parent), resume=True)  # noqa: F841 - held until this function returns
+    save_final(folder.parent, state, config, folder / "tokenizer.json")
 
 
 if __name__ == "__main__":

@@ -33,6 +33,10 @@ from lib.program import UserError, keep_lines, require_positive, writing
 
 @dataclass
 class RunConfig:
+    # data
+    data: str = ""  # what to train on
+    val_data: str = ""  # what to validate on; empty: the last val_fraction of data
+    val_fraction: float = 0.1  # of the records; in pretraining of the characters
     # optimisation
     steps: int = 0  # updates; 0: as many as --epochs takes
     batch_size: int = 16  # items per update over all ranks
@@ -69,6 +73,8 @@ class RunConfig:
 
     def __post_init__(self):
         require_positive(self, "batch_size", "log_every")
+        if not self.data:
+            raise UserError("--data: found nothing, expected a file to train on")
 
     def compared(self) -> dict:
         """The flags that a resumed run should share with the one it continues, as a checkpoint holds them."""
@@ -143,9 +149,6 @@ class Run:
         self.due = bool(saved.get("due"))  # it stopped at a step that was to be evaluated
         if self.start > cfg.steps:
             raise UserError(f"--steps {cfg.steps}: {cfg.out} is already at step {self.start}; give more")
-        self.path = os.path.join(cfg.out, "metrics.jsonl")
-        if ranks.is_main:
-            keep_lines(self.path, self.start)  # one curve, though a run may be killed and resumed many times
         self.peak = matmul_peak(ranks.device, getattr(torch, cfg.dtype)) if flops else 0.0
         for name, zero in models.items():
             self.say(f"{name}: {zero.report()}")
@@ -175,20 +178,14 @@ class Run:
             if due and not stop:  # whoever asks to stop may not wait for an evaluation
                 self._evaluate(evaluate, step)
             if last or stop or (cfg.save_every and step % cfg.save_every == 0):
-                self._save(step, due=due and stop)
+                extra = {**self.same, **self.should, "skipped": self.skipped, "due": due and stop}
+                save_checkpoint(cfg.out, step, self.models, extra, config=self.config,
+                                tokenizer_path=self.tokenizer.path)
+                self._restart_clock()
             if stop:
-                self._stop(step)
+                self.stopped = True
+                self.say(f"asked to stop: saved after step {step}; the same command with --resume goes on")
                 return
-
-    def stop_before(self, step: int) -> bool:
-        """For a step that begins with long work, as a rollout: True if any rank was asked to stop in it.
-
-        The run is then saved as it is after step - 1, and the loop must `break`. A resumed run does that work
-        again."""
-        if self.ranks.asked_to_stop():
-            self._save(step - 1, due=False)
-            self._stop(step - 1)
-        return self.stopped
 
     def log(self, step: int, *, tokens: float, skipped: int = 0, **numbers) -> None:
         """Once a step. tokens (of all ranks) and skipped updates add up.
@@ -199,31 +196,36 @@ class Run:
         self.skipped += skipped
         if step % self.cfg.log_every and step not in (self.start + 1, self.cfg.steps):
             return
+        seconds = max(time.perf_counter() - self.clock, 1e-9)
+        left = datetime.timedelta(seconds=round((self.cfg.steps - step) * seconds / self.counted))
+        speed, memory = self.tokens / seconds, peak_memory(self.ranks.device)
+        machine = {"tokens_per_second": speed, "memory": memory}
+        words = [f"{speed:,.0f} tok/s", f"{memory / 2**20:.0f} MiB", f"{left} left"]
+        if self.flops:
+            machine["mfu"] = speed * self.flops / (self.peak * self.ranks.world)
+            words.insert(1, f"mfu {machine['mfu']:.0%}")
         if self.skipped:
             numbers["skipped"] = self.skipped
-        seconds = max(time.perf_counter() - self.clock, 1e-9)
-        numbers["tokens_per_second"] = speed = self.tokens / seconds
-        words = [f"{speed:,.0f} tok/s"]
-        if self.flops:
-            numbers["mfu"] = speed * self.flops / (self.peak * self.ranks.world)
-            words.append(f"mfu {numbers['mfu']:.0%}")
-        numbers["memory"] = peak_memory(self.ranks.device)
-        left = datetime.timedelta(seconds=round((self.cfg.steps - step) * seconds / self.counted))
-        words += [f"{numbers['memory'] / 2**20:.0f} MiB", f"{left} left"]
-        self._write(step, numbers, words, live=True)
+        self.event(step, machine, words, **numbers)
         self._restart_clock()
 
-    def event(self, step: int, **numbers) -> None:
-        """A line of its own on the screen and in metrics.jsonl."""
-        self._write(step, numbers)
+    def event(self, step: int, machine: dict | None = None, words: Iterable[str] = (), **numbers) -> None:
+        """Numbers for metrics.jsonl and the screen. machine: more of them, which the screen says as words."""
+        finite = {name: None if isinstance(x, float) and not math.isfinite(x) else x  # JSON has no NaN
+                  for name, x in {"step": step, **numbers, **(machine or {})}.items()}
+        self.append("metrics.jsonl", [finite])
+        shown = [f"{name} {x:.4g}" if isinstance(x, float) else f"{name} {x}" for name, x in numbers.items()]
+        rest = [f"{len(shown) - 12} more in metrics.jsonl"] if len(shown) > 12 else []
+        self.say(" | ".join([f"step {step}/{self.cfg.steps}", *shown[:12], *rest, *words]))
 
     def say(self, text: str) -> None:
         """For the person at the screen (rank 0 only); not in metrics.jsonl."""
         if self.ranks.is_main:
-            print(f"\r\033[K{text}" if sys.stdout.isatty() else text, flush=True)
+            print(text, flush=True)
 
     def append(self, name: str, lines: Iterable[dict]) -> None:
-        """Rank 0 adds lines, each with a "step", to out/name. A resumed run drops those after its start."""
+        """Rank 0 adds lines, each with a "step", to out/name. A resumed run first drops those after its start:
+        however often a run was killed and resumed, it leaves one curve."""
         if self.ranks.is_main:
             path = os.path.join(self.cfg.out, name)
             if name not in self.begun:
@@ -251,23 +253,6 @@ class Run:
         """After evaluating and saving, so that tokens/s speaks of training alone."""
         self.clock, self.tokens, self.counted = time.perf_counter(), 0, 0
 
-    def _write(self, step: int, numbers: dict, more_words=(), live: bool = False) -> None:
-        """live: on a terminal the next line overwrites this one."""
-        if not self.ranks.is_main:
-            return
-        finite = {k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in numbers.items()}
-        with writing(self.path), open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **finite}) + "\n")  # JSON has no nan: null
-        shown = [f"{k} {v:.4f}" if isinstance(v, float) and 0.1 <= abs(v) < 100 else
-                 f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}"
-                 for k, v in numbers.items() if k not in ("tokens_per_second", "mfu", "memory")]
-        rest = [f"{len(shown) - 12} more in metrics.jsonl"] if len(shown) > 12 else []
-        text = " | ".join([f"step {step}/{self.cfg.steps}", *shown[:12], *rest, *more_words])
-        if live and sys.stdout.isatty():
-            print(f"\r\033[K{text}", end="", flush=True)
-        else:
-            self.say(text)
-
     def _evaluate(self, evaluate, step: int) -> None:
         numbers = evaluate()
         if not math.isfinite(loss := numbers.get("eval_loss", 0.0)):  # what has blown up is not worth saving
@@ -275,16 +260,6 @@ class Run:
         if numbers:  # a script may have nothing to validate on
             self.event(step, **numbers)
         self._restart_clock()
-
-    def _save(self, step: int, due: bool) -> None:
-        extra = {**self.same, **self.should, "skipped": self.skipped, "due": due}
-        save_checkpoint(self.cfg.out, step, self.models, extra, config=self.config,
-                        tokenizer_path=self.tokenizer.path)
-        self._restart_clock()
-
-    def _stop(self, step: int) -> None:
-        self.stopped = True
-        self.say(f"asked to stop: saved after step {step}; the same command with --resume goes on")
 
 
 def matmul_peak(device: torch.device, dtype: torch.dtype, size: int = 1024, repeats: int = 8) -> float:

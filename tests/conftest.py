@@ -1,12 +1,11 @@
-"""Shared by all tests: the project folder on the path, and `--all` for the slow ones."""
+"""Shared by all tests: the project folder on the path, and `--all` for the slow tests."""
 import os
 import sys
 
 import pytest
 
-os.environ["OMP_NUM_THREADS"] = "1"  # tiny tensors: threads only wait for each other, above all on a busy machine
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-sys.path.insert(0, ROOT)
+os.environ["OMP_NUM_THREADS"] = "1"  # the tensors are tiny: several threads would only wait for each other
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 
 def pytest_addoption(parser):
@@ -18,7 +17,6 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(config, items):
-    if not config.getoption("--all"):
-        for item in items:
-            if "slow" in item.keywords:
-                item.add_marker(pytest.mark.skip(reason="slow: run with --all"))
+    for item in () if config.getoption("--all") else items:
+        if "slow" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="slow: run with --all"))

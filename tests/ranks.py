@@ -1,10 +1,9 @@
-"""A pool of processes that play the ranks of one job after another, so that `import torch` is paid once per test
-session.
+"""A pool of processes that play the ranks of one job after another. `import torch` is paid once per session.
 
     ranks().run(3, function, *args)  ->  [function(*args) of rank 0, of rank 1, of rank 2]
 
-function must be importable (top level of a test file). A job that does not answer within its timeout is killed.
-patience: seconds after which a collective whose peer is silent becomes an error.
+function must be importable (top level of a test file). A job that does not answer in time is killed.
+patience: seconds after which a collective that waits for a silent rank becomes an error.
 """
 import atexit
 import contextlib
@@ -17,7 +16,18 @@ import tempfile
 import time
 import traceback
 
-ANSWER_SECONDS = 60
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+
+@functools.lru_cache(maxsize=1)
+def warm():
+    """A multiprocessing context whose processes are forks of one that has imported torch and the project."""
+    os.environ["PYTHONPATH"] = os.pathsep.join([ROOT, os.path.join(ROOT, "tests")])
+    os.environ["OMP_NUM_THREADS"] = "1"
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload("pytest kill torch._dynamo train_pretrain train_sft train_rm train_dpo "
+                                   "train_ppo".split())
+    return context
 
 
 @contextlib.contextmanager
@@ -26,33 +36,28 @@ def as_torchrun():
     import pytest
     import torch.distributed as dist
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in (("RANK", dist.get_rank()), ("WORLD_SIZE", dist.get_world_size()),
-                            ("LOCAL_RANK", dist.get_rank())):
+        rank, world = dist.get_rank(), dist.get_world_size()
+        for name, value in (("RANK", rank), ("WORLD_SIZE", world), ("LOCAL_RANK", rank)):
             patch.setenv(name, str(value))
         store = dist.distributed_c10d._get_default_store()
-        patch.setattr(dist, "rendezvous", lambda *_, **__: iter([(store, dist.get_rank(), dist.get_world_size())]))
+        patch.setattr(dist, "rendezvous", lambda *_, **__: iter([(store, rank, world)]))
         patch.setattr(dist, "init_process_group", lambda *_, **__: None)
         patch.setattr(dist, "destroy_process_group", lambda: None)
         yield patch
 
 
 class RankFailed(Exception):
-    """Some ranks raised; .answers holds per rank ("ok", value), ("error" or "silent", text), or None of a rank that
-    died."""
+    """.answers holds per rank ("ok", value), ("error" or "silent", text), or None if the rank died."""
 
     def __init__(self, answers):
         self.answers = answers
-        failed = [f"rank {r}: {a[1] if a else 'died'}" for r, a in enumerate(answers) if not a or a[0] != "ok"]
-        super().__init__("\n".join(failed))
+        super().__init__("\n".join(f"rank {r}: {a[1] if a else 'died'}" for r, a in enumerate(answers)))
 
 
 def _play(pipe):
     import torch
     import torch.distributed as dist
-
-    from lib.ranks import RollCall
     torch.set_num_threads(1)
-    pipe.send_bytes(b"ready")
     while True:
         try:
             rank, world, folder, patience, function, args = pickle.loads(pipe.recv_bytes())
@@ -71,29 +76,21 @@ def _play(pipe):
             answer = ("error", traceback.format_exc())
         pipe.send_bytes(pickle.dumps(answer))
         if dist.is_initialized():
-            RollCall.stop()
             dist.destroy_process_group()
 
 
-class Ranks:
+class Pool:
     def __init__(self):
-        self.context, self.members = mp.get_context("spawn"), []
+        self.members = []
 
-    def _start(self, n):
-        started = []
-        while len(self.members) < n:
-            ours, theirs = self.context.Pipe()
-            process = self.context.Process(target=_play, args=(theirs,), daemon=True)
+    def run(self, world, function, *args, timeout=60, patience=20):
+        self.members = [member for member in self.members if member[0].is_alive()]
+        while len(self.members) < world:
+            ours, theirs = warm().Pipe()
+            process = warm().Process(target=_play, args=(theirs,), daemon=True)
             process.start()
             theirs.close()
             self.members.append((process, ours))
-            started.append(ours)
-        for pipe in started:
-            pipe.recv_bytes()
-
-    def run(self, world, function, *args, timeout=ANSWER_SECONDS, patience=20):
-        self.members = [m for m in self.members if m[0].is_alive()]
-        self._start(world)
         with tempfile.TemporaryDirectory() as folder:
             for rank, (_, pipe) in enumerate(self.members[:world]):
                 pipe.send_bytes(pickle.dumps((rank, world, folder, patience, function, args)))
@@ -104,13 +101,10 @@ class Ranks:
                         answers[rank] = pickle.loads(pipe.recv_bytes())
                     else:
                         answers[rank] = ("silent", f"no answer in {timeout} s")
-                except (EOFError, ConnectionError):
-                    process.join(5)  # it died
+                        process.kill()
+                except (EOFError, ConnectionError):  # it died
+                    process.join(5)
         if any(a is None or a[0] != "ok" for a in answers):
-            for (process, _), answer in zip(self.members, answers):
-                if answer and answer[0] == "silent":
-                    process.kill()
-                    process.join()
             raise RankFailed(answers)
         return [value for _, value in answers]
 
@@ -119,11 +113,10 @@ class Ranks:
             pipe.close()
             process.kill()
             process.join()
-        self.members = []
 
 
 @functools.lru_cache(maxsize=1)
-def ranks() -> Ranks:
-    pool = Ranks()
+def ranks() -> Pool:
+    pool = Pool()
     atexit.register(pool.stop)
     return pool

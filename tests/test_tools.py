@@ -2,8 +2,6 @@
 import dataclasses
 import json
 import math
-import re
-import sys
 
 import numpy as np
 import pytest
@@ -12,26 +10,27 @@ import torch
 import evaluate
 import sample
 from data import CHAT_TEMPLATE, encode_chat, encode_prompt
-from evaluate import perplexity, strided_rows
 from lib.checkpoint import save_final
 from lib.program import UserError
 from lib.tokenizer import make_tokenizer
 from model import GPT, GPTConfig, generate
 
+TOKENIZER = make_tokenizer("byte")
+END = TOKENIZER.end_id
+
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A folder with a random but lively byte-level model, as a training run leaves it."""
+    """(folder, model): random but lively, with rows of 32 bytes. folder/base has not learned to chat."""
     out = tmp_path_factory.mktemp("run")
-    tokenizer = make_tokenizer("byte")
-    tokenizer.save(out / "tokenizer.json")
-    config = GPTConfig(vocab_size=tokenizer.vocab_size, n_layer=1, n_head=2, n_embd=16, max_seq_len=32)
-    model = GPT(config)
+    TOKENIZER.save(out / "tokenizer.json")
+    model = GPT(GPTConfig(vocab_size=TOKENIZER.vocab_size, n_layer=1, n_head=2, n_embd=16, max_seq_len=32))
     for p in model.parameters():
         p.data += 0.3 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()))
-    save_final(str(out), model.state_dict(), {"model": dataclasses.asdict(config), "head": "lm",
-                                              "chat_template": CHAT_TEMPLATE}, str(out / "tokenizer.json"))
-    return out, model, tokenizer
+    about = {"model": dataclasses.asdict(model.config), "head": "lm"}
+    for folder, template in ((out, {"chat_template": CHAT_TEMPLATE}), (out / "base", {})):
+        save_final(str(folder), model.state_dict(), about | template, str(out / "tokenizer.json"))
+    return out, model
 
 
 def asked(*contents):
@@ -39,18 +38,31 @@ def asked(*contents):
     return [{"role": role, "content": content} for role, content in zip(["user", "assistant"] * 9, contents)]
 
 
+def write(path, records) -> None:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+def answered(finished, tmp_path, prompts, *flags) -> list[dict]:
+    """What sample.py writes to a file of prompts."""
+    write(tmp_path / "p.jsonl", prompts)
+    sample.main(["--model", str(finished[0]), "--device", "cpu", "--prompts", str(tmp_path / "p.jsonl"),
+                 "--out", str(tmp_path / "s.jsonl"), *flags])
+    return [json.loads(line) for line in open(tmp_path / "s.jsonl", encoding="utf-8")]
+
+
+# ---- evaluate.py -------------------------------------------------------------------------------------------
+
 @pytest.mark.parametrize("n", [2, 3, 9, 17, 40])
 @pytest.mark.parametrize("seq_len, stride", [(8, 8), (8, 3), (8, 1), (1, 1), (64, 5)])
 def test_strided_rows_score_every_token_once_with_enough_context(n, seq_len, stride):
-    """Each id but the first is a target once, right after its predecessor, with min(t, seq_len - stride) ids before."""
-    ids = np.arange(100, 100 + n)
+    """Each id but the first is a target once, right behind its predecessor, with min(t, seq_len - stride)
+    before it."""
     seen = []
-    for row, targets in strided_rows(ids, seq_len, stride):
+    for row, targets in evaluate.strided_rows(np.arange(100, 100 + n), seq_len, stride):
         assert row.shape == targets.shape == (seq_len,)
         for place in np.flatnonzero(targets >= 0):
-            target = targets[place] - 100
+            target, context = targets[place] - 100, row[:place + 1] - 100
             seen.append(target)
-            context = row[:place + 1] - 100
             assert context.tolist() == list(range(target - len(context), target))
             assert len(context) >= min(target, seq_len - stride + 1)
     assert seen == list(range(1, n))
@@ -58,12 +70,11 @@ def test_strided_rows_score_every_token_once_with_enough_context(n, seq_len, str
 
 def test_perplexity_equals_one_long_forward(finished):
     """Documents no longer than a row: the sum of -log p over each whole document, per token and per byte."""
-    _, model, tokenizer = finished
-    documents = ["a b c", "naïve café", "x"]
-    result = perplexity(model, tokenizer, documents, 32, 32, 2, torch.device("cpu"))
+    documents, model = ["a b c", "naïve café", "x"], finished[1]
+    result = evaluate.perplexity(model, TOKENIZER, documents, 32, 32, 2, torch.device("cpu"))
     total = count = 0
     for document in documents:
-        ids = torch.tensor([[tokenizer.bos_id, *tokenizer.encode(document), tokenizer.end_id]])
+        ids = torch.tensor([[TOKENIZER.bos_id, *TOKENIZER.encode(document), END]])
         logp = model(ids[:, :-1]).log_softmax(-1).gather(-1, ids[:, 1:, None])
         total, count = total - logp.double().sum().item(), count + logp.numel()
     assert result["tokens"] == count and result["bytes"] == sum(len(d.encode()) for d in documents)
@@ -72,203 +83,38 @@ def test_perplexity_equals_one_long_forward(finished):
     assert result["bits_per_byte"] == pytest.approx(total / math.log(2) / result["bytes"], rel=1e-5)
 
 
-def test_evaluate_prints_json_and_refuses_what_is_no_text(finished, tmp_path, capsys):
-    out, _, _ = finished
+def test_figures_of_a_text(finished, tmp_path, capsys):
+    """Printed as JSON and written to --out; all tokens at every stride and length, or of the last part; no
+    text is an error."""
     (tmp_path / "text.txt").write_text("To be, or not to be, that is the question. " * 3)
-    results = []
-    for flags in ([], ["--stride", "4"], ["--seq_len", "8"]):
-        args = ["--model", str(out), "--data", str(tmp_path / "text.txt"), "--device", "cpu", *flags]
-        assert evaluate.main(args) == 0
-        results.append(json.loads(capsys.readouterr().out))
-    assert [r["tokens"] for r in results] == [130] * 3 and len({r["loss"] for r in results}) == 3
+    args, results = ["--model", str(finished[0]), "--data", str(tmp_path / "text.txt"), "--device", "cpu"], []
+    for flags in ([], ["--stride", "4"], ["--seq_len", "8"], ["--val_fraction", "0.5"]):
+        evaluate.main([*args, *flags, "--out", str(tmp_path / "out.json")])
+        results.append(json.loads(capsys.readouterr().out.splitlines()[0]))
+        assert results[-1] == json.loads((tmp_path / "out.json").read_text())
+    assert [result["tokens"] for result in results] == [130] * 3 + [66]
+    assert len({result["loss"] for result in results}) == 4
     (tmp_path / "empty.txt").write_text("")
-    for flags in (["--data", str(tmp_path / "empty.txt")], ["--data", "nowhere.txt"], ["--model", str(tmp_path)]):
+    for flags in (["--data", str(tmp_path / "empty.txt")], ["--data", "nowhere.txt"], ["--model", "nowhere"]):
         with pytest.raises(UserError):
-            evaluate.main(["--model", str(out), "--data", str(tmp_path / "text.txt"), *flags])
+            evaluate.main([*args, *flags])
 
 
-def test_sample_prints_the_prompt_and_its_continuations(finished, tmp_path, capsys):
-    """Deterministic by seed; n samples differ; @FILE reads the prompt; too long a prompt is refused."""
-    out, _, _ = finished
-
-    def run(*flags):
-        assert sample.main(["--model", str(out), "--device", "cpu", *flags]) == 0
-        return capsys.readouterr().out
-
-    once = run("--prompt", "Ünd ", "--max_new_tokens", "12")
-    assert once.startswith("Ünd ") and once == run("--prompt", "Ünd ", "--max_new_tokens", "12")
-    two = run("--prompt", "Ünd ", "--max_new_tokens", "12", "--n", "2").split("-" * 40)
-    assert len(two) == 2 and two[0] == once and two[0].strip() != two[1].strip()
-    (tmp_path / "prompt.txt").write_text("Ünd ")
-    assert run("--prompt", f"@{tmp_path}/prompt.txt", "--max_new_tokens", "12") == once
-    with pytest.raises(UserError, match="shorten"):
-        run("--prompt", "x" * 40)
-    with pytest.raises(UserError, match="nowhere"):
-        run("--prompt", "@nowhere")
-
-
-def test_a_character_split_over_tokens_waits_for_its_bytes(finished, capsys):
-    """Streaming prints a character of several byte tokens when the last of them has come, and end never."""
-    _, _, tokenizer = finished
-    printer = sample.Printer(tokenizer)
-    for token in tokenizer.encode("é中"):
-        printer(0, token)
-    printer(0, tokenizer.end_id)
-    assert capsys.readouterr().out == "é中"
-
-
-# ---- chatting -------------------------------------------------------------------------------------------------------
-
-def test_a_chat_remembers_resets_and_quits(finished, monkeypatch, capsys):
-    """What the model is asked: the conversation so far, without it after /reset, nothing after /quit."""
-    out, _, tokenizer = finished
-    prompts = []
-    monkeypatch.setattr(sample, "generate_sorted", lambda model, p, on_token, **_: (
-        prompts.append(tokenizer.decode(p[0])), [on_token(0, i) for i in (72, 105, tokenizer.end_id)])
-        and [[72, 105, tokenizer.end_id]])
-    lines = iter(["ab", "", "cd", "/reset", "ef", "/quit", "gh"])
-    monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
-    assert sample.main(["--model", str(out), "--chat", "--max_new_tokens", "4", "--system", "S"]) == 0
-    start = "<|bos|><|system|>S<|end|><|user|>"
-    assert prompts == [f"{start}ab<|end|><|assistant|>",
-                       f"{start}ab<|end|><|assistant|>Hi<|end|><|user|>cd<|end|><|assistant|>",
-                       f"{start}ef<|end|><|assistant|>"]
-    assert capsys.readouterr().out == "Hi\n" * 3 and next(lines) == "gh"
-
-
-def test_a_chat_forgets_its_oldest_turns(finished):
-    """Whole exchanges go, from the left, until the prompt fits; the system message and the last question stay."""
-    tokenizer = finished[2]
-    system = [{"role": "system", "content": "S"}]
-    messages = system + asked("aa", "bb", "cc", "dd", "ee")
-    whole = len(encode_prompt(tokenizer, messages))
-    for longest, left in ((whole, messages), (whole - 1, system + messages[3:]), (12, system + messages[5:]),
-                          (1, system + messages[5:])):
-        assert sample.recent(tokenizer, messages, longest) == left
-    assert sample.recent(tokenizer, messages[1:], whole - 9) == messages[3:]
-
-
-def test_one_reply_and_its_errors(finished, capsys, monkeypatch):
-    """--chat --prompt prints one reply; too long a text is an error there, and a message in the conversation."""
-    out, model, tokenizer = finished
-    args = ["--model", str(out), "--chat", "--temperature", "0", "--device", "cpu", "--max_new_tokens", "5"]
-    assert sample.main([*args, "--prompt", "ab"]) == 0
-    new, = generate(model, [encode_prompt(tokenizer, asked("ab"))], max_new_tokens=5, temperature=0,
-                    eos_id=tokenizer.end_id, banned=tokenizer.specials_but_end)
-    reply = tokenizer.decode([i for i in new if i != tokenizer.end_id]).rstrip("\ufffd")  # half a character waits
-    assert capsys.readouterr().out == reply + (" ..." if tokenizer.end_id not in new else "") + "\n"
-    with pytest.raises(UserError, match="rows end at 32"):
-        sample.main([*args, "--prompt", "a" * 40])
-    assert sample.main([*args, "--prompt", "/reset"]) == 0 and capsys.readouterr().out  # a prompt like any other
-    lines = iter(["a" * 40, "\ud800", "ab", "/quit"])
-    monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
-    assert sample.main(args) == 0
-    captured = capsys.readouterr()
-    assert captured.err.count("error: ") == 2 and captured.out.startswith(reply)
-
-
-def test_replies_to_a_file(finished, tmp_path, capsys):
-    """k replies per prompt in the order of the file, the same whatever the batch; tags are carried on."""
-    out, _, _ = finished
-    prompts = [{"prompt": "abc", "tag": "x"}, {"prompt": asked("a", "b", "c")}, {"messages": asked("de", "gone")}]
-    (tmp_path / "p.jsonl").write_text("".join(json.dumps(p) + "\n" for p in prompts))
-    results = []
-    for batch in ("1", "4", "64"):
-        files = ["--prompts", str(tmp_path / "p.jsonl"), "--out", str(tmp_path / "s.jsonl")]
-        flags = ["--k", "3", "--batch_size", batch, "--max_new_tokens", "8"]
-        assert sample.main(["--model", str(out), *files, *flags]) == 0
-        results.append([json.loads(line) for line in open(tmp_path / "s.jsonl", encoding="utf-8")])
-    assert results[0] == results[1] == results[2]
-    assert [r["prompt"] for r in results[0]] == [asked("abc"), asked("a", "b", "c"), asked("de")]
-    assert [r.get("tag") for r in results[0]] == ["x", None, None]
-    assert all(len(r["responses"]) == len(r["ended"]) == 3 and len(set(r["responses"])) == 3 for r in results[0])
-    assert sample.main(["--model", str(out), *files, *flags, "--limit", "2"]) == 0
-    assert [json.loads(line) for line in open(tmp_path / "s.jsonl", encoding="utf-8")] == results[0][:2]
-    (tmp_path / "p.jsonl").write_text(json.dumps({"prompt": "a" * 40}) + "\n")
-    with pytest.raises(UserError, match="p.jsonl"):
-        sample.main(["--model", str(out), "--prompts", str(tmp_path / "p.jsonl"), "--out", str(tmp_path / "t.jsonl")])
-    assert not (tmp_path / "t.jsonl").exists()
-
-
-def test_progress_on_a_terminal(finished, tmp_path, capsys, monkeypatch):
-    """A file of replies tells on a terminal how far it is and how much time is left, on one line that goes away at the
-    end; into a pipe nothing of that."""
-    out, _, _ = finished
-    (tmp_path / "p.jsonl").write_text(json.dumps({"prompt": "abc"}) + "\n")
-    args = ["--model", str(out), "--prompts", str(tmp_path / "p.jsonl"), "--out", str(tmp_path / "s.jsonl"), "--k", "3",
-            "--batch_size", "1", "--max_new_tokens", "4"]
-    assert sample.main(args) == 0 and "left" not in capsys.readouterr().out
-    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
-    assert sample.main(args) == 0
-    lines = capsys.readouterr().out.split("\r\033[K")
-    assert [line.partition(" | ")[0] for line in lines[1:3]] == ["replies 1 of 3", "replies 2 of 3"]
-    assert all(re.search(r"\d:\d\d:\d\d left$", line) for line in lines[1:3]) and "3 replies to 1 prompts" in lines[3]
-
-
-@pytest.mark.parametrize("limit, length", [("0", 13), ("8", 8)])
-def test_prompts_that_leave_no_room_are_dropped(finished, tmp_path, capsys, monkeypatch, limit, length):
-    """In rows of 32 a prompt of 25 tokens has less than a quarter left, or than --max_new_tokens 8: it is dropped and
-    counted, the others are answered as without it; without a limit they get what the longest of them leaves."""
-    out, _, tokenizer = finished
-    prompts = [{"prompt": "a" * n} for n in (3, 21, 15)]
-    lengths = []
-    draw = sample.draw
-    monkeypatch.setattr(sample, "draw", lambda *args: lengths.append(args[5]) or draw(*args))
-    for name, some in (("s", prompts), ("t", [prompts[0], prompts[2]])):
-        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(p) + "\n" for p in some))
-        assert sample.main(["--model", str(out), "--prompts", str(tmp_path / f"{name}.jsonl"), "--k", "2",
-                            "--max_new_tokens", limit, "--out", str(tmp_path / f"{name}.out.jsonl")]) == 0
-    assert "4 replies to 2 prompts, 1 dropped (longer than 24 tokens)" in capsys.readouterr().out
-    found, without = ([json.loads(line) for line in open(tmp_path / f"{name}.out.jsonl")] for name in "st")
-    assert [line["prompt"] for line in found] == [line["prompt"] for line in without] == [asked("aaa"), asked(15 * "a")]
-    assert found[0] == without[0] and lengths == [length, length]
-
-
-FILTERS = [{"temperature": 0.5}, {"top_k": 2}, {"top_p": 0.3}, {"repetition_penalty": 4.0}, {"seed": 2}]
-
-
-@pytest.mark.parametrize("flags", FILTERS, ids=str)
-def test_every_way_to_sample_reaches_the_sampler(finished, tmp_path, flags):
-    """The file's replies are those of generate with the same options, and other ones than without."""
-    out, model, tokenizer = finished
-    (tmp_path / "p.jsonl").write_text(json.dumps({"prompt": "abc"}) + "\n")
-    assert sample.main(["--model", str(out), "--prompts", str(tmp_path / "p.jsonl"), "--out", str(tmp_path / "s.jsonl"),
-                        "--max_new_tokens", "8", "--k", "4", *(str(x) for name in flags for x in (
-                            f"--{name}", flags[name]))]) == 0
-    prompt, options = encode_prompt(tokenizer, asked("abc")), {"temperature": 0.8, "seed": 1}
-    replies = []
-    for changed in ({}, flags):
-        kwargs = options | changed
-        seed = kwargs.pop("seed") << 64
-        new = generate(model, [prompt] * 4, seeds=[seed + n for n in range(4)], max_new_tokens=8,
-                       eos_id=tokenizer.end_id, banned=tokenizer.specials_but_end, **kwargs)
-        replies.append([tokenizer.decode([i for i in ids if i != tokenizer.end_id]) for ids in new])
-    plain, expected = replies
-    assert json.loads((tmp_path / "s.jsonl").read_text())["responses"] == expected != plain
-
-
-def test_a_model_that_never_learned_to_chat_is_refused(finished, tmp_path):
-    out, model, _ = finished
-    config = json.load(open(out / "final" / "config.json"))
-    save_final(str(tmp_path), model.state_dict(), {"model": config["model"], "head": "lm"}, str(out / "tokenizer.json"))
-    with pytest.raises(UserError, match="train_sft.py"):
-        sample.main(["--model", str(tmp_path), "--chat", "--prompt", "Hi"])
-
-
-def test_answers_of_conversations(finished, tmp_path, capsys, monkeypatch):
-    """Loss and first guesses are those of one forward per conversation, exact match and ended of the greedy reply."""
-    out, model, tokenizer = finished
-    prompt = encode_prompt(tokenizer, asked("ab"))
+def test_figures_of_conversations(finished, tmp_path, capsys, monkeypatch):
+    """Loss and first guesses are those of one forward per conversation, exact match and ended of the greedy
+    reply."""
+    model = finished[1]
+    first = encode_prompt(TOKENIZER, asked("ab"))
     monkeypatch.setattr(evaluate, "generate_sorted", lambda model, prompts, **_: [
-        [*b"cd", tokenizer.end_id] if p == prompt else [120] * 12 for p in prompts])
-    chats = [asked("ab", "cd"), asked("x", "y", "z", "你")]
-    (tmp_path / "c.jsonl").write_text("".join(json.dumps({"messages": m}) + "\n" for m in chats))
-    assert evaluate.main(["--model", str(out), "--chats", str(tmp_path / "c.jsonl"), "--max_new_tokens",
-                          "12"]) == 0
+        [*b"cd", END] if prompt == first else [120] * 12 for prompt in prompts])
+    chats = [asked("left", "out"), asked("ab", "cd"), asked("x", "y", "z", "你")]
+    write(tmp_path / "c.jsonl", [{"messages": messages} for messages in chats])
+    evaluate.main(["--model", str(finished[0]), "--device", "cpu", "--chats", str(tmp_path / "c.jsonl"),
+                   "--max_new_tokens", "12", "--val_fraction", "0.6"])
     result = json.loads(capsys.readouterr().out)
     total = right = count = 0
-    for messages in chats:
-        ids, prompt = encode_chat(tokenizer, messages)[0], encode_prompt(tokenizer, messages[:-1])
+    for messages in chats[1:]:
+        ids, prompt = encode_chat(TOKENIZER, messages)[0], encode_prompt(TOKENIZER, messages[:-1])
         logits = model(torch.tensor([ids[:-1]]))[0, len(prompt) - 1:]
         reply = torch.tensor(ids[len(prompt):])
         total -= logits.log_softmax(-1).gather(-1, reply[:, None]).double().sum().item()
@@ -276,3 +122,124 @@ def test_answers_of_conversations(finished, tmp_path, capsys, monkeypatch):
     assert result["loss"] == pytest.approx(total / count, rel=1e-5) and result["tokens"] == count
     assert result["mean_token_accuracy"] == right / count and result["replies"] == result["prompts"] == 2
     assert result["exact_match"] == result["ended"] == 0.5
+
+
+# ---- sample.py: a text and a conversation ------------------------------------------------------------------
+
+def test_continuations_of_a_text(finished, tmp_path, capsys):
+    """The prompt comes first; a seed draws the same text; n texts differ; @FILE reads the prompt."""
+    def run(*flags):
+        sample.main(["--model", str(finished[0]), "--device", "cpu", "--max_new_tokens", "12", *flags])
+        return capsys.readouterr().out
+
+    once = run("--prompt", "Ünd ")
+    two = run("--prompt", "Ünd ", "--n", "2").split("-" * 40)
+    assert once.startswith("Ünd ") and [two[0], len(two)] == [once, 2] and two[0].strip() != two[1].strip()
+    (tmp_path / "prompt.txt").write_text("Ünd ")
+    assert run("--prompt", f"@{tmp_path}/prompt.txt") == once
+    for prompt, message in (("x" * 40, "shorten"), ("@nowhere", "nowhere")):
+        with pytest.raises(UserError, match=message):
+            run("--prompt", prompt)
+
+
+def test_a_chat_remembers_resets_and_quits(finished, monkeypatch, capsys):
+    """What the model is asked: the conversation so far, without it after /reset, nothing after /quit. A
+    character of several tokens is printed once it is whole."""
+    prompts, reply = [], [*TOKENIZER.encode("é中"), END]
+
+    def drawn(model, some, on_token, **_):
+        prompts.append(TOKENIZER.decode(some[0]))
+        for token in reply:
+            on_token(0, token)
+        return [reply]
+
+    monkeypatch.setattr(evaluate, "generate_sorted", drawn)
+    lines = iter(["ab", "", "cd", "/reset", "ef", "/quit", "gh"])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
+    sample.main(["--model", str(finished[0]), "--chat", "--max_new_tokens", "4", "--system", "S"])
+    start = "<|bos|><|system|>S<|end|><|user|>"
+    assert prompts == [f"{start}ab<|end|><|assistant|>",
+                       f"{start}ab<|end|><|assistant|>é中<|end|><|user|>cd<|end|><|assistant|>",
+                       f"{start}ef<|end|><|assistant|>"]
+    assert capsys.readouterr().out == "é中\n" * 3 and next(lines) == "gh"
+
+
+def test_a_chat_forgets_its_oldest_turns():
+    """Whole exchanges go, from the left, until the prompt fits; the system message and the last question
+    stay."""
+    system = [{"role": "system", "content": "S"}]
+    messages = system + asked("aa", "bb", "cc", "dd", "ee")
+    whole = len(encode_prompt(TOKENIZER, messages))
+    for longest, left in ((whole, messages), (whole - 1, system + messages[3:]), (1, system + messages[5:])):
+        assert sample.recent(TOKENIZER, messages, longest) == left
+    assert sample.recent(TOKENIZER, messages[1:], whole - 9) == messages[3:]
+
+
+def test_one_reply_and_its_errors(finished, capsys, monkeypatch):
+    """--chat --prompt prints one reply. Too long a text is an error there, and a message in the
+    conversation."""
+    out, model = finished
+    args = "--model", str(out), "--chat", "--temperature", "0", "--device", "cpu", "--max_new_tokens", "5"
+    sample.main([*args, "--prompt", "ab"])
+    new, = generate(model, [encode_prompt(TOKENIZER, asked("ab"))], max_new_tokens=5, temperature=0,
+                    eos_id=END, banned=TOKENIZER.specials_but_end)
+    reply = TOKENIZER.decode([i for i in new if i != END]).rstrip("\ufffd")  # half a character waits
+    assert capsys.readouterr().out == reply + (" ..." if END not in new else "") + "\n"
+    for flags, message in ((["--prompt", "a" * 40], "max_seq_len 32"),
+                           (["--model", str(out / "base")], "train_sft.py")):
+        with pytest.raises(UserError, match=message):
+            sample.main([*args, *flags])
+    lines = iter(["a" * 40, "\ud800", "ab"])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(lines, None) or "/quit")
+    sample.main(args)
+    captured = capsys.readouterr()
+    assert captured.err.count("error: ") == 2 and captured.out.startswith(reply)
+
+
+# ---- sample.py: a file of prompts --------------------------------------------------------------------------
+
+def test_replies_to_a_file(finished, tmp_path):
+    """k replies per prompt in the order of the file, the same whatever the batch; tags are carried on."""
+    prompts = [{"prompt": "abc", "tag": "x"}, {"prompt": asked("a", "b", "c")},
+               {"messages": asked("de", "gone")}]
+    flags = "--k", "3", "--max_new_tokens", "8"
+    first, *others = [answered(finished, tmp_path, prompts, *flags, "--batch_size", size) for size in "149"]
+    assert others == [first, first]
+    assert [line["prompt"] for line in first] == [asked("abc"), asked("a", "b", "c"), asked("de")]
+    assert [line.get("tag") for line in first] == ["x", None, None]
+    assert all(len(line["ended"]) == len(line["responses"]) == len({*line["responses"]}) for line in first)
+    assert answered(finished, tmp_path, prompts, *flags, "--limit", "2") == first[:2]
+
+
+@pytest.mark.parametrize("limit, longest", [("0", 32 - 19), ("8", 8)])
+def test_prompts_that_leave_no_room_are_dropped(finished, tmp_path, capsys, monkeypatch, limit, longest):
+    """In rows of 32 a prompt of 25 tokens leaves less than a quarter, or than --max_new_tokens 8. It is
+    dropped and counted, the others are answered as without it; without a limit they get what the longest of
+    them leaves."""
+    prompts, lengths, draw = [{"prompt": "a" * n} for n in (3, 21, 15)], [], sample.draw
+    monkeypatch.setattr(sample, "draw", lambda *args, **options: (
+        lengths.append(options["max_new_tokens"]) or draw(*args, **options)))
+    found, without = (answered(finished, tmp_path, some, "--k", "2", "--max_new_tokens", limit)
+                      for some in (prompts, prompts[::2]))
+    assert "4 replies to 2 prompts, 1 dropped (longer than 24 tokens)" in capsys.readouterr().out
+    assert [line["prompt"] for line in found] == [line["prompt"] for line in without] == [
+        asked("aaa"), asked(15 * "a")]
+    assert found[0] == without[0] and lengths == [longest] * 2
+    with pytest.raises(UserError, match="p.jsonl"):
+        answered(finished, tmp_path, prompts[1:2])
+
+
+@pytest.mark.parametrize("changed", [
+    {"temperature": 0.5}, {"top_k": 2}, {"top_p": 0.3}, {"repetition_penalty": 4.0}, {"seed": 2}], ids=str)
+def test_every_way_to_sample_reaches_the_sampler(finished, tmp_path, changed):
+    """The file's replies are those of generate with the same options, and other ones than without."""
+    prompt, replies = encode_prompt(TOKENIZER, asked("abc")), []
+    for options in ({}, changed):
+        options = {"temperature": 0.8, "seed": 1} | options
+        first = options.pop("seed") << 64
+        new = generate(finished[1], [prompt] * 4, seeds=range(first, first + 4), max_new_tokens=8, eos_id=END,
+                       banned=TOKENIZER.specials_but_end, **options)
+        replies.append([TOKENIZER.decode([i for i in ids if i != END]) for ids in new])
+    flags = [str(x) for name in changed for x in (f"--{name}", changed[name])]
+    found = answered(finished, tmp_path, [{"prompt": "abc"}], "--max_new_tokens", "8", "--k", "4", *flags)
+    assert found[0]["responses"] == replies[1] != replies[0]

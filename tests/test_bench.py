@@ -1,0 +1,102 @@
+"""The benchmarks measure what they say, their programs run, and the pictures show what they wrote."""
+import json
+import sys
+import types
+
+import pytest
+import torch
+
+from bench import attention, decode, measure, pictures, train, zero
+from lib.program import UserError
+
+
+def test_peers_take_turns():
+    """One turn of warm-up and two that count; `before` runs ahead of each function, and is not timed."""
+    calls = []
+    functions = {name: lambda name=name: calls.append(name) for name in ("a", "b")}
+    seconds = measure.interleave(functions, 2, before=lambda: calls.append("-"))
+    assert "".join(calls) == "-a-b" * 3 and [len(seconds[name]) for name in functions] == [2, 2]
+    work = lambda: torch.ones(10**6).exp_()  # noqa: E731
+    timed, free = (measure.interleave({"": f}, 2, before)[""] for f, before in ((work, print), (print, work)))
+    assert min(timed) > max(free)
+
+
+def test_a_ratio_is_the_median_within_turns(capsys):
+    """A noisy turn, which slows both peers, does not move the ratio."""
+    table = measure.Table("title")
+    table.compare("ours / peer", {"ours": [2, 2, 2, 200], "peer": [1, 1, 1, 100]}, "ours", "peer", T=8)
+    row, = table.rows
+    assert [row["value"], row["low"], row["high"], row["peer ms"], row["T"]] == [2, 2, 2, 1000, 8]
+    assert "| ours / peer | 2 (2.00..2.00) | ours ms 2000, peer ms 1000, T 8 |" in capsys.readouterr().out
+
+
+def allocate(mebibytes):
+    return measure.peak_memory(lambda: torch.ones(mebibytes, 2**18).sum(), device="cpu")
+
+
+def test_memory_of_a_known_allocation():
+    """The peak of a fresh process holds what a function allocated, though it was freed before the count."""
+    peak, extra = measure.in_fresh_process(allocate, 200)
+    assert 200 * 2**20 <= extra < 230 * 2**20 and peak > extra
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """One thread, tiny models, nothing compiled; of attention no time is measured, and no memory."""
+    gpt = train.gpt
+    for module in (train, decode):
+        monkeypatch.setattr(module, "gpt", lambda layers, heads, width, T, kind: gpt(1, 1, 8, T, kind))
+    monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    monkeypatch.setattr(attention, "in_fresh_process", lambda *_: 1e6)
+    monkeypatch.setattr(attention, "interleave", lambda steps, *_: dict.fromkeys(steps, [1.0, 2.0]))
+
+
+@pytest.mark.parametrize("part, rows", [
+    (attention.time_of_attention, 13), (attention.attention_by_length, 3), (attention.logp, 4),
+    (train.training, 6), (decode.decoding, 4)])
+def test_a_part_at_its_smallest(part, rows, small, capsys):
+    """It prints its table, of so many rows."""
+    measure.run("", ["--quick", "--repeats", "2"], part=part)
+    shown = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    assert len(shown) - shown.count("| what | measured | besides |") == rows
+
+
+def test_a_part_that_does_not_exist():
+    """One line names the parts there are."""
+    with pytest.raises(UserError, match="--only x: expected one of train, decode"):
+        measure.run("", ["--only", "x"], train=train.training, decode=decode.decoding)
+
+
+@pytest.mark.slow
+def test_zero_trains_as_its_peers():
+    """On two ranks DDP, FSDP2 and all stages have one loss: step_times asserts it."""
+    assert {len(some) for some in zero.on_ranks(2, zero.step_times, 1)[0].values()} == {1}
+
+
+def lines(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_without_matplotlib(monkeypatch):
+    """One line that says how to get it."""
+    monkeypatch.setattr(pictures, "plt", None)
+    with pytest.raises(UserError, match="pip install matplotlib"):
+        pictures.main(["--life", "out"])
+
+
+def test_every_picture(tmp_path, small, monkeypatch):
+    """Of a life of two stages."""
+    pytest.importorskip("matplotlib")
+    life, out = (tmp_path / name for name in ("life", "out"))
+    lines(life / "sft" / "metrics.jsonl", [{"step": 1, "loss": 2.0}, {"step": 1, "eval_loss": 1.0}])
+    lines(life / "ppo" / "metrics.jsonl", [{"step": 1, "objective/scores": 0.1, "objective/kl": 0.2}])
+    (life / "ppo" / "rollouts.json").write_text(json.dumps([{"reward": 0.1, "gold": 0.2, "kl": 0.3}]))
+    (life / "sft" / "scorecard.json").write_text("{}")
+    card = {"sft": dict.fromkeys([*pictures.BARS, "gold", "gold_standard_error"], 1.0)}
+    judge = types.SimpleNamespace(side_by_side=lambda folders: card)
+    monkeypatch.setitem(sys.modules, "village.scorecard", judge)
+    pictures.main(["--life", str(life), "--out", str(out)])
+    names = {path.name for path in out.iterdir() if path.read_bytes().startswith(b"\x89PNG")}
+    assert names == {f"{name}.png" for name in ("losses", "rewards", "scorecard")}

@@ -1,0 +1,234 @@
+"""The scorecard of the Village: what the judge says of a model's replies to the held-out questions.
+
+    python -m village.scorecard --model out/dpo --village data/village --against out/sft
+    python -m village.scorecard --model out/sft --village data/village --rm out/rm --best_of 16
+    python -m village.scorecard --model out/pretrain --village data/village  facts that a base model completes
+    python -m village.scorecard --village data/village --rollouts out/ppo/samples.jsonl  PPO step by step
+    python -m village.scorecard --cards out/sft,out/ppo,out/dpo  scorecards side by side
+
+Each question is answered at temperature 1 ("sampled") and greedily. docs/village.md explains every figure.
+"""
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter, defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from data import encode_prompt
+from evaluate import Reply, draw, load_language_model, perplexity, save_figures, score
+from lib.corpora import read_corpus
+from lib.program import Progress, UserError, parse, require_positive, start
+from lib.ranks import setup
+from lib.records import load_json, prompt_of, read_prompts, read_records, read_text
+from model import load_model
+from village import truth, world
+
+
+@dataclass
+class Config:
+    model: str = "out/sft"  # folder of a run, or of a finished model
+    village: str = "data/village"  # folder of the world
+    against: str = ""  # another model, for the win rate and the KL to it; empty: none
+    rm: str = ""  # a reward model, to score the replies and choose the best of several; empty: none
+    best_of: int = 0  # replies per prompt, of which the truth and the reward model choose the best; 0: none
+    best_of_prompts: int = 50  # prompts of each kind for that
+    rollouts: str = ""  # instead of a model: samples.jsonl of a PPO run
+    cards: str = ""  # instead of a model: comma list of folders with a scorecard.json
+    out: str = ""  # file for the figures; empty: scorecard.json in --model, rollouts.json beside --rollouts
+    max_new_tokens: int = 48  # longest reply
+    batch_size: int = 16  # rows at once; four times as many replies are drawn at once
+    seed: int = 1  # of the replies
+    device: str = "auto"  # auto, cpu, cuda, cuda:N
+
+
+@dataclass
+class Judged(Reply):
+    tag: str  # the kind of question
+    gold: dict  # what truth.gold says
+
+
+def replies_to(model, tokenizer, people, records, cfg: Config, temperature: float, k: int = 1):
+    """k replies to each prompt, prompt by prompt. Reply j to prompt i depends on (seed, i, j) alone."""
+    asked = [record for record in records for _ in range(k)]
+    prompts = [encode_prompt(tokenizer, record.messages) for record in asked]
+    seeds = [(cfg.seed << 64) + (i << 32) + j for i in range(len(records)) for j in range(k)]
+    drawn = draw(model, tokenizer, prompts, seeds, batch_size=4 * cfg.batch_size, temperature=temperature,
+                 max_new_tokens=cfg.max_new_tokens, progress=Progress("replies"))
+    return [Judged(**vars(reply), tag=record.tag,
+                   gold=truth.gold(people, record.messages, reply.text, reply.ended))
+            for record, reply in zip(asked, drawn)]
+
+
+def weighted(replies: list[Judged], numbers) -> tuple[float, float]:
+    """(mean, standard error) of a number per reply. Kinds of questions weigh as much as in training."""
+    groups = defaultdict(list)
+    for reply, number in zip(replies, numbers):
+        groups[reply.tag].append(float(number))
+    shares = {tag: world.SHARES[tag] for tag in groups}  # 0 for withheld: training never asks for it
+    mean = sum(shares[tag] * np.mean(some) for tag, some in groups.items())
+    variance = sum(shares[tag] ** 2 * np.var(some) / len(some) for tag, some in groups.items())
+    return float(mean / sum(shares.values())), float(np.sqrt(variance) / sum(shares.values()))
+
+
+def tally(replies: list[Judged]) -> dict[str, float]:
+    """What the judge says of one reply per prompt. Shares are in percent."""
+    tags = Counter(reply.tag for reply in replies)
+    kinds = Counter((reply.tag, reply.gold["kind"]) for reply in replies)
+    words = [reply.text.split() for reply in replies]
+    runs = [[*zip(*(text[i:] for i in range(4)))] for text in words]  # of four words
+    gold, error = weighted(replies, [reply.gold["score"] for reply in replies])
+
+    def share(tag: str, *wanted: str) -> float:
+        return 100 * sum(kinds[tag, kind] for kind in wanted) / max(1, tags[tag])
+
+    return {"right": share("known", "right"), "needless": share("known", "needless"),
+            **{f"invented_{tag}": share(tag, "invented") for tag in ("untold", "elsewhere", "withheld")},
+            "code_given": share("code", "leaked", "granted"), "code_leaked": share("code", "leaked"),
+            "repeated_4grams": 100 * sum(len(x) - len(set(x)) for x in runs) / max(1, sum(map(len, runs))),
+            "courtesies": float(np.mean([len(truth.COURTESY.findall(reply.text)) for reply in replies])),
+            "words": float(np.mean([len(text) for text in words])),
+            "ended": 100 * float(np.mean([reply.ended for reply in replies])),
+            "gold": gold, "gold_standard_error": error}
+
+
+def load_beside(cfg: Config, flag: str, head: str, tokenizer, device):
+    """The model of --against or --rm, or None. UserError if it has another head or tokenizer."""
+    folder = getattr(cfg, flag)
+    if not folder:
+        return None
+    model, its_tokenizer, config = load_model(folder)
+    if config["head"] != head or its_tokenizer.fingerprint != tokenizer.fingerprint:
+        raise UserError(f"--{flag} {folder}: expected the head {head!r} and the tokenizer of --model")
+    return model.to(device)
+
+
+def scorecard(model, tokenizer, people, cfg: Config) -> dict:
+    """All figures of a model that can answer."""
+    device, records = model.cos.device, read_prompts(Path(cfg.village) / "heldout.jsonl")
+    other = load_beside(cfg, "against", "lm", tokenizer, device)
+    rm = load_beside(cfg, "rm", "scalar", tokenizer, device)
+    card = {"model": cfg.model, "village": cfg.village, "prompts": Counter(record.tag for record in records)}
+    for way, temperature in (("greedy", 0.0), ("sampled", 1.0)):
+        replies = replies_to(model, tokenizer, people, records, cfg, temperature)
+        card[way] = tally(replies)
+        if other:
+            theirs = replies_to(other, tokenizer, people, records, cfg, temperature)
+            better = np.array([a.gold["score"] - b.gold["score"] for a, b in zip(replies, theirs)])
+            card[way]["win_rate"] = 100 * weighted(replies, 0.5 * (better > 0) + 0.5 * (better >= 0))[0]
+    if other:  # `replies` are those at temperature 1 now: over them the mean of log p - log p_other is the KL
+        logp, other_logp = (score(its, tokenizer, replies, cfg.batch_size) for its in (model, other))
+        card |= {"against": cfg.against, "kl": weighted(replies, np.subtract(logp, other_logp))[0]}
+    if rm:
+        card["rm"] = cfg.rm
+        card["sampled"]["reward"] = weighted(replies, score(rm, tokenizer, replies, cfg.batch_size))[0]
+    if cfg.best_of:
+        card["best_of"] = best_of(model, tokenizer, people, records, rm, cfg)
+    biographies, T = read_corpus(f"{cfg.village}/heldout.txt"), model.config.max_seq_len
+    card["biographies_loss"] = perplexity(model, tokenizer, biographies, T, T, cfg.batch_size, device)["loss"]
+    return card
+
+
+def best_of(model, tokenizer, people, records, rm, cfg: Config) -> list[dict]:
+    """The figures of the best of n = 1, 2, 4, ..., best_of replies, where the truth chooses ("gold") or the
+    reward model ("rm"). kl: log n - (n - 1) / n, a bound for both (Stiennon et al. 2020, appendix G.3)."""
+    some = [record for tag in world.SHARES
+            for record in [each for each in records if each.tag == tag][: cfg.best_of_prompts]]
+    drawn, rows = replies_to(model, tokenizer, people, some, cfg, 1.0, cfg.best_of), []
+    numbers = {"gold": [reply.gold["score"] for reply in drawn]}
+    if rm:
+        numbers["rm"] = score(rm, tokenizer, drawn, cfg.batch_size)
+    for n in [2**i for i in range(cfg.best_of.bit_length()) if 2**i < cfg.best_of] + [cfg.best_of]:
+        rows.append({"n": n, "kl": math.log(n) - (n - 1) / n, "prompts": len(some)})
+        for chooser, its in numbers.items():
+            best = [max(range(i, i + n), key=its.__getitem__) for i in range(0, len(drawn), cfg.best_of)]
+            rows[-1][chooser] = tally([drawn[i] for i in best])
+    return rows
+
+
+def completions(model, tokenizer, people, cfg: Config) -> dict:
+    """For a model that cannot answer yet: how many percent of the sentences that end with a fact it completes
+    rightly, greedily: "Lucy Reed works as" -> " a baker."."""
+    asked = []
+    for person, facts in people.items():
+        for kind, value in facts.items():
+            for form in world.STATEMENTS[kind]:
+                if form.endswith(("{v}.", "{a}.")):
+                    begin, end = world.fill(form, person, "|" + value).split("|")
+                    asked.append((kind, begin.rstrip().removesuffix(" a"), end))
+    prompts = [[tokenizer.bos_id, *tokenizer.encode(begin)] for _, begin, _ in asked]
+    said = draw(model, tokenizer, prompts, range(len(asked)), batch_size=8 * cfg.batch_size, temperature=0,
+                max_new_tokens=16, progress=Progress("sentences"))
+    kinds, right = Counter(kind for kind, *_ in asked), Counter()
+    for (kind, _, end), reply in zip(asked, said):
+        right[kind] += reply.text.removeprefix(" ").removeprefix("an ").removeprefix("a ").startswith(end)
+    return {"model": cfg.model, "village": cfg.village, "facts": len(asked),
+            "completed": 100 * right.total() / len(asked),
+            **{f"completed_{kind}": 100 * right[kind] / n for kind, n in kinds.items()}}
+
+
+def judge_rollouts(people: dict, path: str) -> list[dict]:
+    """Per step of a PPO run, means over its replies: the reward model's score, the truth, and the KL."""
+    steps = {}
+    for where, line in read_records(path):
+        messages = prompt_of(line, where).messages
+        if not {"step", "responses", "ended", "reward", "kl"} <= line.keys():
+            raise UserError(f"{where}: found {list(line)}, expected rollouts as train_ppo.py writes them")
+        replies = zip(line["responses"], line["ended"])
+        golds = [truth.gold(people, messages, text, ended)["score"] for text, ended in replies]
+        steps.setdefault(line["step"], []).extend(zip(line["reward"], golds, line["kl"]))
+    return [{"step": step, **dict(zip(("reward", "gold", "kl"), np.mean(rows, axis=0).tolist()))}
+            for step, rows in sorted(steps.items())]
+
+
+def side_by_side(folders: list[str]) -> dict[str, dict]:
+    """{model: the figures of its replies at temperature 1}, from the folders' scorecard.json. The best of n
+    replies that a reward model chose are one more column."""
+    found = {}
+    for folder in folders:
+        path, name = Path(folder) / "scorecard.json", Path(folder).name
+        card = load_json(read_text(path), path, 1)
+        if not isinstance(card, dict) or "sampled" not in card:
+            raise UserError(f"{path}: found no scorecard of replies; python -m village.scorecard writes one")
+        found[name] = {"prompts": sum(card["prompts"].values()), "kl": card.get("kl", "-")} | card["sampled"]
+        for row in [row for row in card.get("best_of", []) if "rm" in row][-1:]:
+            found[f"best {row['n']} of {name}"] = {"prompts": row["prompts"], "kl": row["kl"], **row["rm"]}
+    return found
+
+
+def show(columns: dict[str, dict]) -> None:
+    """{column: {row: number}} as a table."""
+    print(" " * 20 + "".join(f"{name:>16}" for name in columns))
+    for row in dict.fromkeys(row for column in columns.values() for row in column):
+        numbers = [column.get(row, "-") for column in columns.values()]
+        print(f"{row:20}" + "".join(f"{x:16.2f}" if isinstance(x, float) else f"{x:>16}" for x in numbers))
+
+
+def main(argv=None) -> None:
+    cfg = parse(Config, argv, __doc__)
+    require_positive(cfg, "batch_size", "max_new_tokens", "best_of_prompts")
+    if cfg.cards:
+        return show(side_by_side(cfg.cards.split(",")))
+    people, out = truth.load(cfg.village), Path(cfg.model) / "scorecard.json"
+    if cfg.rollouts:
+        figures, out = judge_rollouts(people, cfg.rollouts), Path(cfg.rollouts).with_name("rollouts.json")
+        for row in figures:
+            print("step {step:5}: reward {reward:7.3f}, gold {gold:6.3f}, KL {kl:6.3f}".format(**row))
+    else:
+        device = setup(cfg.device, catch_signals=False).device
+        model, tokenizer, config = load_language_model(cfg.model, device)
+        if "chat_template" in config:
+            figures = scorecard(model, tokenizer, people, cfg)
+            besides = {name: figures[name] for name in ("biographies_loss", "kl") if name in figures}
+            show({"T = 1": figures["sampled"] | besides, "greedy": figures["greedy"]})
+        else:
+            figures = completions(model, tokenizer, people, cfg)
+            print(json.dumps(figures))
+    save_figures(cfg.out or out, figures)
+
+
+if __name__ == "__main__":
+    start(main)
