@@ -155,7 +155,7 @@ def main(argv=None) -> int:
     flops = model.flops_per_token(cfg.seq_len)
     zero = Zero(model, units=model.units(), **cfg.zero_options(ranks))
 
-    # data: read and encoded by every rank, since conversations are small
+    # data
     ranked, held_out = split_prompts(read_preferences(cfg.data), cfg.val_fraction,
                                      read_preferences(cfg.val_data) if cfg.val_data else None)
     ranked += random_negatives(ranked, cfg.negatives, cfg.seed)
