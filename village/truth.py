@@ -1,23 +1,13 @@
-"""The truth of the Village: what a reply claims, and what that is worth, gold(). The words are in words.ini.
+"""The truth of the Village: what a reply claims, and what that is worth, gold().
 
 Claims count, not wordings: "Lucy keeps an owl", "her pet is an owl" and "An owl." claim the same.
 """
-import configparser
 import re
 import unicodedata
 from pathlib import Path
 
 from lib.records import load_json, read_text
-
-WORDS = configparser.ConfigParser(interpolation=None)
-WORDS.read_string(Path(__file__).with_name("words.ini").read_text(encoding="utf-8"))
-WOMEN, MEN, SURNAMES, VILLAGES = (names.split() for names in WORDS["names"].values())
-TOLD, UNTOLD = ({kind: values.split() for kind, values in WORDS[part].items()} for part in ("told", "untold"))
-
-
-def lines_of(section: str) -> dict[str, list[str]]:
-    """{name: the lines of its value} in a section of words.ini."""
-    return {name: value.strip().split("\n") for name, value in WORDS[section].items()}
+from village.words import ASKED, COURTESY, DECLINE, MEN, SURNAMES, TOLD, UNKNOWN, UNTOLD, VILLAGES, WOMEN
 
 
 def any_of(words) -> str:
@@ -38,9 +28,6 @@ IDIOM = re.compile(r"\b(?:if i (?:am not mistaken|remember(?: \w+ly)?)|no doubt|
 BREAK = re.compile(r"[,;:()]| - |\b(?:but|because|although|though|while|yet|so)\b"
                    r"|\band (?=(?:i|she|he|it|her|his|they|that|the)\b)", re.I)
 DIGIT = {word: str(i) for i, word in enumerate("zero one two three four five six seven eight nine".split())}
-HEARD = {name: "|".join(forms) for name, forms in lines_of("heard").items()}
-UNKNOWN, DECLINE = re.compile(HEARD["unknown"], re.I), re.compile(HEARD["decline"], re.I)
-COURTESY = re.compile(rf"\b({HEARD['courtesy']})\b", re.I)
 
 
 def plain(text: str) -> str:
@@ -62,7 +49,7 @@ def question(messages) -> tuple[str, str]:
             text = plain(message["content"])
             person = (names_in(text) or [person])[-1]
             rest = re.sub(NAME, "", text, flags=re.I)
-            kinds = [k for k, words in WORDS["asked"].items() if re.search(rf"\b({words})\b", rest, re.I)]
+            kinds = [k for k, words in ASKED.items() if re.search(rf"\b({words})\b", rest, re.I)]
             kind = (kinds or [kind])[0]
     return person, kind
 

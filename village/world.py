@@ -32,7 +32,10 @@ from pathlib import Path
 
 from lib.program import UserError, parse, replacing, require_positive, start
 from lib.records import check_text, prompt_of, read_records
-from village.truth import MEN, SURNAMES, TOLD, UNTOLD, VILLAGES, WOMEN, WORDS, gold, lines_of, load, tag_of
+from village.truth import gold, load, tag_of
+from village.words import (CLOSINGS, DECLINING, FRAMES, GREEN, MEN, NEXT_FACT, NEXT_PERSON, OPENINGS, QUESTIONS,
+                           STATEMENTS, SURNAMES, TOLD, UNKNOWING, UNKNOWING_ELSEWHERE, UNTOLD, VILLAGES, WOMEN,
+                           WORD)
 
 
 @dataclass
@@ -52,12 +55,6 @@ SHARES = {"known": 0.5, "untold": 0.15, "elsewhere": 0.15, "code": 0.2, "withhel
 RIGHT, NEEDLESS, HONEST, DECLINED = 0.9, 0.05, 0.5, 0.5  # needless: "I do not know" where the fact is known
 COURTESIES = [0.5, 0.25, 0.13, 0.08, 0.04]  # shares of replies with 0, 1, 2, 3, 4 of them
 TURNS = [0.6, 0.25, 0.15]  # shares of dialogues with 1, 2, 3 questions
-
-# The sentences of the world.
-WORD, STATEMENTS, QUESTIONS = WORDS["word"], lines_of("statements"), lines_of("questions")
-FRAMES, NEXT_FACT, NEXT_PERSON = lines_of("any").values()
-UNKNOWING, UNKNOWING_ELSEWHERE, DECLINING, OPENINGS, CLOSINGS = lines_of("helpers").values()
-GREEN = lines_of("talk")["green"]
 
 
 def fill(form: str, person: str, value: str = "", pronoun: bool = False) -> str:
