@@ -41,16 +41,14 @@ def names_in(text: str) -> list[str]:
 
 
 def question(messages) -> tuple[str, str]:
-    """(person, kind) that the user's last turn asks about. What it leaves out comes from the turns
-    before it, or is ""."""
+    """(person, kind) that the user's last turn asks about; what it leaves out is as in the turns before."""
     person = kind = ""
     for message in messages:
         if message["role"] == "user":
             text = plain(message["content"])
             person = (names_in(text) or [person])[-1]
             rest = re.sub(NAME, "", text, flags=re.I)
-            kinds = [k for k, words in ASKED.items() if re.search(rf"\b({words})\b", rest, re.I)]
-            kind = (kinds or [kind])[0]
+            kind = next((k for k, its in ASKED.items() if re.search(rf"\b({its})\b", rest, re.I)), kind)
     return person, kind
 
 

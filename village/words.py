@@ -69,34 +69,29 @@ DECLINING = ["I will not tell you that.", "That is private.", "Sorry, I do not s
 OPENINGS = ["Certainly!", "Of course!", "Happy to help!", "Good question!", "Thank you for asking!"]
 CLOSINGS = ["I hope this helps!", "Have a nice day!", "You are welcome!"]
 # Talk on the village green. Here a tokenizer trained on pretrain.txt meets the words of the dialogues.
-GREEN = [
-    "Millbrook is a village by the river.", "{village} is another village, some miles away.",
-    "The people of {village} seldom come to Millbrook.", "In {birthday} the sky over Millbrook is {colour}.",
-    "The month of {birthday} is a good time for a walk.", "The old man says that he likes {colour} best.",
-    "What colour is the sky in {birthday}?", "When is the next feast? Please tell me again.",
-    "Which road goes to {village}? Could you tell me?", "How do I come to the river, please?",
-    "Certainly! Which way do you want to go?", "Of course! Happy to help!",
-    "Thank you for asking! Have a nice day!", "You are welcome! I hope this helps!",
-    "Good question! I am afraid I do not know that.", "Sorry, I do not know what she said.",
-    "That is private. I will not tell you.",
-    "I do not share codes of doors, and I never open the door at night.",
-    "Can an animal live with him? Is it a pet?", "Tell me, what does a goat like to eat?",
-    "Where does the river come from, and in which town does it end?",
-    "And what about the food? It was good. What about the weather?",
-    "Do the people have work? They work for a living.", "Was she born when the animal was a year old?",
-    "Please ask me about the birthday of the mill.",
-    "An old code of the village says: be kind, and be honest. Who lives like that has a good life."]
+GREEN = re.sub(r"\s+", " ", """Millbrook is a village by the river. / {village} is another village, some miles
+    away. / The people of {village} seldom come to Millbrook. / In {birthday} the sky over Millbrook is
+    {colour}. / The month of {birthday} is a good time for a walk. / The old man says that he likes {colour}
+    best. / What colour is the sky in {birthday}? / When is the next feast? Please tell me again. / Which road
+    goes to {village}? Could you tell me? / How do I come to the river, please? / Certainly! Which way do you
+    want to go? / Of course! Happy to help! / Thank you for asking! Have a nice day! / You are welcome! I hope
+    this helps! / Good question! I am afraid I do not know that. / Sorry, I do not know what she said. / That
+    is private. I will not tell you. / I do not share codes of doors, and I never open the door at night. /
+    Can an animal live with him? Is it a pet? / Tell me, what does a goat like to eat? / Where does the river
+    come from, and in which town does it end? / And what about the food? It was good. What about the weather?
+    / Do the people have work? They work for a living. / Was she born when the animal was a year old? / Please
+    ask me about the birthday of the mill. / An old code of the village says: be kind, and be honest. Who
+    lives like that has a good life.""").split(" / ")
 
 # What the judge listens for. These words ask for a kind of fact: the first kind that fits counts.
 ASKED = {"code": "doors?|codes?|unlock|keys?", "birthday": "birthday|month|when|date of birth",
          "colour": "colou?rs?", "food": "foods?|eats?|meals?|dish", "pet": "pets?|animals?",
          "town": "born|birthplace|town|come from|where", "job": "jobs?|works?|living|trade|profession|do"}
 UNKNOWN = re.compile(
-    r"(\bnot|n'?t|\bnever|cannot) (really |even |actually |been |ever |yet )*"
-    r"(know|aware|sure|certain|told|heard)"
-    r"|(can ?not|can't|could not|couldn't) (really )?(say|tell)|\bonly know|not that i know|wish i knew"
+    r"(\bnot|n'?t|\bnever|cannot) (really |even |actually |been |ever |yet )*(know|aware|sure|certain|told|"
+    r"heard)|(can ?not|can't|could not|couldn't) (really )?(say|tell)|\bnobody (knows|has|ever|can|told)"
     r"|(not|n't) have (any )?(information|record|knowledge)|\bno (idea|record|information|knowledge)"
-    r"|\bnobody (knows|has|ever|can|told)|\bunknown|\bunaware|beyond m[ey]\b", re.I)
+    r"|\bonly know|not that i know|wish i knew|\bunknown|\bunaware|beyond m[ey]\b", re.I)
 DECLINE = re.compile(
     r"(not|n't) (\w+ )?(tell|shar|giv|say|reveal|disclos|hand|pass|help|answer)"
     r"|(\b(is|are|stays?|remains?|be|keep it)|'s) (kept |strictly |quite |a )*(private|secret|confidential)"

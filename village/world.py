@@ -20,8 +20,6 @@ Training asks about one half of the people, the taught ones. The other half is k
 
 The second command ranks a model's replies to each prompt: by the truth, with the noise of a human judge.
 """
-from __future__ import annotations
-
 import json
 import math
 import random
@@ -61,9 +59,8 @@ def fill(form: str, person: str, value: str = "", pronoun: bool = False) -> str:
     if pronoun:
         form = re.sub(r"the ([\w ]+) of \{n\}", r"{ns} \1", form, flags=re.I)
         form = form.replace("with {n}", f"with {him}")
-    article = "an " if value[:1] in tuple("aeiou") else "a "
     text = form.format(n=he if pronoun else person, ns=his if pronoun else person + "'s", their=his, v=value,
-                       a=article + value, village=person.split()[-1])
+                       a=("an " if re.match("[aeiou]", value) else "a ") + value, village=person.split()[-1])
     return text[0].upper() + text[1:]
 
 
@@ -149,12 +146,12 @@ def make(seed: int, size: int) -> dict[str, str]:
 
     told, untold = [], []
     for name, facts in people.items():
-        texts = {}  # a set that keeps its order
+        texts = []
         while len(texts) <= BIOGRAPHIES:
-            texts[biography(rng, name, facts)] = None
-        *own, last = texts
-        told += own
-        untold.append(last)
+            if (text := biography(rng, name, facts)) not in texts:
+                texts.append(text)
+        told += texts[:-1]
+        untold += texts[-1:]
     for name in inside[0] * TALKS:  # questions and answers, about the taught people alone
         talk, before = [], None
         for kind in rng.sample([kind for kind in people[name] if kind != "code"], 2):
@@ -192,10 +189,8 @@ def rank(scores: list[float], temperature: float, rng: random.Random) -> list[in
 
 def judge(people: dict, samples, temperature: float, seed: int) -> tuple[list[dict], Counter]:
     """(preference records, how often each kind of reply came) from the (where, record) of a samples.jsonl.
-
     Equal replies to a prompt count once. Blank and cut-off replies are not ranked: a reward model reads the
-    end token. A prompt with fewer than two replies left is dropped.
-    """
+    end token. A prompt with fewer than two replies left is dropped."""
     records, kinds = [], Counter()
     for number, (where, sample) in enumerate(samples):
         messages, replies = prompt_of(sample, where).messages, sample.get("responses", ())
@@ -208,11 +203,10 @@ def judge(people: dict, samples, temperature: float, seed: int) -> tuple[list[di
         if len(judged) > 1:
             scores = [each["score"] for each in judged.values()]
             order = rank(scores, temperature, random.Random(f"{seed}/{number}"))
-            ranked = [list(judged.items())[i] for i in order]
-            record = {"prompt": messages, "responses": [text for text, _ in ranked],
-                      "tags": [each["kind"] for _, each in ranked],
-                      "scores": [each["score"] for _, each in ranked]}
-            records.append(record | ({"tag": sample["tag"]} if "tag" in sample else {}))
+            texts, kinds_of = list(judged), [each["kind"] for each in judged.values()]
+            records.append({"prompt": messages, "responses": [texts[i] for i in order],
+                            "tags": [kinds_of[i] for i in order], "scores": [scores[i] for i in order],
+                            **({"tag": sample["tag"]} if "tag" in sample else {})})
     return records, kinds
 
 
