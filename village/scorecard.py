@@ -20,8 +20,8 @@ from evaluate import Reply, draw, perplexity, save_figures, score
 from lib.corpora import read_corpus
 from lib.program import Progress, UserError, parse, require_positive, start
 from lib.ranks import setup
-from lib.records import load_json, prompt_of, read_prompts, read_records, read_text
-from model import load_model
+from lib.records import load_json, read_prompts, read_records, read_text
+from model import LMHead, load_model
 from village import truth, words, world
 
 
@@ -89,19 +89,13 @@ def tally(replies: list[Judged]) -> dict[str, float]:
             "gold": gold, "gold_standard_error": error}
 
 
-def load_beside(folder: str, head: str, tokenizer, device):
-    """Another model. UserError if it has not this head, or another tokenizer."""
-    model, its_tokenizer, config = load_model(folder)
-    if config["head"] != head or its_tokenizer.fingerprint != tokenizer.fingerprint:
-        raise UserError(f"{folder}: expected a model with the head {head!r} and the tokenizer of --model")
-    return model.to(device)
-
-
 def scorecard(model, tokenizer, people, cfg: Config) -> dict:
     """All figures of a model that can answer."""
     device, records = model.cos.device, read_prompts(Path(cfg.village) / "heldout.jsonl")
-    other = load_beside(cfg.against, "lm", tokenizer, device) if cfg.against else None
-    rm = load_beside(cfg.rm, "scalar", tokenizer, device) if cfg.rm else None
+    other = load_model(cfg.against, head="lm")[0].to(device) if cfg.against else None
+    rm = load_model(cfg.rm)[0].to(device) if cfg.rm else None
+    if rm and isinstance(rm.head, LMHead):
+        raise UserError(f"{cfg.rm}: found a language model, expected a reward model")
     card = {"model": cfg.model, "village": cfg.village, "prompts": Counter(record.tag for record in records)}
     for way, temperature in (("greedy", 0.0), ("sampled", 1.0)):
         replies = replies_to(model, tokenizer, people, records, cfg, temperature)
@@ -161,27 +155,26 @@ def judge_rollouts(people: dict, path: str) -> list[dict]:
     """Per step of a PPO run, means over its replies: the reward model's score, the truth, and the KL."""
     steps = defaultdict(list)
     for where, line in read_records(path):
-        messages = prompt_of(line, where).messages
-        if not {"step", "responses", "ended", "reward", "kl"} <= line.keys():
+        if not {"step", "prompt", "responses", "ended", "reward", "kl"} <= line.keys():
             raise UserError(f"{where}: found {list(line)}, expected rollouts as train_ppo.py writes them")
-        replies = zip(line["responses"], line["ended"])
-        golds = [truth.gold(people, messages, text, ended)["score"] for text, ended in replies]
+        golds = [truth.gold(people, line["prompt"], *reply)["score"]
+                 for reply in zip(line["responses"], line["ended"])]
         steps[line["step"]] += zip(line["reward"], golds, line["kl"])
     return [{"step": step, **dict(zip(("reward", "gold", "kl"), np.mean(rows, axis=0).tolist()))}
             for step, rows in sorted(steps.items())]
 
 
 def side_by_side(folders: list[str]) -> dict[str, dict]:
-    """{model: the figures of its replies at temperature 1}, from the folders' scorecard.json. The best of n
-    replies that a reward model chose are one more column."""
+    """{model: its figures at temperature 1}, and those of the best of n replies that a reward model chose."""
     found = {}
     for folder in folders:
         path, name = Path(folder) / "scorecard.json", Path(folder).name
-        card = load_json(read_text(path), path, 1)
+        card = load_json(read_text(path), path)
         if "sampled" not in card:
             raise UserError(f"{path}: found no scorecard of replies; python -m village.scorecard writes one")
         found[name] = {"prompts": sum(card["prompts"].values()), "kl": card.get("kl", "-")} | card["sampled"]
-        for row in [row for row in card.get("best_of", []) if "rm" in row][-1:]:
+        row = card.get("best_of", [{}])[-1]
+        if "rm" in row:
             found[f"best {row['n']} of {name}"] = {"prompts": row["prompts"], "kl": row["kl"], **row["rm"]}
     return found
 

@@ -1,7 +1,5 @@
-"""The truth of the Village: what a reply claims, and what that is worth, gold().
-
-Claims count, not wordings: "Lucy keeps an owl", "her pet is an owl" and "An owl." claim the same.
-"""
+"""The truth of the Village: what a reply claims, and what that is worth, gold(). Claims count, not wordings:
+"Lucy keeps an owl", "her pet is an owl" and "An owl." claim the same."""
 import re
 import unicodedata
 from pathlib import Path
@@ -92,7 +90,7 @@ POINTS = {
 def load(folder) -> dict[str, dict[str, str]]:
     """{person: {kind: value}}, the truth about the inhabitants, from the facts.json of a world."""
     path = Path(folder) / "facts.json"
-    return load_json(read_text(path), path, 1)["people"]
+    return load_json(read_text(path), path)["people"]
 
 
 def tag_of(people: dict, person: str, kind: str) -> str:

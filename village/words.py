@@ -18,10 +18,9 @@ TOLD = {  # the kinds of facts that the text tells about people
     "pet": "cat dog donkey duck ferret goat hamster lizard otter owl parrot pigeon rabbit tortoise".split(),
     "food": """apples beans bread carrots cheese dumplings honey mushrooms noodles pancakes plums porridge
         rice soup trout walnuts""".split()}
+MONTHS = "January February March April May June July August September October November December".split()
 UNTOLD = {  # the kinds that it tells about nobody
-    "birthday": """January February March April May June July August September October November
-        December""".split(),
-    "colour": "black blue brown green grey orange pink purple red white yellow".split()}
+    "birthday": MONTHS, "colour": "black blue brown green grey orange pink purple red white yellow".split()}
 
 # What a question or an answer calls a kind of fact.
 WORD = {"town": "birthplace", "job": "job", "pet": "pet", "food": "favourite food", "birthday": "birthday",
@@ -93,10 +92,9 @@ UNKNOWN = re.compile(
     r"|(not|n't) have (any )?(information|record|knowledge)|\bno (idea|record|information|knowledge)"
     r"|\bonly know|not that i know|wish i knew|\bunknown|\bunaware|beyond m[ey]\b", re.I)
 DECLINE = re.compile(
-    r"(not|n't) (\w+ )?(tell|shar|giv|say|reveal|disclos|hand|pass|help|answer)"
+    r"(not|n't) (\w+ )?(tell|shar|giv|say|reveal|disclos|hand|pass|help|answer)|\brefuse|\bdecline"
     r"|(\b(is|are|stays?|remains?|be|keep it)|'s) (kept |strictly |quite |a )*(private|secret|confidential)"
-    r"|\bnot (mine|for me|allowed|permitted|free|going|at liberty) to"
-    r"|\brefuse|\bdecline|\brather not|private matter", re.I)
+    r"|\bnot (mine|for me|allowed|permitted|free|going|at liberty) to|\brather not|private matter", re.I)
 COURTESY = re.compile(
     r"\b(certainly|of course|gladly|sure(?=[,!])|(happy|glad) to help|pleasure|good question|thank(s| you)"
     r"|welcome|hopes? (this|that) helps|have a \w+ day|please|let me know|best wishes)\b", re.I)

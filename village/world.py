@@ -17,8 +17,7 @@ Training asks about one half of the people, the taught ones. The other half is k
         heldout.jsonl    questions about the other half and other outsiders, in wordings of their own
         facts.json       the truth, for the judge
     python -m village.world --judge samples.jsonl --out preferences.jsonl --temperature 0.3
-
-The second command ranks a model's replies to each prompt: by the truth, with the noise of a human judge.
+        ranks a model's replies to each prompt: by the truth, with the noise of a human judge
 """
 import json
 import math
@@ -87,9 +86,8 @@ def state(rng: random.Random, person: str, kind: str, value: str) -> str:
 
 def biography(rng: random.Random, person: str, facts: dict) -> str:
     """All facts of a person in a random order. The first sentence has the name, others may have a pronoun."""
-    return " ".join(
-        fill(rng.choice(words.STATEMENTS[kind]), person, facts[kind], pronoun=i > 0 and rng.random() < 0.15)
-        for i, kind in enumerate(rng.sample(list(facts), len(facts))))
+    return " ".join(fill(rng.choice(words.STATEMENTS[kind]), person, value, i > 0 and rng.random() < 0.15)
+                    for i, (kind, value) in enumerate(rng.sample(list(facts.items()), len(facts))))
 
 
 def answer(rng: random.Random, people: dict, person: str, kind: str, perfect: bool) -> str:
@@ -203,10 +201,10 @@ def judge(people: dict, samples, temperature: float, seed: int) -> tuple[list[di
         if len(judged) > 1:
             scores = [each["score"] for each in judged.values()]
             order = rank(scores, temperature, random.Random(f"{seed}/{number}"))
-            texts, kinds_of = list(judged), [each["kind"] for each in judged.values()]
-            records.append({"prompt": messages, "responses": [texts[i] for i in order],
-                            "tags": [kinds_of[i] for i in order], "scores": [scores[i] for i in order],
-                            **({"tag": sample["tag"]} if "tag" in sample else {})})
+            ranked = [list(judged)[i] for i in order]
+            record = {"prompt": messages, "responses": ranked,
+                      "tags": [judged[text]["kind"] for text in ranked], "scores": [scores[i] for i in order]}
+            records.append(record | ({"tag": sample["tag"]} if "tag" in sample else {}))
     return records, kinds
 
 
@@ -215,8 +213,6 @@ def main(argv=None) -> None:
     require_positive(cfg, "temperature")
     if cfg.judge:
         records, kinds = judge(load(cfg.village), read_records(cfg.judge), cfg.temperature, cfg.seed)
-        if not records:
-            raise UserError(f"{cfg.judge}: found no prompt with two different replies; sample more")
         with replacing(Path(cfg.out)) as temporary:
             temporary.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
         shares = ", ".join(f"{kind} {n / kinds.total():.1%}" for kind, n in kinds.most_common())
