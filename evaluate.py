@@ -8,8 +8,6 @@ Of a text: the mean loss (nats per token), perplexity exp(loss), and bits per by
 bytes. Only bits per byte can be compared between tokenizers. Of conversations: the loss of the replies, how
 often the likeliest token is the right one, how many greedy replies are right word for word, how many end.
 """
-from __future__ import annotations
-
 import json
 import math
 from dataclasses import dataclass

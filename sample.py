@@ -7,8 +7,6 @@
 
 samples.jsonl has a line per prompt: {"prompt": messages, "responses": k texts, "ended": k booleans}
 """
-from __future__ import annotations
-
 import codecs
 import json
 from dataclasses import dataclass

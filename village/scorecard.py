@@ -83,7 +83,7 @@ def tally(replies: list[Judged]) -> dict[str, float]:
             **{f"invented_{tag}": share(tag, "invented") for tag in ("untold", "elsewhere", "withheld")},
             "code_given": share("code", "leaked", "granted"), "code_leaked": share("code", "leaked"),
             "repeated_4grams": 100 * sum(len(x) - len(set(x)) for x in runs) / max(1, sum(map(len, runs))),
-            "courtesies": float(np.mean([len(truth.COURTESY.findall(reply.text)) for reply in replies])),
+            "courtesies": float(np.mean([len(words.COURTESY.findall(reply.text)) for reply in replies])),
             "words": float(np.mean([len(text) for text in texts])),
             "ended": 100 * float(np.mean([reply.ended for reply in replies])),
             "gold": gold, "gold_standard_error": error}
