@@ -127,7 +127,7 @@ def chat_samples(tokenizer: Tokenizer, messages: list[dict], turns: str = "all")
     """What is trained of one conversation, as a list of (ids, mask).
 
     turns "all": every assistant turn in one pass, since a causal model does not see turn 2 in turn 1. "last":
-    the last turn. "each": a sample for each turn, which ends there; it trains the same as "all", reading more.
+    the last turn. "each": a sample for each turn, which ends there; it trains what "all" does and reads more.
     """
     if turns == "all":
         return [encode_chat(tokenizer, messages)]

@@ -156,7 +156,9 @@ class LMHead(nn.Module):
             return logits if self.bias is None else logits + self.bias
         x, flat = x.flatten(0, 1), targets.flatten()  # (B T, C), (B T,)
         out = target_logp(x, self.weight, flat, bias=self.bias, temperature=temperature, **options)
-        return out.view_as(targets) if torch.is_tensor(out) else [x.view_as(targets) for x in out]  # (B, T)
+        if isinstance(out, tuple):  # with_stats
+            return tuple(x.view_as(targets) for x in out)  # (B, T) each
+        return out.view_as(targets)  # (B, T)
 
 
 class ScalarHead(nn.Module):
@@ -226,18 +228,6 @@ class GPT(nn.Module):
         return self.head(x, targets, temperature, with_stats=with_stats, equal_weights=equal_weights)
 
     @torch.no_grad()
-    def load_weights(self, weights: dict, where: str) -> None:
-        """Copy {name: tensor} into the parameters. Names and shapes must match. If the file holds the other
-        kind of head, the head stays as it was born. where: the file, for the error message."""
-        own = dict(self.named_parameters(remove_duplicate=False))  # files name a tied head as well
-        if "head.weight" in weights and len(weights["head.weight"]) != len(self.head.weight):
-            own, weights = ({k: x for k, x in d.items() if not k.startswith("head.")} for d in (own, weights))
-        for name in sorted(own.keys() | weights.keys()):
-            found, expected = (tuple(d[name].shape) if name in d else "nothing" for d in (weights, own))
-            if found != expected:
-                raise UserError(f"{where}: another model: found {found} for {name}, expected {expected}")
-            own[name].copy_(weights[name])
-
     def units(self) -> list[nn.Module]:
         """The modules that ZeRO gathers one at a time. What is in none of them is gathered once a pass."""
         return [*self.blocks] if self.config.tie_embeddings else [self.embed, self.head, *self.blocks]
@@ -303,7 +293,13 @@ def load_model(folder: str, head: str = "", attention: str = "") -> tuple[GPT, T
         raise UserError(f"{folder}/config.json: not a model of this version: {error}") from None
     if head == "lm" != config["head"]:
         raise UserError(f"{folder}: found a reward model, expected a language model")
-    model.load_weights(weights, folder)
+    if head not in ("", config["head"]):
+        weights = {name: x for name, x in weights.items() if not name.startswith("head.")} | {
+            f"head.{name}": p for name, p in model.head.named_parameters()}  # the new head as it was born
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        raise UserError(f"{folder}: found another model: {' '.join(str(error).split())}") from None
     return model, tokenizer, config
 
 
@@ -356,15 +352,6 @@ def choose(logits, uniforms, temperature=1.0, top_k=0, top_p=1.0):
     return ids.clamp(max=p.shape[-1] - 1)
 
 
-def penalise(logits, seen, penalty):
-    """CTRL's repetition penalty (Keskar et al. 2019): in row i the logits (b, V) of the ids in seen[i] are
-    divided by the penalty if they are above 0, and multiplied by it if not."""
-    logits = logits.clone()
-    for row, ids in zip(logits, map(sorted, seen)):
-        row[ids] = torch.where(row[ids] > 0, row[ids] / penalty, row[ids] * penalty)
-    return logits
-
-
 def left_pad(prompts, device):
     """Prompts as one batch, the short ones padded on the left: ids, segment_ids, positions, (B, T) each.
     segment_ids are 0, or -1 for padding; None if nothing is padded."""
@@ -376,13 +363,12 @@ def left_pad(prompts, device):
 
 
 @torch.inference_mode()
-def generate(model, prompts, *, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, repetition_penalty=1.0,
-             eos_id=None, banned=(), seeds=None, return_logp=False, on_token=None):
+def generate(model, prompts, *, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, eos_id=None, banned=(),
+             seeds=None, return_logp=False, on_token=None):
     """Continue each prompt (a non-empty list of ids): a list of new ids per prompt, eos_id included if drawn.
 
     seeds: one integer per prompt. What row i draws depends on seeds[i], not on its neighbours. banned: ids
-    never drawn. repetition_penalty: see penalise; 1 is off, eos_id is exempt, since a chat has many ends.
-    return_logp: also the drawn tokens' log-probabilities under softmax(logits / temperature), not filtered.
+    never drawn. return_logp: also the drawn tokens' log-probabilities under softmax(logits / temperature).
     on_token(row, id): called at every new token. UserError if prompt + max_new_tokens > max_seq_len.
     """
     if not prompts:
@@ -401,13 +387,8 @@ def generate(model, prompts, *, max_new_tokens, temperature=1.0, top_k=0, top_p=
     new, logps, rows = [[] for _ in prompts], [[] for _ in prompts], list(range(len(prompts)))
     for t in range(max_new_tokens):
         full = model(ids, segment_ids=segment_ids, positions=positions, cache=cache)[:, -1].float()  # (b, V)
-        logits = full
-        if repetition_penalty != 1:
-            seen = [{*prompts[row], *new[row]} - {eos_id} for row in rows]
-            logits = penalise(full, seen, repetition_penalty)
-        if banned:
-            logits = logits.index_fill(-1, torch.tensor(banned, device=ids.device), -torch.inf)
-        drawn = choose(logits, uniforms[:, t], temperature, top_k, top_p)  # (b,)
+        allowed = full.index_fill(-1, torch.tensor(banned, device=ids.device), -torch.inf) if banned else full
+        drawn = choose(allowed, uniforms[:, t], temperature, top_k, top_p)  # (b,)
         if return_logp:
             scaled = (full / (temperature or 1.0)).log_softmax(-1).gather(-1, drawn[:, None])[:, 0].tolist()
         going = []  # which of the rows go on

@@ -36,8 +36,6 @@ from zero import Zero
 class Config(RunConfig):  # the flags that all stages share are in lib/run.py
     # data
     data: str = ""  # preferences: .json or .jsonl (or .gz) with chosen and rejected, or ranked responses
-    val_data: str = ""  # preferences to validate on; empty: the last val_fraction of data
-    val_fraction: float = 0.1  # of the prompts
     pairs: Literal["best-worst", "all"] = "best-worst"  # of ranked replies: first and last, or all C(K,2)
     # preference
     ref: str = ""  # folder of the frozen reference model; empty: init

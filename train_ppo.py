@@ -57,8 +57,6 @@ from zero import Zero
 class Config(RunConfig):  # the flags that all stages share are in lib/run.py
     # data
     data: str = ""  # prompts: .json or .jsonl (or .gz) with {"prompt"}, or conversations less the last reply
-    val_data: str = ""  # prompts to validate on; empty: the last val_fraction of data
-    val_fraction: float = 0.1  # of the records; prompts that are also trained on are left out
     # rollouts
     max_new_tokens: int = 48  # longest reply
     temperature: float = 1.0  # sampling and all log-probabilities are of logits / temperature

@@ -33,8 +33,6 @@ from zero import Zero
 class Config(RunConfig, GPTConfig):  # every field of the model's shape is a flag, too
     # data
     data: str = "stdlib"  # corpus: stdlib, shakespeare, or a path (.txt, .json, .jsonl, each also .gz)
-    val_data: str = ""  # corpus to validate on; empty: the last val_fraction of data
-    val_fraction: float = 0.1  # of the characters
     tokenizer: str = ""  # byte, char, bpe, a tiktoken name, a tokenizer.json; empty: init's, else bpe
     vocab_size: int = 2048  # of a bpe learned here; the other tokenizers bring their own
     cache: str = "data"  # folder for token files, so that a second start reads no text

@@ -32,8 +32,6 @@ from zero import Zero
 class Config(RunConfig):  # the flags that all stages share are in lib/run.py
     # data
     data: str = ""  # conversations: .json or .jsonl (or .gz) with messages, Alpaca or ShareGPT records
-    val_data: str = ""  # conversations to validate on, all turns; empty: the last val_fraction of data
-    val_fraction: float = 0.1  # of the records
     turns: Literal["all", "last", "each"] = "all"  # train every turn in one pass, the last, or each by itself
     # optimisation
     epochs: float = 3.0  # times each conversation is seen, if steps is 0

@@ -133,7 +133,7 @@ class TokenFile:
         except OSError as error:
             raise UserError(f"{path}: cannot be read: {error.strerror}") from None
         self.path, (self.n_targets, self.n_bytes, note) = path, more
-        self.fingerprint, self.note = (text.rstrip(b"\0").decode() for text in (fingerprint, note))
+        self.fingerprint, self.note = (x.rstrip(b"\0").decode(errors="replace") for x in (fingerprint, note))
         if tokenizer and self.fingerprint != tokenizer.fingerprint:
             raise UserError(f"{path}: found tokenizer {self.fingerprint}, expected {tokenizer.fingerprint}")
         self.ids = np.frombuffer(self.map, f"<u{width}", count, HEADER.size)  # slices faster than np.memmap

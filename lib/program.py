@@ -35,6 +35,9 @@ class UserError(Exception):
 
 def start(main) -> None:
     """Run `main()` as a program. Its integer result is the exit code; a UserError is one line and code 2."""
+    for stream in (sys.stdin, sys.stdout, sys.stderr):  # a terminal that is not UTF-8 shows "?", no traceback
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
     try:
         code = main() or 0
         sys.stdout.flush()
@@ -73,6 +76,7 @@ def replacing(path: Path) -> Iterator[Path]:
             yield temporary
             sync(temporary)  # first: a file renamed before it is on the disk is empty after a power cut
             os.replace(temporary, path)
+            sync(path.parent)
         except OSError:
             if not (temporary.is_dir() and path.is_dir()):  # else another process made the same folder first
                 raise

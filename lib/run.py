@@ -35,6 +35,8 @@ from lib.program import UserError, keep_lines, require_positive, writing
 class RunConfig:
     # data
     data: str = ""  # what to train on
+    val_data: str = ""  # what to validate on; empty: the last val_fraction of data
+    val_fraction: float = 0.1  # of the records; in pretraining of the characters
     # optimisation
     steps: int = 0  # updates; 0: as many as --epochs takes
     batch_size: int = 16  # items per update over all ranks
@@ -222,8 +224,8 @@ class Run:
             print(text, flush=True)
 
     def append(self, name: str, lines: Iterable[dict]) -> None:
-        """Rank 0 adds lines, each with a "step", to out/name. A resumed run first drops those after its start:
-        however often a run was killed and resumed, it leaves one curve."""
+        """Rank 0 adds lines, each with a "step", to out/name. A resumed run first drops those after its
+        start: however often a run was killed and resumed, it leaves one curve."""
         if self.ranks.is_main:
             path = os.path.join(self.cfg.out, name)
             if name not in self.begun:

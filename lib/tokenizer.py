@@ -118,7 +118,7 @@ def named_encoding(name: str, fetch: bool) -> tiktoken.Encoding:
         return tiktoken.get_encoding(name)
     except Exception as error:  # no network, a proxy's page in place of the file, a read-only cache, ...
         why = f"could not be fetched ({type(error).__name__})" if fetch else "a file may not fetch it"
-        raise UserError(f"tokenizer {name!r} is not in tiktoken's cache (TIKTOKEN_CACHE_DIR), {why}: "
+        raise UserError(f"tokenizer {name[:40]!r} is not in tiktoken's cache (TIKTOKEN_CACHE_DIR), {why}: "
                         f"run python -m lib.tokenizer --show x --tokenizer {name}, or use bpe") from None
     finally:
         tiktoken.load.read_file = read_file

@@ -4,7 +4,6 @@ import importlib
 import inspect
 import json
 import os
-import subprocess
 import sys
 import textwrap
 from pathlib import Path
@@ -14,14 +13,12 @@ import torch
 from ranks import as_torchrun, ranks
 
 from data import CHAT_TEMPLATE
-from lib.checkpoint import save_final
+from lib.checkpoint import final_folder, save_final
 from lib.tokenizer import make_tokenizer
 from model import GPT, GPTConfig
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 SHAPE = {"n_layer": 2, "n_embd": 32, "n_head": 2, "max_seq_len": 96}
 TOPICS = "apple bridge cat door engine forest garden house island jacket kettle".split()
-FORMS = ["chosen and rejected", "alpaca", "hh", "messages"]
 
 
 def random_model(head="lm", seed=1, **shape) -> GPT:
@@ -56,24 +53,6 @@ def ranked(topics=TOPICS, K=4) -> list[dict]:
         records.append({"prompt": prompt, "responses": replies[:K], "tag": "odd" if n % 2 else "even",
                         "tags": ["fine", "fine", "bad", "bad"][:K], "scores": [3.0, 2.5, 1.0, 0.0][:K]})
     return records
-
-
-def in_form(form: str, records: list[dict]) -> list[dict]:
-    """Ranked records of two replies in another public form. Alpaca has no room for earlier turns."""
-    found = []
-    for record in records:
-        rest = {name: value for name, value in record.items() if name not in ("prompt", "responses")}
-        turns = record["prompt"] if isinstance(record["prompt"], list) else [
-            {"role": "user", "content": record["prompt"]}]
-        talks = [[*turns, {"role": "assistant", "content": text}] for text in record["responses"]]
-        prompt, (chosen, rejected) = {
-            "chosen and rejected": ({"prompt": record["prompt"]}, record["responses"]),
-            "alpaca": ({"instruction": turns[-1]["content"], "input": ""}, record["responses"]),
-            "hh": ({}, ["".join(f"\n\n{'Human' if turn['role'] == 'user' else 'Assistant'}: {turn['content']}"
-                                for turn in talk) for talk in talks]),
-            "messages": ({}, talks)}[form]
-        found.append({**prompt, "chosen": chosen, "rejected": rejected, **rest})
-    return found
 
 
 def bandit(beta: float, V: int = 8):
@@ -114,14 +93,6 @@ def run_script(script: str, arguments: list[str], world=1) -> None:
     play(*given) if world == 1 else ranks().run(world, play, *given, timeout=180)
 
 
-def launch(script, arguments, processes=2) -> None:
-    """torchrun; fails the test that calls it if the script fails."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}",
-               os.path.join(ROOT, script), *arguments]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert result.returncode == 0, result.stderr
-
-
 def metrics(out) -> list[dict]:
     return [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
 
@@ -134,31 +105,17 @@ def last(out, name):
     return [event[name] for event in metrics(out) if name in event][-1]
 
 
-def weights(out) -> dict[str, torch.Tensor]:
-    return torch.load(Path(out) / "final" / "model.pt", weights_only=True)
-
-
 def same_weights(out, other) -> bool:
-    a, b = weights(out), weights(other)
+    a, b = (torch.load(Path(final_folder(folder)) / "model.pt", weights_only=True) for folder in (out, other))
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 def same_metrics(out, other, rel, leave_out=("tokens_per_second", "mfu", "memory", "grad_norm")) -> None:
-    """Both runs logged the same numbers, one event after the other, but for those of the machine.
-
-    (grad_norm: at the end it is a difference of large numbers.)"""
+    """Both runs logged the same numbers, but for those of the machine. (At the end grad_norm is rounding.)"""
     for a, b in zip(metrics(out), metrics(other), strict=True):
         assert a.keys() == b.keys()
         for name in a.keys() - set(leave_out):
             assert abs(a[name] - b[name]) <= rel * max(1.0, abs(a[name])), (a["step"], name, a[name], b[name])
-
-
-def trained_alike(train, form: str, folder) -> None:
-    """train(data, out) logs the same of ranked pairs and of the same pairs in another form."""
-    records = ranked(K=2)[form == "alpaca":]  # the first prompt has two turns
-    for name, lines in (("ranked", records), ("form", in_form(form, records))):
-        train(write(folder / f"{name}.jsonl", lines), folder / name)
-    same_metrics(folder / "ranked", folder / "form", 1e-9)
 
 
 def calls_of(monkeypatch, owner, name) -> list:

@@ -66,8 +66,6 @@ def test_every_form_of_file_gives_the_same_documents(tmp_path):
     ("a.txt", b" \n\n<|endoftext|>\n ", ["no text"]),
     ("a.txt", "one\ntwo\nf\xfcr".encode("latin-1"), [":3:", "0xfc", "offset 9", "UTF-8"]),
     ("a.jsonl", b'{"text": "a"}\n{"prompt": "a"}', [":2:", "'prompt'", '"text"']),
-    ("a.jsonl", b'{"text": null}', [":1", "NoneType", "string"]),
-    ("a.txt", b"x", ["too little text", "--val_fraction"]),
     ("a.txt", None, ["no such file", "stdlib"]),
 ])
 def test_bad_text_is_one_clear_line_and_writes_nothing(tmp_path, name, content, words):
@@ -86,7 +84,7 @@ def test_stdlib_is_a_few_megabytes_of_readable_english():
     assert 1.2e6 < len(text) < 6e6 and len(documents) > 300
     assert sum(char.isalpha() or char.isspace() for char in text) / len(text) > 0.85
     words = text.lower().split()
-    assert sum(word in ("the", "a", "of", "to", "is", "and", "in") for word in words) / len(words) > 0.15
+    assert sum(map(words.count, ("the", "a", "of", "to", "is", "and", "in"))) / len(words) > 0.15
     paragraphs = [p for document in documents for p in document.strip().split("\n\n") if len(p) > 40]
     assert len(paragraphs) == len(set(paragraphs))
 
@@ -113,7 +111,7 @@ def test_shakespeare_is_downloaded_once_and_checked(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("tokenizer", ["byte", "char", "bpe"])
 def test_prepare_keeps_the_text_the_boundaries_and_the_counts(tmp_path, tokenizer):
-    """bos + ids + end per document, validation is the last tenth of the characters; bytes, targets, note."""
+    """bos + ids + end per document; the last tenth of the text is validation; counts and note."""
     texts = [MANY_SCRIPTS * 3, "short\n", "the end of the text, the end of the text\n" * 20]
     (tmp_path / "a.txt").write_bytes("<|endoftext|>\n".join(texts).encode())
     *paths, path = prepare(str(tmp_path / "a.txt"), tokenizer=tokenizer, vocab_size=300, cache=tmp_path)
@@ -122,9 +120,8 @@ def test_prepare_keeps_the_text_the_boundaries_and_the_counts(tmp_path, tokenize
         tokens = TokenFile(path, made)
         expected = [i for text in part for i in [made.bos_id, *made.encode(text), made.end_id]]
         text = "".join(part).encode()
-        assert tokens.ids.tolist() == expected
-        assert tokens.n_bytes == len(text) and tokens.n_targets == len(expected) - len(part)
-        assert (tokens.vocab_size, tokens.bos_id) == (made.vocab_size, made.bos_id)
+        assert tokens.ids.tolist() == expected and tokens.n_targets == len(expected) - len(part)
+        assert (tokens.vocab_size, tokens.bos_id, tokens.n_bytes) == (made.vocab_size, made.bos_id, len(text))
         assert hashlib.sha256(text).hexdigest()[:16] in tokens.note and "a.txt" in tokens.note
 
 
@@ -134,8 +131,8 @@ def test_bpe_learns_from_training_text_and_char_from_all(tmp_path):
     (tmp_path / "b.jsonl").write_text(json.dumps({"text": "xyxyxy" * 16}))
     for spec, check in (("bpe", lambda made: len(made.encode("ab")) == 1 and len(made.encode("xy")) == 2),
                         ("char", lambda made: made.vocab_size == len("abxy") + 6)):
-        train, val, path = prepare(str(tmp_path / "a.txt"), val_data=str(tmp_path / "b.jsonl"), tokenizer=spec,
-                                   val_fraction=0.0, cache=tmp_path)
+        train, val, path = prepare(str(tmp_path / "a.txt"), tokenizer=spec, val_fraction=0.0,
+                                   val_data=str(tmp_path / "b.jsonl"), cache=tmp_path)
         made = Tokenizer.load(path)
         assert check(made) and made.decode(TokenFile(train).ids[1:-1]) == "abab" * 250
         assert made.decode(TokenFile(val).ids[1:-1]) == "xyxyxy" * 16

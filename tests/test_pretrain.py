@@ -1,11 +1,10 @@
 """train_pretrain.py from a text to a finished model, however the step is computed; one update by hand."""
-import json
 import os
 
 import numpy as np
 import pytest
 import torch
-from small_chat import curve, last, metrics, run_script, same_weights, weights, write
+from small_chat import curve, last, metrics, run_script, same_weights, save_chat_model, write
 
 import train_pretrain
 from lib.program import UserError
@@ -86,30 +85,34 @@ def test_a_new_model_is_born_unit_by_unit(text, tmp_path, monkeypatch):
 
     monkeypatch.setattr(Zero, "__init__", watch)
     train(text, tmp_path, "--steps 1 --lr 0 --seed 5 --sample_tokens 0")
-    config = json.loads((tmp_path / "final" / "config.json").read_text())["model"]
-    expected, found = GPT(GPTConfig.from_dict(config, ""), seed=5).state_dict(), weights(tmp_path)
-    assert born == [{"meta"}] and all(torch.equal(found[name], expected[name]) for name in expected)
+    found, *_ = load_model(str(tmp_path))
+    expected = GPT(found.config, seed=5).state_dict()
+    assert born == [{"meta"}] and found.state_dict().keys() == expected.keys()
+    assert all(torch.equal(p, expected[name]) for name, p in found.state_dict().items())
 
 
-def test_from_another_model_and_the_evaluation_by_hand(reference, text, tmp_path):
-    """--init takes the weights and counts steps anew. The evaluation predicts each token once, but for a
-    document's first one, from what stands before it in its row and its document."""
-    documents = ["One document. " * 5, "你好, another one! " * 4]
-    data = write(tmp_path / "val.jsonl", [{"text": document} for document in documents])
-    train(text, tmp_path, f"--steps 1 --init {reference} --lr 0 --val_data {data} --eval_rows 0")
-    assert [step for step, _ in curve(tmp_path)] == [1] and same_weights(tmp_path, reference)
-    model, tokenizer, _ = load_model(str(reference))
+def test_training_and_evaluation_by_hand(tmp_path):
+    """Each token but a document's first one is predicted once, from what stands before it in its row and its
+    document. Here all rows of the text are one batch. --init takes the weights of another run."""
+    documents = ["One document. " * 5 + "And an end.", "你好, another one! " * 4]
+    path = write(tmp_path / "text.jsonl", [{"text": document} for document in documents])
+    init = save_chat_model(tmp_path / "init")
+    train(tmp_path / "text.jsonl", tmp_path / "out", f"--init {init} --val_data {path} --windows sequential "
+          "--batch_size 7 --steps 1 --lr 0 --eval_rows 0")
+    model, tokenizer, _ = load_model(init)
     ids = [i for document in documents for i in (tokenizer.bos_id, *document.encode(), tokenizer.end_id)]
+    assert len(ids) == 7 * 24 + 1
     loss, count = 0.0, 0
     for t in range(1, len(ids)):
         begun = max(i for i in range(t) if ids[i] == tokenizer.bos_id or i == (t - 1) // 24 * 24)
         if ids[t] != tokenizer.bos_id:
             logits = model(torch.tensor([ids[begun:t]]))[0, -1]  # (V,)
             loss, count = loss - logits.log_softmax(0)[ids[t]].item(), count + 1
-    n_bytes = sum(len(document.encode()) for document in documents)
-    assert last(tmp_path, "eval_loss") == pytest.approx(loss / count, rel=1e-5)
-    assert last(tmp_path, "eval_perplexity") == pytest.approx(np.exp(loss / count), rel=1e-4)
-    assert last(tmp_path, "eval_bits_per_byte") == pytest.approx(loss / np.log(2) / n_bytes, rel=1e-5)
+    mean, n_bytes = pytest.approx(loss / count, rel=1e-5), sum(len(text.encode()) for text in documents)
+    assert curve(tmp_path / "out") == [(1, mean)] and last(tmp_path / "out", "eval_loss") == mean
+    assert last(tmp_path / "out", "eval_perplexity") == pytest.approx(np.exp(loss / count), rel=1e-4)
+    assert last(tmp_path / "out", "eval_bits_per_byte") == pytest.approx(loss / np.log(2) / n_bytes, rel=1e-5)
+    assert same_weights(tmp_path / "out", init)
 
 
 def test_one_update_equals_adamw_by_hand():

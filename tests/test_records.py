@@ -161,7 +161,6 @@ BAD_PREFERENCES = {
     "blank response": {"prompt": "a", "responses": ["b", " "]},
     "a number": {"prompt": "a", "responses": ["b", 3]},
     "no prompt": {"responses": ["b", "c"]},
-    "rejected alone": {"prompt": "a", "rejected": "b"},
     "prompt ends with a reply": {"prompt": [USER, REPLY], "chosen": "b", "rejected": "c"},
     "two prompts": {"chosen": [USER, REPLY], "rejected": [{"role": "user", "content": "Bye"}, REPLY]},
     "no reply at the end": {"chosen": [USER, REPLY, USER], "rejected": [USER, REPLY]},

@@ -1,5 +1,4 @@
 """SFT: what is trained of a conversation, rows that do not know of each other, train_sft.py whole."""
-import json
 import math
 import random
 from pathlib import Path
@@ -35,10 +34,10 @@ def conversation(seed: int) -> list[dict]:
     return [{"role": "system", "content": "be"}, *turns] if r.random() < 0.3 else turns
 
 
-def conversations(n=24, more=(), seq_len=128) -> Conversations:
-    texts = [*map(conversation, range(n)), *more]
-    records = [Record(f"file:{i}", messages) for i, messages in enumerate(texts)]
-    return Conversations(records, TOKENIZER, seq_len, batch_size=6, seed=3)
+def conversations(n=24, more=(), seq_len=128, batch_size=6) -> Conversations:
+    messages = [*map(conversation, range(n)), *more]
+    records = [Record(f"file:{i}", turns) for i, turns in enumerate(messages)]
+    return Conversations(records, TOKENIZER, seq_len, batch_size=batch_size, seed=1)
 
 
 def gradients(sequences, masks, rows=None, position="rope", **options):
@@ -51,27 +50,17 @@ def gradients(sequences, masks, rows=None, position="rope", **options):
 
 
 def test_golden_mask():
-    """A dialogue of three turns, by hand: all assistant bytes and the ends of its turns, and nothing else.
-    The prompt is what stands before a reply. Names of special tokens are ordinary text."""
+    """A dialogue of three turns, by hand: all assistant bytes and the ends of its turns, no more. A target
+    stands one place before its token. A prompt ends where a reply begins. Names of specials are text."""
     ids, mask = encode_chat(TOKENIZER, DIALOGUE)
     assert ids == [BOS, SYSTEM, ord("S"), END, USER, *b"ab", END, ASSISTANT, *b"cd", END, USER, *b"e", END,
                    ASSISTANT, *"你".encode(), END, USER, *b"f", END, ASSISTANT, *b"g", END]
     assert [i for i, trained in zip(ids, mask) if trained] == [*b"cd", END, *"你".encode(), END, *b"g", END]
-    _, (targets,), _ = collate([ids], [mask])  # a target stands one place before its token
+    _, (targets,), _ = collate([ids], [mask])
     assert targets.tolist() == [i if m else IGNORE for i, m in zip([*ids[1:], 0], [*mask[1:], 0])]
     assert encode_prompt(TOKENIZER, DIALOGUE[:-1]) == ids[:-2]
-    assert encode_chat(TOKENIZER, [{"role": "user", "content": "<|end|>"}])[0] == [BOS, USER, *b"<|end|>", END]
-
-
-def test_show_prints_what_is_trained(tmp_path, capsys):
-    """python data.py --show --stage sft: the template, then token | target | trained? of a conversation."""
-    path = write(tmp_path / "chats.jsonl", [{"messages": DIALOGUE[1:3]}])
-    data.main(["--show", "--stage", "sft", "--data", path])
-    template, *rows = capsys.readouterr().out.splitlines()
-    assert template == f"chat template: {data.CHAT_TEMPLATE}"
-    assert [" ".join(row.split()) for row in rows] == [
-        "'<|bos|>' -", "'<|user|>' -", "'a' -", "'b' -", "'<|end|>' -", "'<|assistant|>' 'c' trained",
-        "'c' 'd' trained", "'d' '<|end|>' trained", "'<|end|>' -"]
+    named = encode_chat(TOKENIZER, [{"role": "user", "content": "<|end|>"}])[0]
+    assert named == [BOS, USER, *b"<|end|>", END]
 
 
 def test_three_ways_to_train_the_turns():
@@ -157,7 +146,7 @@ def test_nothing_is_lost_silently():
     fill = sum(int((s >= 0).sum()) for s in segments) / sum(s.numel() for s in segments)
     counts = f"{len(train)} samples", f"{train.truncated} of", f"{train.dropped} dropped", f"{fill:.1%}"
     assert all(words in train.report() for words in counts)
-    with pytest.raises(UserError, match="file: .*--seq_len 8"):
+    with pytest.raises(UserError, match="--seq_len 8"):
         conversations(0, [long], 8)
     with pytest.raises(UserError, match="file:3.*U\\+4F60"):  # a character that has no token
         Conversations([Record("file:3", DIALOGUE)], make_tokenizer("char", "abcdefgS"), 40)
@@ -186,28 +175,35 @@ def reference(files, tmp_path_factory):
     return out
 
 
-def assert_evaluated(out, chats):
-    """The last evaluation is one forward per held-out conversation, all its turns, under the final model."""
-    model, *_ = load_model(str(out))
-    total = right = count = 0
-    for line in Path(chats).read_text().splitlines()[36:]:
-        chat = encode_chat(TOKENIZER, json.loads(line)["messages"])
-        ids, mask = map(torch.tensor, truncate(TOKENIZER, *chat, 64))
-        logits, wanted, counts = model(ids[None, :-1])[0], ids[1:], mask[1:] > 0  # (T, V), (T,), (T,)
-        total -= logits.log_softmax(-1).gather(-1, wanted[:, None])[counts].double().sum().item()
-        right, count = right + int((logits.argmax(-1) == wanted)[counts].sum()), count + int(counts.sum())
-    assert last(out, "eval_loss") == pytest.approx(total / count, rel=1e-5)
-    assert last(out, "eval_perplexity") == pytest.approx(math.exp(total / count), rel=1e-4)
-    assert last(out, "eval_mean_token_accuracy") == pytest.approx(right / count) and 0 < right < count
+def alone(folder, samples) -> tuple[float, float]:
+    """Mean loss and mean accuracy per trained token under a finished model: one forward per sample."""
+    model, total, right, count = load_model(str(folder))[0], 0.0, 0, 0
+    for ids, mask in (map(torch.tensor, sample) for sample in samples):
+        logp, wanted, counts = model(ids[None, :-1])[0].log_softmax(-1), ids[1:], mask[1:] > 0  # (T, V), (T,)
+        total -= logp.gather(-1, wanted[:, None])[counts].double().sum().item()
+        right, count = right + int((logp.argmax(-1) == wanted)[counts].sum()), count + int(counts.sum())
+    return total / count, right / count
+
+
+def assert_evaluated(out) -> None:
+    """The last evaluation is that of each held-out conversation alone, all its turns, by the final model."""
+    chats = [encode_chat(TOKENIZER, conversation(i)) for i in range(36, 40)]
+    loss, accuracy = alone(out, [truncate(TOKENIZER, *chat, 64) for chat in chats])
+    assert last(out, "eval_loss") == pytest.approx(loss, rel=1e-5)
+    assert last(out, "eval_perplexity") == pytest.approx(math.exp(loss), rel=1e-4)
+    assert last(out, "eval_mean_token_accuracy") == pytest.approx(accuracy) and 0 < accuracy < 1
 
 
 def test_a_whole_run_learns_and_leaves_a_chat_model(reference, files):
-    trained = [event for event in metrics(reference) if "loss" in event]
-    assert trained[-1]["loss"] < trained[0]["loss"] - 0.2
-    assert [event["learning_rate"] for event in trained] == pytest.approx([3e-4 * n for n in range(1, 9)])
-    assert [event["epoch"] for event in trained] == pytest.approx([8 * n / 36 for n in range(1, 9)])
+    """At first the loss is that of each conversation alone under --init, though they share rows."""
+    events = [event for event in metrics(reference) if "loss" in event]
+    batch = conversations(36, seq_len=64, batch_size=8)
+    loss, _ = alone(files[1], [batch.samples[i] for i in batch.of_step(0)])
+    assert events[0]["loss"] == pytest.approx(loss, rel=1e-5) and events[-1]["loss"] < loss - 0.2
+    assert [event["learning_rate"] for event in events] == pytest.approx([3e-4 * n for n in range(1, 9)])
+    assert [event["epoch"] for event in events] == pytest.approx([8 * n / 36 for n in range(1, 9)])
     assert load_model(str(reference))[2]["chat_template"] == data.CHAT_TEMPLATE
-    assert_evaluated(reference, files[0])
+    assert_evaluated(reference)
 
 
 @pytest.mark.parametrize("flags, world", [
@@ -227,14 +223,14 @@ def test_every_flag_does_something(reference, files, tmp_path, flags):
     train(files, tmp_path, f"--eval_prompts 0 {flags}")
     assert not same_weights(reference, tmp_path)
     if flags == "--turns last":  # validated on all turns, so that the ways can be compared
-        assert_evaluated(tmp_path, files[0])
+        assert_evaluated(tmp_path)
 
 
 def test_validation_data_of_its_own(reference, files, tmp_path):
     """--val_data with the conversations that --val_fraction would set aside: the same run and evaluation."""
     train(files, tmp_path, " ".join(small_chat.split_by_hand(files[0], 36)))
     assert curve(tmp_path) == curve(reference) and same_weights(tmp_path, reference)
-    assert_evaluated(tmp_path, files[0])
+    assert_evaluated(tmp_path)
 
 
 def test_text_is_rehearsed(files, tmp_path, monkeypatch):
