@@ -26,13 +26,14 @@ import tiktoken
 
 from lib.program import UserError, replacing
 from lib.records import by_form, check_text, read_records, read_text
-from lib.tokenizer import SEPARATOR, Tokenizer, make_tokenizer
+from lib.tokenizer import Tokenizer, make_tokenizer
 
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 STDLIB = Path(sysconfig.get_paths()["stdlib"])
 STDLIB_SKIP = set("site-packages dist-packages test tests idlelib lib2to3 turtledemo encodings".split())
 DOCSTRING_OWNERS = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+SEPARATOR = re.compile(r"(?m)^<\|endoftext\|>\r?$\n?")  # a line of its own between two documents
 TEXTS = {("text",): lambda record, where: check_text(record["text"], f'{where}, "text"')}  # a form of records
 
 
