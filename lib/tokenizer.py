@@ -151,14 +151,14 @@ class Tokenizer:
         self.pad_id, self.bos_id, self.system_id, self.user_id, self.assistant_id, self.end_id = ids
         self.specials_but_end = tuple(ids[:-1])  # what a completion of plain text must not draw
 
-    def encode(self, text: str) -> list[int]:
-        """Ordinary text: the names of special tokens are spelled out. UserError for a character outside the
-        alphabet, where tiktoken would panic, and for half a surrogate pair, which it would replace."""
-        check_text(text, "text")
-        if self.alphabet and (foreign := set(text) - self.alphabet):
+    def encode(self, text: str, where: str = "text") -> list[int]:
+        """Ordinary text: the names of special tokens are spelled out. UserError, which names `where`, for a
+        character outside the alphabet (tiktoken would panic) and for half a surrogate pair."""
+        check_text(text, where)
+        if self.kind == "char" and (foreign := set(text) - self.alphabet):
             i = min(map(text.index, foreign))
-            raise UserError(f"text, character {i}: found {text[i]!r} (U+{ord(text[i]):04X}), expected one of "
-                            f"the tokenizer's {len(self.alphabet)}; use --tokenizer bpe or byte")
+            raise UserError(f"{where}, character {i}: found {text[i]!r} (U+{ord(text[i]):04X}), expected one "
+                            f"of the tokenizer's {len(self.alphabet)}; use --tokenizer bpe or byte")
         return self.encoding.encode_ordinary(text)
 
     def encode_array(self, text: str) -> np.ndarray:
