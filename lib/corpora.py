@@ -181,6 +181,7 @@ def prepare(data: str, *, tokenizer="bpe", vocab_size=4096, val_data="", val_fra
         made.save(temporary / "tokenizer.json")
         for path, part, source in zip(paths, (train, val), (data, val_data or data)):
             text = "".join(part).encode()
+            source = f"stdlib of Python {sys.version.split()[0]}" if source == "stdlib" else source
             note = (f"{len(part)} documents, {sum(map(len, part))} characters, "
                     f"sha256 {hashlib.sha256(text).hexdigest()[:16]}, {source}")
             ids = (array for document in part for array in
