@@ -88,7 +88,7 @@ def calibration_error(differences, n_bins: int = 10) -> float:
     """Expected calibration error (Guo et al. 2017, equation 3) of sigmoid(r_i - r_j) as a probability: over
     bins of the confidence in the favourite, 0.5 to 1, |how often it was preferred - mean confidence|."""
     confidence = differences.abs().sigmoid()
-    bins = ((confidence - 0.5) * 2 * n_bins).long().clamp(max=n_bins - 1)
+    bins = ((confidence - 0.5) * 2 * n_bins).long().clamp(0, n_bins - 1)
     gaps = torch.zeros(n_bins, dtype=confidence.dtype).index_add_(0, bins, wins(differences) - confidence)
     return (gaps.abs().sum() / len(differences)).item()
 

@@ -88,7 +88,10 @@ def read_corpus(data: str, cache="data") -> list[str]:
         documents = [by_form(TEXTS, record, where) for where, record in read_records(path)]
     else:
         documents = SEPARATOR.split(read_text(path))
-    return [document for document in documents if document.strip()]
+    documents = [document for document in documents if document.strip()]
+    if not documents:
+        raise UserError(f"{data}: found no text, expected at least one document")
+    return documents
 
 
 # magic, version, bytes per id, vocabulary, tokenizer's fingerprint, ids, targets, bytes of text, note, CRC
