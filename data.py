@@ -295,6 +295,15 @@ class Replies(Shuffled):
             yield ReplyRows(at, self.sizes([chosen[g] for g in groups]), *tensors, ends.T)
 
 
+@dataclasses.dataclass
+class RehearsalConfig:
+    # optimisation
+    ptx: float = 0.0  # weight of the pretraining loss that is mixed in, against forgetting; 0: off
+    ptx_data: str = ""  # its text: .txt, .json or .jsonl
+
+    ptx_rows = 8  # rows of that text per update over all ranks
+
+
 class Rehearsal:
     """Text of pretraining beside the batches of a later stage: a small model soon forgets what is not asked
     (Ouyang et al. 2022, equation 2, gamma). cfg: the flags of the script; without --ptx nothing is done."""

@@ -14,8 +14,6 @@ end of the reply, since it alone has seen everything:
     torchrun --nproc_per_node 2 train_rm.py --data preferences.jsonl --zero 3 --out out/two       two
     python train_rm.py --data preferences.jsonl --init out/sft --steps 5 --out out/toy            a first try
 """
-from __future__ import annotations
-
 import itertools
 import math
 from collections import defaultdict

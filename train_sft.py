@@ -11,15 +11,13 @@ conversations share a row without seeing each other. With --ptx, text of pretrai
     torchrun --nproc_per_node 2 train_sft.py --data chats.jsonl --init out/pretrain --zero 3 --out out/two
     python train_sft.py --data chats.jsonl --init out/pretrain --steps 5 --out out/toy    a first try
 """
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 
-from data import CHAT_TEMPLATE, Conversations, Rehearsal, encode_prompt
+from data import CHAT_TEMPLATE, Conversations, Rehearsal, RehearsalConfig, encode_prompt
 from lib.program import parse, start
 from lib.ranks import setup
 from lib.records import read_chats, split_records
@@ -29,20 +27,16 @@ from zero import Zero
 
 
 @dataclass
-class Config(RunConfig):  # the flags that all stages share are in lib/run.py
+class Config(RunConfig, RehearsalConfig):  # the flags that all stages share are in lib/run.py
     # data
     data: str = ""  # conversations: .json or .jsonl (or .gz) with messages, Alpaca or ShareGPT records
     turns: Literal["all", "last", "each"] = "all"  # train every turn in one pass, the last, or each by itself
     # optimisation
     epochs: float = 3.0  # times each conversation is seen, if steps is 0
-    ptx: float = 0.0  # weight of the pretraining loss that is mixed in, against forgetting; 0: off
-    ptx_data: str = ""  # its text: .txt, .json or .jsonl
     # run
     out: str = "out/sft"
     init: str = "out/pretrain"
     eval_prompts: int = 3  # validation prompts answered at each evaluation; 0: none
-
-    ptx_rows = 8  # rows of that text per update over all ranks
 
 
 def sft_loss(logp):
