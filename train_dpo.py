@@ -150,7 +150,7 @@ def main(argv=None) -> int:
     zero = Zero(model, units=model.units(), **cfg.zero_options(ranks))
     ref_zero = Zero(ref, units=ref.units(), frozen=True, **cfg.zero_options(ranks))
 
-    # data: read and encoded by every rank, since conversations are small
+    # data
     parts = split_prompts(read_preferences(cfg.data), cfg.val_fraction,
                           read_preferences(cfg.val_data) if cfg.val_data else None)
     train, val = (Replies(part, tokenizer, cfg.seq_len, pairs=cfg.pairs, batch_size=cfg.batch_size,
@@ -173,8 +173,7 @@ def main(argv=None) -> int:
     def evaluate_and_show() -> dict:
         prompts = [encode_prompt(tokenizer, record.messages) for record in val.records[:cfg.eval_prompts]]
         with zero.gathered():
-            for reply in greedy_replies(model, prompts, tokenizer):
-                run.say(f"    {reply!r}")
+            run.say(greedy_replies(model, prompts, tokenizer))
         return evaluate(all_logps(model, val, everything, micro or 16, ranks), val_ref, cfg)
 
     for step in run.steps(evaluate_and_show):

@@ -40,7 +40,7 @@ class Config(RunConfig):  # the flags that all stages share are in lib/run.py
     negatives: int = 0  # times each best reply is also compared with a random one to another prompt; 0: off
     # reward
     centre: float = 0.0  # weight of (r_i + r_j)^2, which keeps rewards near 0 (0.01 is usual); 0: off
-    reference_prompts: int = 1000  # training prompts whose best replies get a mean reward of 0
+    reference_prompts: int = 1000  # training prompts whose best replies get a mean reward of 0; 0: all
     score_gap: float = 0.0  # agreement with scores counts pairs whose scores differ by this or more
     # optimisation
     epochs: float = 1.0  # times each group (a prompt with its replies) is seen, if steps is 0
@@ -114,8 +114,9 @@ def kinds_of_pairs(replies: Replies, pairs) -> dict[str, list[int]]:
     kinds = defaultdict(list)
     for n, (i, j) in enumerate(pairs.T.tolist()):
         kinds[topics[i]].append(n)
-        kinds["|".join(sorted((tags[i], tags[j])))].append(n)
-    return {kind: members for kind, members in kinds.items() if kind not in ("", "|")}
+        kinds["|".join(sorted((tags[i], tags[j]))) if tags[i] and tags[j] else ""].append(n)
+    kinds.pop("", None)
+    return kinds
 
 
 def evaluate(rewards, replies: Replies, cfg: Config) -> dict:
@@ -154,7 +155,7 @@ def main(argv=None) -> int:
     flops = model.flops_per_token(cfg.seq_len)
     zero = Zero(model, units=model.units(), **cfg.zero_options(ranks))
 
-    # data: read and encoded by every rank, since conversations are small
+    # data
     ranked, held_out = split_prompts(read_preferences(cfg.data), cfg.val_fraction,
                                      read_preferences(cfg.val_data) if cfg.val_data else None)
     ranked += random_negatives(ranked, cfg.negatives, cfg.seed)
@@ -196,7 +197,8 @@ def main(argv=None) -> int:
         return run.finish()
 
     # The loss knows r only up to a constant. We choose it: the mean over the best replies becomes 0.
-    known = [g for g, record in enumerate(train.records) if not record.negative][:cfg.reference_prompts]
+    known = [g for g, record in enumerate(train.records) if not record.negative]
+    known = known[:cfg.reference_prompts or None]
     rewards = all_rewards(model, train, known, micro or 16, ranks)  # (n,)
     best = [0, *itertools.accumulate(train.sizes(known))][:-1]  # each group's first reply
     mean, std = rewards[best].mean().item(), rewards.std().item()

@@ -53,16 +53,15 @@ def sft_loss(logp):
 @torch.no_grad()
 def evaluate(model, chats: Conversations, rows: int, ranks) -> dict:
     """Mean loss per trained token of the validation replies, and how many tokens are the model's first guess.
-
-    rows: how many of them one forward reads."""
+    One forward reads at most `rows` rows."""
     loss, right, count = torch.zeros((), device=ranks.device, dtype=torch.float64), 0, 0
     for batch in chats.in_order(ranks.rank, ranks.world):
         for part in zip(*(whole.split(rows) for whole in batch)):
             ids, targets, segment_ids = (x.to(ranks.device) for x in part)  # (b, T) each
             logp, _, hits = model(ids, targets, segment_ids=segment_ids, with_stats=True)  # (b, T) each
             loss += sft_loss(logp)
-            right += int(hits[targets >= 0].sum())
-            count += int((targets >= 0).sum())
+            trained = targets >= 0
+            right, count = right + int(hits[trained].sum()), count + int(trained.sum())
     loss, right, count = ranks.sum(loss, right, count)
     mean = loss / count
     return {"eval_loss": mean, "eval_perplexity": math.exp(min(mean, 700.0)),
@@ -99,8 +98,7 @@ def main(argv=None) -> int:
         asked = val_records[:cfg.eval_prompts]
         prompts = [encode_prompt(tokenizer, record.messages[:-1]) for record in asked]
         with zero.gathered():
-            for reply in greedy_replies(model, prompts, tokenizer):
-                run.say(f"    {reply!r}")
+            run.say(greedy_replies(model, prompts, tokenizer))
         return evaluate(model, val, min(micro, 16), ranks)
 
     for step in run.steps(evaluate_and_show):

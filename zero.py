@@ -198,7 +198,7 @@ class Zero:
         for unit in self.units:
             whole = unit.master
             if unit.master.numel() < unit.length:
-                whole = self.comm.all_gather(unit.master.to(self.device))
+                whole = self.comm.all_gather(None, unit.master.to(self.device))
             if self.comm.rank == 0:
                 for slot, view in zip(unit.slots, unit.views(whole)):
                     state |= dict.fromkeys((name for name, *_ in slot.places), view.to("cpu", copy=True))
@@ -296,7 +296,7 @@ class Unit:
         shard = self.resident
         if shard is None:
             shard = self.zero.memory.to_device(self.master, self.zero.dtype)
-        return self.zero.comm.all_gather(shard)
+        return self.zero.comm.all_gather(None, shard)
 
     @torch.no_grad()
     def reduce(self, gradients) -> None:
@@ -327,7 +327,7 @@ class Unit:
         if self.resident is not None:
             mine = self.zero.memory.to_device(self.master, self.zero.dtype)
             if 0 < self.zero.stage < 3:
-                self.zero.comm.all_gather(mine, self.resident)
+                self.zero.comm.all_gather(self.resident, mine)
             else:
                 self.zero.memory.put(self.resident, mine)
 

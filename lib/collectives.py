@@ -127,11 +127,12 @@ class Comm:
         if self.world > 1:
             dist.all_reduce(x)
 
-    def all_gather(self, shard: torch.Tensor, into: torch.Tensor | None = None) -> torch.Tensor:
-        """The shards (shard_size,) of all ranks in a row: (N shard_size,). A rank sends (N-1)/N of that."""
-        whole = shard.new_empty(self.world * shard.numel()) if into is None else into
+    def all_gather(self, whole: torch.Tensor | None, shard: torch.Tensor) -> torch.Tensor:
+        """whole (N shard_size,), new if None <- the shards (shard_size,) of all ranks. Sends (N-1)/N of it"""
+        whole = shard.new_empty(self.world * shard.numel()) if whole is None else whole
         if self.world > 1:
-            dist.all_gather_single(whole, shard)
+            renamed = hasattr(dist, "all_gather_single")  # in torch 2.13
+            (dist.all_gather_single if renamed else dist.all_gather_into_tensor)(whole, shard)
         elif whole.data_ptr() != shard.data_ptr():
             whole.copy_(shard)
         return whole

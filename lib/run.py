@@ -224,8 +224,8 @@ class Run:
             print(text, flush=True)
 
     def append(self, name: str, lines: Iterable[dict]) -> None:
-        """Rank 0 adds lines, each with a "step", to out/name. A resumed run first drops those after its start:
-        however often a run was killed and resumed, it leaves one curve."""
+        """Rank 0 adds lines, each with a "step", to out/name. A resumed run first drops those after its
+        start: however often a run was killed and resumed, it leaves one curve."""
         if self.ranks.is_main:
             path = os.path.join(self.cfg.out, name)
             if name not in self.begun:

@@ -54,7 +54,7 @@ def small(monkeypatch):
 
 @pytest.mark.parametrize("part, rows", [
     (attention.time_of_attention, 13), (attention.attention_by_length, 3), (attention.logp, 4),
-    (train.training, 6), (decode.decoding, 4)])
+    (train.training, 6), (decode.decoding, 8)])
 def test_a_part_at_its_smallest(part, rows, small, capsys):
     """It prints its table, of so many rows."""
     measure.run("", ["--quick", "--repeats", "2"], part=part)

@@ -140,8 +140,7 @@ def test_another_reference(files, tmp_path, monkeypatch):
 FORMULA, ALONE = test_losses_are_their_formulas, test_a_logp_is_that_of_the_reply_alone
 BUGS = {  # what stands there, the bug, and who must notice it
     "mean for sum": ("dpo_loss", "losses.sum()", "losses.mean()", FORMULA, "sigmoid", 0.0, 1),
-    "the rejected one above": ("dpo_loss", "(chosen_logp - rejected_logp)", "(rejected_logp - chosen_logp)",
-                               FORMULA, "sigmoid", 0.0, 1),
+    "rejected one above": ("dpo_loss", "h = (chosen_logp", "h = -(chosen_logp", FORMULA, "sigmoid", 0.0, 1),
     "no reference": ("dpo_loss", " - (ref_chosen_logp - ref_rejected_logp)", "",
                      test_the_bandit_reaches_the_gibbs_policy, 0.5),
     "shift by one": ("read_logps", "rows.targets, seg", "rows.targets.roll(1, 1), seg", ALONE, 0),

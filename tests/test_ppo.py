@@ -214,6 +214,7 @@ def test_rollouts_are_what_they_say(place, tmp_path, monkeypatch):
                                    "--activation_checkpointing", "--dtype bfloat16", "two ranks",
                                    pytest.param("--compile", marks=pytest.mark.slow)])
 def test_the_first_ratio_is_exactly_one(place, tmp_path, flags):
+    """Before the first update, whatever the rows, the precision and the ranks."""
     if flags == "two ranks":  # each has rows of its own, some of them padding
         ranks().run(2, first_update, place, tmp_path, "--zero", "3", timeout=180)
     else:
@@ -307,8 +308,7 @@ BUGS = {  # where in train_ppo.py, what stands there, the bug, and who must noti
                                "(value_loss / n), actor.step(0.0, cfg.clip)", RATIO, "--micro_batch_size 1"),
     "penalty twice": ("main", "scores - cfg.missing", "scores - 2 * cfg.missing",
                       test_rollouts_are_what_they_say),
-    "old log-probabilities from other batches": ("main", "minibatches(B, cfg, step, 0)",
-                                                 "minibatches(B, cfg, step, 1)", RATIO, ""),
+    "scored in other batches than trained": ("main", "B, cfg, step, 0)", "B, cfg, step, 1)", RATIO, ""),
 }
 
 
