@@ -54,8 +54,7 @@ class Windows:
 
     def __init__(self, tokens: TokenFile, seq_len: int, *, batch_size: int, mode="random", seed: int = 0):
         if len(tokens) <= seq_len:
-            raise UserError(f"{tokens.path}: found {len(tokens)} tokens, expected more than --seq_len "
-                            f"{seq_len}; give more text, or lower it")
+            raise UserError(f"{tokens.path}: found {len(tokens)} tokens, need more than --seq_len {seq_len}")
         self.tokens, self.seq_len, self.batch_size = tokens, seq_len, batch_size
         self.mode, self.seed, self.n_windows = mode, seed, (len(tokens) - 1) // seq_len  # of an epoch
 

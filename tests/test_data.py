@@ -266,7 +266,7 @@ def test_ranks_share_rows_that_are_slices_of_the_file(tmp_path, mode, batch_size
                 r = row * world + rank
                 start = starts[r] if r < batch_size else len(tokens)
                 assert tuple(part[row].tolist() for part in batch) == naive_row(tokens, start, 9)
-    with pytest.raises(UserError, match="found 200 tokens, expected more than --seq_len 200"):
+    with pytest.raises(UserError, match="found 200 tokens, need more than --seq_len 200"):
         Windows(tokens, 200, batch_size=1)
 
 
