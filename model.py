@@ -319,7 +319,7 @@ def generate(model, prompts, *, max_new_tokens, temperature=1.0, top_k=0, top_p=
     on_token(row, id): called at every new token. UserError if prompt + max_new_tokens > max_seq_len."""
     device, T, limit = model.cos.device, max(map(len, prompts)), model.config.max_seq_len
     if T + max_new_tokens > limit:
-        raise UserError(f"a prompt of {T} tokens and {max_new_tokens} new ones exceed max_seq_len {limit}")
+        raise UserError(f"{T} + {max_new_tokens} new tokens exceed max_seq_len {limit}; shorten the prompt")
     ids = torch.tensor([[0] * (T - len(p)) + list(p) for p in prompts], device=device)  # padded left, (B, T)
     positions = torch.tensor([range(len(p) - T, len(p)) for p in prompts], device=device)  # (B, T)
     padded = F.pad(torch.where(positions < 0, -1, 0), (0, max_new_tokens))  # (B, T + max_new_tokens)
