@@ -4,10 +4,9 @@
     encode_chat, encode_prompt  messages -> ids, and which of them are trained: the chat template
     pack, collate               sequences of any lengths -> full rows; the one place that shifts targets
     Conversations, Replies      batches of conversations (SFT), of ranked replies (reward model, DPO)
-    Rehearsal                   text of pretraining beside the batches of a later stage
 
-    python data.py --data my.txt --vocab_size 1024 --show    # token files; a window: token | target | segment
-    python data.py --show --stage sft --data chats.jsonl     # the first chat: token | target | trained?
+    python data.py --show --data my.txt                     # a window: token | target | segment
+    python data.py --show --stage sft --data chats.jsonl    # the first chat: token | target | trained?
 """
 from __future__ import annotations
 
@@ -15,8 +14,8 @@ import dataclasses
 import functools
 import hashlib
 import json
-from collections.abc import Iterator
-from itertools import accumulate, combinations
+import mmap
+from itertools import accumulate, combinations, dropwhile
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -35,15 +34,13 @@ CHAT_TEMPLATE = "<|bos|>{<|system|>text<|end|>}[<|user|>text<|end|><|assistant|>
 
 def read_windows(tokens: TokenFile, starts: np.ndarray, seq_len: int, n_rows: int) -> tuple:
     """(ids, targets, segment_ids), each int64 (n_rows, T), of the windows that begin at `starts`.
-
     A target is the next id. We do not train on bos: which document comes next cannot be predicted, and
     counting it would change the loss. segment_ids: how many documents have begun in the row. Rows without a
-    start and places behind the end of the file are padding: pad, -100, -1.
-    """
+    start and places behind the end of the file are padding: pad, -100, -1."""
     starts = np.pad(starts, (0, n_rows - len(starts)), constant_values=len(tokens))
     at = starts[:, None] + np.arange(seq_len + 1)  # (B, T + 1)
     window = np.where(at < len(tokens), tokens.ids[at.clip(max=len(tokens) - 1)].astype(np.int64), -1)
-    tokens.forget_pages()
+    tokens.map.madvise(mmap.MADV_DONTNEED)  # the file's pages would else count as memory of this process
     ids, targets = window[:, :-1], window[:, 1:]  # (B, T)
     segment_ids = np.where(ids < 0, -1, np.cumsum(ids == tokens.bos_id, axis=1))  # (B, T)
     targets = np.where((targets < 0) | (targets == tokens.bos_id), IGNORE, targets)
@@ -52,13 +49,13 @@ def read_windows(tokens: TokenFile, starts: np.ndarray, seq_len: int, n_rows: in
 
 class Windows:
     """Batches of windows of seq_len tokens; a batch depends on (seed, step) alone. batch_size: rows of a step
-    over ALL ranks. mode "random": a row begins anywhere. "sequential": row r is window step * batch_size + r
-    of the file, epoch after epoch; an incomplete window at its end is left out."""
+    over ALL ranks. mode "random": a row begins anywhere; "sequential": the file's windows one after another,
+    epoch after epoch, but for an incomplete one at its end."""
 
     def __init__(self, tokens: TokenFile, seq_len: int, *, batch_size: int, mode="random", seed: int = 0):
         if len(tokens) <= seq_len:
-            raise UserError(f"{tokens.path}: found {len(tokens)} tokens, expected more than {seq_len}; "
-                            "lower --seq_len or give more text")
+            raise UserError(f"{tokens.path}: found {len(tokens)} tokens, expected more than --seq_len "
+                            f"{seq_len}; give more text, or lower it")
         self.tokens, self.seq_len, self.batch_size = tokens, seq_len, batch_size
         self.mode, self.seed, self.n_windows = mode, seed, (len(tokens) - 1) // seq_len  # of an epoch
 
@@ -66,8 +63,7 @@ class Windows:
         """Where each row of the global batch begins, int64 (batch_size,)."""
         if self.mode == "sequential":
             return (step * self.batch_size + np.arange(self.batch_size)) % self.n_windows * self.seq_len
-        # Philox enciphers a counter, so each step has its own stream (Salmon et al. 2011, "Parallel random
-        # numbers: as easy as 1, 2, 3"). Raw bits: numpy may change what its other methods make of them.
+        # Philox has a stream for each step (Salmon et al. 2011). Raw bits: numpy may change all else.
         bits = np.random.Philox(key=self.seed, counter=[0, step, 0, 0]).random_raw(self.batch_size)
         return (bits % np.uint64(len(self.tokens) - self.seq_len)).astype(np.int64)
 
@@ -78,9 +74,8 @@ class Windows:
 
 
 def eval_windows(tokens: TokenFile, seq_len: int, batch_size: int, rank=0, world=1, max_rows: int = 0):
-    """Yields batches like those of Windows, which over all ranks hold every target of the file exactly once.
-    All have one shape, of at most batch_size rows, and all ranks get the same number of them. max_rows: only
-    so many rows from the beginning of the file, whatever the world; 0: all."""
+    """Yields batches as Windows makes them; over all ranks they hold every target of the file once. All have
+    one shape, at most batch_size rows; all ranks get as many. max_rows: only the first of them; 0: all."""
     n_windows = min(-(-(len(tokens) - 1) // seq_len), max_rows or len(tokens))
     n_batches = -(-n_windows // (batch_size * world))
     n_rows = -(-n_windows // (n_batches * world))  # not batch_size, so that few rows are padding
@@ -90,52 +85,43 @@ def eval_windows(tokens: TokenFile, seq_len: int, batch_size: int, rank=0, world
 
 
 def expect_chat(folder: str, config: dict) -> None:
-    """UserError unless the model in this folder, with this config.json, has learned to chat by our template."""
+    """UserError unless the model in this folder, with this config.json, has learned our chat template."""
     if config.get("chat_template") != CHAT_TEMPLATE:
         raise UserError(f"{folder}: found a model with the chat template {config.get('chat_template')!r}, "
                         f"expected {CHAT_TEMPLATE!r}; train it to chat with train_sft.py")
 
 
-def encode_chat(tokenizer: Tokenizer, messages: list[dict]) -> tuple[list[int], list[int]]:
+def encode_chat(tokenizer: Tokenizer, messages: list[dict], where="text") -> tuple[list[int], list[int]]:
     """(ids, mask) of a conversation. mask is 1 for what is trained: what an assistant says, and its end."""
     ids, mask = [tokenizer.bos_id], [0]
     for message in messages:
-        content = tokenizer.encode(message["content"])
+        content = tokenizer.encode(message["content"], where)
         ids += [getattr(tokenizer, f"{message['role']}_id"), *content, tokenizer.end_id]
         mask += [0] + [int(message["role"] == "assistant")] * (len(content) + 1)
     return ids, mask
 
 
-def encode_prompt(tokenizer: Tokenizer, messages: list[dict]) -> list[int]:
+def encode_prompt(tokenizer: Tokenizer, messages: list[dict], where="text") -> list[int]:
     """The ids after which the assistant speaks; encode_chat(messages and a reply) begins with them."""
-    return encode_chat(tokenizer, messages)[0] + [tokenizer.assistant_id]
+    return encode_chat(tokenizer, messages, where)[0] + [tokenizer.assistant_id]
 
 
 def encode_prompts(tokenizer: Tokenizer, records: list[Record], longest: int) -> list[tuple]:
     """(record, ids) of the prompts that have at most `longest` tokens."""
-    pairs = []
-    for record in records:
-        try:
-            ids = encode_prompt(tokenizer, record.messages)
-        except UserError as error:  # a character outside the alphabet
-            raise UserError(f"{record.where}: {error}") from None
-        pairs += [(record, ids)] if len(ids) <= longest else []
-    return pairs
+    pairs = [(record, encode_prompt(tokenizer, record.messages, record.where)) for record in records]
+    return [(record, ids) for record, ids in pairs if len(ids) <= longest]
 
 
-def chat_samples(tokenizer: Tokenizer, messages: list[dict], turns: str = "all") -> list[tuple]:
-    """What is trained of one conversation, as a list of (ids, mask).
-
-    turns "all": every assistant turn in one pass, since a causal model does not see turn 2 in turn 1. "last":
-    the last turn. "each": a sample for each turn, which ends there; it trains what "all" does and reads more.
-    """
+def chat_samples(tokenizer: Tokenizer, messages: list[dict], turns: str = "all", where="text") -> list[tuple]:
+    """What is trained of a conversation: a list of (ids, mask). turns: "all" in one sample, since a causal
+    model does not see turn 2 in turn 1; the "last" alone; or "each" in a sample that ends with it."""
     if turns == "all":
-        return [encode_chat(tokenizer, messages)]
-    ends = [i for i, message in enumerate(messages, start=1) if message["role"] == "assistant"]
+        return [encode_chat(tokenizer, messages, where)]
+    replies = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     samples = []
-    for end in ends[-1:] if turns == "last" else ends:
-        ids, mask = encode_chat(tokenizer, messages[:end])
-        n_context = len(encode_prompt(tokenizer, messages[: end - 1]))
+    for i in replies[-1:] if turns == "last" else replies:
+        n_context = len(encode_prompt(tokenizer, messages[:i], where))
+        ids, mask = encode_chat(tokenizer, messages[: i + 1], where)
         samples.append((ids, [0] * n_context + mask[n_context:]))
     return samples
 
@@ -147,10 +133,8 @@ def truncate(tokenizer: Tokenizer, ids: list[int], mask: list[int], length: int)
         return ids, mask
     head = ids.index(tokenizer.end_id) + 1 if ids[1] == tokenizer.system_id else 1
     cut = head + len(ids) - length
-    tail = mask[cut:]
-    broken = tail.index(0) if 0 in tail else len(tail)  # what is left of a reply that the cut goes through
-    tail[:broken] = [0] * broken
-    return (ids[:head] + ids[cut:], mask[:head] + tail) if any(tail) else None
+    whole = list(dropwhile(bool, mask[cut:]))  # without what is left of a reply that the cut goes through
+    return (ids[:head] + ids[cut:], [0] * (length - len(whole)) + whole) if any(whole) else None
 
 
 def pack(lengths: list[int], length: int) -> list[list[int]]:
@@ -168,10 +152,9 @@ def pack(lengths: list[int], length: int) -> list[list[int]]:
 
 
 def collate(sequences: list[list[int]], masks: list[list[int]], rows=None, length=0, pad_id=0) -> tuple:
-    """(ids, targets, segment_ids), each (B, T) int64. The only place that shifts: a target is the next id of
-    the same sequence if its mask is 1, else -100. The last id of a sequence is an input without a target.
-    rows: for each row the numbers of its sequences (None: one each); segment_ids count them from 0, -1 is
-    padding. T is the longest row, or `length`."""
+    """(ids, targets, segment_ids), each int64 (B, T). The only place that shifts: a target is the next id of
+    its sequence if that has mask 1, else -100. rows: for each row the numbers of its sequences (None: one
+    each). segment_ids count them from 0; -1 is padding. T is the longest row, or `length`."""
     rows = [[i] for i in range(len(sequences))] if rows is None else rows
     T = length or max(sum(len(sequences[i]) for i in row) for row in rows)
     ids = torch.full((len(rows), T), pad_id)  # (B, T)
@@ -198,77 +181,57 @@ def shuffled(n: int, first: int, count: int, seed: int) -> list[int]:
 
 
 class Shuffled:
-    """Items in batches; a batch depends on (seed, step) alone. batch_size: items of a step over ALL ranks."""
+    """Items in batches; a batch depends on (seed, step) alone. batch_size: items of a step over ALL ranks.
+    truncated, dropped: how many were. fingerprint(): 16 hexadecimal digits, others for other items."""
 
-    def __init__(self, tokenizer: Tokenizer, seq_len: int, batch_size: int, seed: int):
-        self.tokenizer, self.seq_len, self.batch_size, self.seed = tokenizer, seq_len, batch_size, seed
-        self.items = []
+    def __init__(self, records: list[Record], items: list, what: str, seq_len: int, batch_size: int, seed):
+        self.items, self.what, self.seq_len = items, what, seq_len
+        self.batch_size, self.seed = batch_size, seed
+        if not items:
+            path = records[0].where.rpartition(":")[0]
+            raise UserError(f"{path}: found no {what} shorter than --seq_len {seq_len}")
 
     def __len__(self) -> int:
         return len(self.items)
 
     def fingerprint(self) -> str:
-        """16 hexadecimal digits that tell these items from others."""
         return hashlib.sha256(json.dumps(self.items).encode()).hexdigest()[:16]
 
     def of_step(self, step: int) -> list[int]:
         """Which items step `step`, counted from 0, trains."""
         return shuffled(len(self), step * self.batch_size, self.batch_size, self.seed)
 
-    def encode(self, record: Record, messages: list[dict], turns: str) -> list[tuple[list[int], list[int]]]:
-        try:
-            return chat_samples(self.tokenizer, messages, turns)
-        except UserError as error:  # a character outside the alphabet
-            raise UserError(f"{record.where}: {error}") from None
-
-    def check_items(self, records: list[Record], found: str) -> None:
-        if not self.items:
-            where = records[0].where.rpartition(":")[0]
-            raise UserError(f"{where}: found no {found} shorter than --seq_len {self.seq_len}")
+    def report(self) -> str:
+        return (f"{len(self)} samples used, {self.truncated} of them truncated, {self.dropped} dropped "
+                f"(no {self.what} shorter than {self.seq_len} tokens)")
 
 
 class Conversations(Shuffled):
-    """Batches of chat samples, (ids, mask). truncated, dropped: how many were. A sample is dropped if its
-    reply alone is longer than seq_len."""
+    """Batches of chat samples, (ids, mask). A sample is dropped if its reply alone is longer than seq_len."""
 
     def __init__(self, records, tokenizer: Tokenizer, seq_len: int, *, turns="all", batch_size=16, seed=0):
-        super().__init__(tokenizer, seq_len, batch_size, seed)
-        found = [sample for record in records for sample in self.encode(record, record.messages, turns)]
-        self.items += filter(None, (truncate(tokenizer, ids, mask, seq_len) for ids, mask in found))
-        self.samples, self.dropped = self.items, len(found) - len(self)
+        found = [sample for record in records
+                 for sample in chat_samples(tokenizer, record.messages, turns, record.where)]
+        cut = [truncate(tokenizer, ids, mask, seq_len) for ids, mask in found]
+        self.samples, self.dropped, self.pad_id = list(filter(None, cut)), cut.count(None), tokenizer.pad_id
         self.truncated = sum(len(ids) > seq_len for ids, _ in found) - self.dropped
-        self.check_items(records, "reply")
-
-    def report(self) -> str:
-        """What became of the conversations, and what an epoch costs."""
-        n_tokens, n_trained = map(sum, zip(*((len(ids), sum(mask)) for ids, mask in self.samples)))
-        n_steps = -(-len(self) // self.batch_size)
-        steps = [self.of_step(step) for step in range(min(n_steps, 200))]  # enough to say "about"
-        computed = sum(len(rows) * T for rows, T in map(self.layout, steps))
-        fill = sum(len(self.samples[i][0]) for step in steps for i in step) / computed
-        return (f"{len(self)} samples used, {self.truncated} of them truncated, {self.dropped} dropped "
-                f"(longer than {self.seq_len} tokens); {n_trained:,} of {n_tokens:,} tokens trained; rows "
-                f"filled to {'about ' * (n_steps > len(steps))}{fill:.1%}")
-
-    def layout(self, chosen: list[int]) -> tuple[list[list[int]], int]:
-        """(rows of indices into `chosen`, T). Of 16 row lengths T the one that leaves fewest places empty."""
-        lengths = [len(self.samples[i][0]) for i in chosen]
-        ways = [pack(lengths, T) for T in np.linspace(max(lengths), self.seq_len, 16, dtype=int).tolist()]
-        sized = [(rows, max(sum(lengths[i] for i in row) for row in rows)) for rows in ways]
-        return min(sized, key=lambda way: len(way[0]) * way[1])
+        super().__init__(records, self.samples, "reply", seq_len, batch_size, seed)
 
     def rows(self, chosen: list[int], rank: int = 0, world: int = 1) -> tuple:
-        """Rows rank::world of the chosen samples: (ids, targets, segment_ids), each (B, T). Rows of padding
-        give all ranks one shape."""
-        rows, T = self.layout(chosen)
-        rows += [[]] * (-len(rows) % world)
+        """Rows rank::world of the chosen samples: (ids, targets, segment_ids), each (B, T). Of 16 row lengths
+        T the one that leaves fewest places empty. Rows of padding give all ranks one shape."""
         sequences, masks = zip(*(self.samples[i] for i in chosen))
-        return collate(sequences, masks, rows[rank::world], T, self.tokenizer.pad_id)
+        lengths = list(map(len, sequences))
+        ways = [pack(lengths, T) for T in np.linspace(max(lengths), self.seq_len, 16, dtype=int).tolist()]
+        sized = [(rows, max(sum(lengths[i] for i in row) for row in rows)) for rows in ways]
+        rows, T = min(sized, key=lambda way: len(way[0]) * way[1])
+        rows += [[]] * (-len(rows) % world)
+        return collate(sequences, masks, rows[rank::world], T, self.pad_id)
 
-    def in_order(self, rank: int = 0, world: int = 1) -> Iterator[tuple]:
-        """Every sample once, batch_size at a time, for evaluation."""
+    def in_order(self, rank: int = 0, world: int = 1):
+        """Yields every sample once, batch_size at a time, for evaluation."""
         for first in range(0, len(self), self.batch_size):
-            yield self.rows(list(range(first, min(first + self.batch_size, len(self)))), rank, world)
+            yield self.rows(range(len(self))[first : first + self.batch_size], rank, world)
 
 
 class ReplyRows(NamedTuple):
@@ -285,52 +248,37 @@ class ReplyRows(NamedTuple):
 
 
 class Replies(Shuffled):
-    """Batches of groups of replies to one prompt, the best first. A group is a list of (ids, mask): prompt,
-    reply and end, of which reply and end are trained. pairs "none": a group is a prompt with all its replies;
-    "best-worst": with the first and the last; "all": a group of two for each pair of replies. Of equal
-    replies the best is kept. A prompt too long loses its beginning, the same for all its replies."""
+    """Batches of groups. A group is (ids, mask) of prompt and reply for the replies to one prompt, the best
+    first. pairs "none": all its replies; "best-worst": the first and the last; "all": each two of them. Of
+    equal replies the best is kept. A prompt too long loses its beginning, the same for all its replies."""
 
     def __init__(self, records, tokenizer: Tokenizer, seq_len: int, *, pairs="none", batch_size=16, seed=0):
-        super().__init__(tokenizer, seq_len, batch_size, seed)
-        self.groups, self.records = self.items, []  # records[g]: what groups[g] was made of
-        self.truncated = self.repeated = self.alike = self.too_long = 0
+        self.groups, self.records, self.pad_id = [], [], tokenizer.pad_id  # records[g]: of groups[g]
+        self.truncated = self.dropped = 0
         for record in records:
             kept = [i for i, text in enumerate(record.responses) if text not in record.responses[:i]]
-            replies = [{"role": "assistant", "content": record.responses[i]} for i in kept]
-            group = [self.encode(record, [*record.messages, reply], "last")[0] for reply in replies]
+            chats = [[*record.messages, {"role": "assistant", "content": record.responses[i]}] for i in kept]
+            group = [chat_samples(tokenizer, chat, "last", record.where)[0] for chat in chats]
             excess = max(0, max(len(ids) for ids, _ in group) - seq_len)
             group = [truncate(tokenizer, ids, mask, len(ids) - excess) for ids, mask in group]
-            self.repeated += len(record.responses) - len(kept)
             if len(kept) < 2 or None in group:
-                self.alike += len(kept) < 2
-                self.too_long += len(kept) >= 2
+                self.dropped += 1
                 continue
             self.truncated += excess > 0
-            places = list(range(len(kept)))
-            ways = {"none": [places], "best-worst": [[0, places[-1]]], "all": combinations(places, 2)}
+            ways = {"none": [kept], "best-worst": [[kept[0], kept[-1]]], "all": combinations(kept, 2)}
             for members in ways[pairs]:
-                self.groups.append([group[i] for i in members])
-                parts = {name: [values[kept[i]] for i in members] for name in ("responses", "tags", "scores")
+                self.groups.append([group[kept.index(i)] for i in members])
+                parts = {name: [values[i] for i in members] for name in ("responses", "tags", "scores")
                          if (values := getattr(record, name))}
                 self.records.append(dataclasses.replace(record, **parts))
-        self.check_items(records, "prompt with two different replies")
-
-    def report(self) -> str:
-        """What became of the records."""
-        samples = [sample for group in self.groups for sample in group]
-        n_tokens, n_replied = map(sum, zip(*((len(ids), sum(mask)) for ids, mask in samples)))
-        negatives = sum(record.negative for record in self.records)
-        return (f"{len(self)} groups{f' ({negatives} negatives)' if negatives else ''} of "
-                f"{len(samples) / len(self):.1f} replies, {n_replied:,} of {n_tokens:,} tokens in replies; "
-                f"{self.truncated} prompts truncated, {self.too_long} dropped (longer than {self.seq_len} "
-                f"tokens), {self.repeated} repeated replies left out, {self.alike} prompts dropped for it")
+        super().__init__(records, self.groups, "two different replies", seq_len, batch_size, seed)
 
     def sizes(self, chosen: list[int]) -> list[int]:
         return [len(self.groups[g]) for g in chosen]
 
-    def batches(self, chosen: list[int], size=0, rank: int = 0, world: int = 1) -> Iterator[ReplyRows]:
-        """Groups rank::world of the chosen ones, `size` at a time (0: all at once). All ranks get the same
-        number of batches: one of padding alone fills up."""
+    def batches(self, chosen: list[int], size=0, rank: int = 0, world: int = 1):
+        """Yields ReplyRows: groups rank::world of the chosen ones, `size` at a time (0: all at once). All
+        ranks get the same number of batches: one of padding alone fills up."""
         firsts = [0, *accumulate(self.sizes(chosen))]  # number of each group's first reply
         mine, share = range(rank, len(chosen), world), -(-len(chosen) // world)
         for i in range(0, share, size or share):
@@ -343,14 +291,22 @@ class Replies(Shuffled):
                       for j, end in zip(row, accumulate(lengths[j] for j in row))}
             ends = torch.tensor([at_end[j] for j in range(len(samples))], dtype=torch.long).view(-1, 2)
             ids, masks = [ids for ids, _ in samples], [mask for _, mask in samples]
-            tensors = collate(ids, masks, rows, 0 if samples else 1, self.tokenizer.pad_id)
+            tensors = collate(ids, masks, rows, 0 if samples else 1, self.pad_id)
             yield ReplyRows(at, self.sizes([chosen[g] for g in groups]), *tensors, ends.T)
+
+
+@dataclasses.dataclass
+class RehearsalConfig:
+    # optimisation
+    ptx: float = 0.0  # weight of the pretraining loss that is mixed in, against forgetting; 0: off
+    ptx_data: str = ""  # its text: .txt, .json or .jsonl
+
+    ptx_rows = 8  # rows of that text per update over all ranks
 
 
 class Rehearsal:
     """Text of pretraining beside the batches of a later stage: a small model soon forgets what is not asked
-    (Ouyang et al. 2022, equation 2, gamma). cfg has ptx (weight of the text's mean loss; 0: off), ptx_data,
-    ptx_rows, seq_len, seed, micro_batch_size."""
+    (Ouyang et al. 2022, equation 2, gamma). cfg: the flags of the script; without --ptx nothing is done."""
 
     def __init__(self, cfg, tokenizer: Tokenizer, ranks):
         if bool(cfg.ptx) != bool(cfg.ptx_data):
@@ -376,18 +332,16 @@ class Rehearsal:
             loss = -model(ids, targets, segment_ids=segment_ids, equal_weights=True).sum() / n_tokens
             zero.backward(self.cfg.ptx * loss)
             total += loss.detach()
-        loss, = self.ranks.sum(total)
-        return {"loss/ptx_avg": loss}, n_tokens
+        return {"loss/ptx_avg": self.ranks.sum(total)[0]}, n_tokens
 
 
 @dataclasses.dataclass
 class Config:
+    show: bool = False  # print what training reads, one token a line
     data: str = "stdlib"  # stdlib, shakespeare, or a text, .json or .jsonl file (or .gz of these)
-    tokenizer: str = "bpe"  # byte, char, bpe, a name that tiktoken knows, or a tokenizer.json
+    stage: Literal["pretrain", "sft"] = "pretrain"  # pretrain: a window of the text; sft: the first chat
+    tokenizer: str = "bpe"  # byte, char, bpe, a name that tiktoken knows, or a tokenizer.json; sft: byte
     vocab_size: int = 4096  # of bpe
-    cache: str = "data"  # folder for what is made here
-    show: bool = False  # also print a training sample: token, target, segment or trained?
-    stage: Literal["pretrain", "sft"] = "pretrain"  # what the sample is of; sft only shows
     seq_len: int = 64  # of the window, tokens
 
 
@@ -395,18 +349,13 @@ def main(argv=None) -> None:
     cfg = parse(Config, argv, __doc__)
     if cfg.stage == "sft":
         messages = read_chats(cfg.data)[0].messages
-        texts = [message["content"] for message in messages]
-        tokenizer = make_tokenizer("byte" if cfg.tokenizer == "bpe" else cfg.tokenizer, texts)
+        tokenizer = make_tokenizer("byte" if cfg.tokenizer == "bpe" else cfg.tokenizer)
         print(f"chat template: {CHAT_TEMPLATE}")
         sample = collate(*zip(encode_chat(tokenizer, messages)))
     else:
-        *files, path = prepare(cfg.data, tokenizer=cfg.tokenizer, vocab_size=cfg.vocab_size, cache=cfg.cache)
-        tokenizer = Tokenizer.load(path)
-        print(f"{path}: {tokenizer.kind}, {tokenizer.vocab_size} tokens")
-        for tokens in map(TokenFile, files):
-            print(f"{tokens.path}: {len(tokens)} tokens of {tokens.n_bytes} bytes; {tokens.note}")
-        sample = Windows(TokenFile(files[0]), cfg.seq_len, batch_size=1).batch(0) if cfg.show else []
-    for i, target, segment in zip(*(part[0].tolist() for part in sample)):
+        path, _, its = prepare(cfg.data, tokenizer=cfg.tokenizer, vocab_size=cfg.vocab_size)
+        tokenizer, sample = Tokenizer.load(its), Windows(TokenFile(path), cfg.seq_len, batch_size=1).batch(0)
+    for i, target, segment in zip(*(part[0].tolist() for part in sample)) if cfg.show else ():
         shown, trained = (repr(tokenizer.decode([target])), "trained") if target != IGNORE else ("-", "")
         note = trained if cfg.stage == "sft" else segment
         print(f"{tokenizer.decode([i])!r:24} {shown:24} {note}".rstrip())

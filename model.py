@@ -371,10 +371,10 @@ def generate_sorted(model, prompts, *, batch_size, seeds, progress=None, **optio
     return replies
 
 
-def greedy_replies(model, prompts, tokenizer, longest: int = 64) -> list[str]:
-    """Each prompt (a list of ids) with the likeliest reply, as text. One that leaves no room is left out."""
+def greedy_replies(model, prompts, tokenizer, longest: int = 64) -> str:
+    """Each prompt (a list of ids) with the likeliest reply, a line each. What leaves no room is left out."""
     prompts = [prompt for prompt in prompts if len(prompt) < model.config.max_seq_len]
     room = model.config.max_seq_len - max(map(len, prompts), default=0)
     replies = prompts and generate(model, prompts, max_new_tokens=min(room, longest), temperature=0,
                                    eos_id=tokenizer.end_id, banned=tokenizer.specials_but_end)
-    return [tokenizer.decode(prompt + reply) for prompt, reply in zip(prompts, replies)]
+    return "\n".join(f"    {tokenizer.decode(ids + new)!r}" for ids, new in zip(prompts, replies))

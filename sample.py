@@ -5,29 +5,25 @@
     python sample.py --model out/sft --chat --prompt "Who are you?"  one reply
     python sample.py --model out/sft --prompts prompts.jsonl --k 4 --temperature 1 --out samples.jsonl
 
-samples.jsonl has a line per prompt: {"prompt": messages, "responses": [k texts], "ended": [k times true or
-false]}.
+samples.jsonl has a line per prompt: {"prompt": messages, "responses": k texts, "ended": k booleans}
 """
-from __future__ import annotations
-
 import codecs
 import json
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from data import encode_prompt
-from evaluate import Reply, draw, load_language_model
+from data import encode_prompt, encode_prompts, expect_chat
+from evaluate import Reply, draw
 from lib.program import Progress, UserError, parse, replacing, require_positive, start
 from lib.ranks import setup
-from lib.records import read_prompts, read_text
+from lib.records import read_prompts
+from model import load_model
 
 
 @dataclass
 class Config:
-    # what
     model: str = "out/pretrain"  # folder of a run, or of a finished model
-    prompt: str = ""  # text to go on with, or with --chat to answer; empty: a new text; @FILE reads a file
+    prompt: str = ""  # text to go on with, or with --chat to answer; empty: a new text
     n: int = 1  # how many continuations
     chat: bool = False  # a conversation; with --prompt: one reply
     system: str = ""  # with --chat: what the assistant is told before the conversation
@@ -36,20 +32,12 @@ class Config:
     limit: int = 0  # answer only the first prompts of the file; 0: all
     out: str = "samples.jsonl"  # where the replies go
     batch_size: int = 64  # replies drawn at once
-    # how
     max_new_tokens: int = 0  # longest continuation or reply; 0: up to the model's longest row
     temperature: float = 0.8  # 1: the model's own distribution; 0: always the likeliest token
     top_k: int = 0  # draw among the k likeliest; 0: all
     top_p: float = 1.0  # draw among the likeliest that together reach p; 1: all
-    repetition_penalty: float = 1.0  # above 1: tokens already seen become less likely
     seed: int = 1  # the same seed draws the same text
     device: str = "auto"  # auto, cpu, cuda, cuda:N
-
-
-def how(cfg: Config) -> dict:
-    """Options of evaluate.draw."""
-    names = "batch_size", "temperature", "top_k", "top_p", "repetition_penalty"
-    return {name: getattr(cfg, name) for name in names}
 
 
 def longest_prompt(model, cfg: Config) -> int:
@@ -66,28 +54,24 @@ def write(model, tokenizer, prompt: list[int], seed: int, cfg: Config) -> Reply:
             print(decoder.decode(tokenizer.decode_bytes([token])), end="", flush=True)
 
     length = cfg.max_new_tokens or max(1, model.config.max_seq_len - len(prompt))
-    return draw(model, tokenizer, [prompt], [seed], max_new_tokens=length, on_token=show, **how(cfg))[0]
-
-
-def recent(tokenizer, messages: list[dict], longest: int) -> list[dict]:
-    """The conversation without its oldest exchanges, so that system message and prompt fit into `longest`."""
-    first = int(messages[0]["role"] == "system")
-    while len(messages) > first + 1 and len(encode_prompt(tokenizer, messages)) > longest:
-        messages = messages[:first] + messages[first + 2 :]
-    return messages
+    return draw(model, tokenizer, [prompt], [seed], batch_size=1, max_new_tokens=length, on_token=show,
+                temperature=cfg.temperature, top_k=cfg.top_k, top_p=cfg.top_p)[0]
 
 
 def answer(model, tokenizer, messages: list[dict], seed: int, cfg: Config) -> list[dict]:
-    """Print a reply to the conversation. Returns what of it the model has read, and the reply."""
-    messages = recent(tokenizer, messages, longest_prompt(model, cfg))
-    reply = write(model, tokenizer, encode_prompt(tokenizer, messages), seed, cfg)
+    """Print a reply to the user and the assistant's turns. The oldest go until there is room for it; what
+    --system says stays. Returns the turns that the model has read, and the reply."""
+    system = [{"role": "system", "content": cfg.system}] if cfg.system else []
+    while len(messages) > 1 and len(encode_prompt(tokenizer, system + messages)) > longest_prompt(model, cfg):
+        messages = messages[2:]
+    reply = write(model, tokenizer, encode_prompt(tokenizer, system + messages), seed, cfg)
     print("" if reply.ended else " ...")
     return [*messages, {"role": "assistant", "content": reply.text}]
 
 
-def chat(model, tokenizer, start: list[dict], cfg: Config) -> None:
-    """Answer what is typed, until /quit or the end of the input. Each conversation begins with `start`."""
-    messages, turn = start, 0
+def chat(model, tokenizer, cfg: Config) -> None:
+    """Answer what is typed, until /quit or the end of the input. /reset forgets the turns before."""
+    messages, turn = [], 0
     while True:
         try:
             said = input("> ").strip()
@@ -96,13 +80,13 @@ def chat(model, tokenizer, start: list[dict], cfg: Config) -> None:
         if said == "/quit":
             return
         if said == "/reset":
-            messages = start
+            messages = []
         elif said:
             try:
-                said = {"role": "user", "content": said}
-                messages = answer(model, tokenizer, [*messages, said], cfg.seed + turn, cfg)
+                question = {"role": "user", "content": said}
+                messages = answer(model, tokenizer, [*messages, question], cfg.seed + turn, cfg)
             except UserError as error:
-                print(f"error: {error}", file=sys.stderr)
+                print(f"error: {error}")
             except KeyboardInterrupt:  # ends this reply, which the conversation then forgets
                 print()
             turn += 1
@@ -111,43 +95,42 @@ def chat(model, tokenizer, start: list[dict], cfg: Config) -> None:
 def answer_file(model, tokenizer, cfg: Config) -> None:
     """k replies to each prompt of the file. A reply depends on (seed, prompt, number) alone."""
     records, longest = read_prompts(cfg.prompts)[: cfg.limit or None], longest_prompt(model, cfg)
-    prompts = [encode_prompt(tokenizer, record.messages) for record in records]
-    kept = [i for i, prompt in enumerate(prompts) if len(prompt) <= longest]
-    if not kept:
+    asked = encode_prompts(tokenizer, records, longest)
+    if not asked:
         raise UserError(f"{cfg.prompts}: found no prompt of {longest} tokens or fewer; others leave no room")
-    length = cfg.max_new_tokens or model.config.max_seq_len - max(len(prompts[i]) for i in kept)
-    tasks = [(i, number) for i in kept for number in range(cfg.k)]
-    replies = draw(model, tokenizer, [prompts[i] for i, _ in tasks],
-                   [(cfg.seed << 64) + (i << 32) + number for i, number in tasks], max_new_tokens=length,
-                   progress=Progress("replies"), **how(cfg))
+    length = cfg.max_new_tokens or model.config.max_seq_len - max(len(prompt) for _, prompt in asked)
+    seeds = [(cfg.seed << 64) + (i << 32) + number for i in range(len(asked)) for number in range(cfg.k)]
+    replies = draw(model, tokenizer, [prompt for _, prompt in asked for _ in range(cfg.k)], seeds,
+                   batch_size=cfg.batch_size, max_new_tokens=length, progress=Progress("replies"),
+                   temperature=cfg.temperature, top_k=cfg.top_k, top_p=cfg.top_p)
     with replacing(Path(cfg.out)) as temporary, open(temporary, "w", encoding="utf-8") as file:
-        for at, i in zip(range(0, len(replies), cfg.k), kept):
-            own, tag = replies[at : at + cfg.k], records[i].tag
-            line = {"prompt": records[i].messages, "responses": [reply.text for reply in own],
-                    "ended": [reply.ended for reply in own]} | ({"tag": tag} if tag else {})
+        for i, (record, _) in enumerate(asked):
+            own = replies[i * cfg.k : (i + 1) * cfg.k]
+            line = {"prompt": record.messages, "responses": [reply.text for reply in own],
+                    "ended": [reply.ended for reply in own]} | ({"tag": record.tag} if record.tag else {})
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
     ended = sum(reply.ended for reply in replies) / len(replies)
-    print(f"{cfg.out}: {len(replies)} replies to {len(kept)} prompts, {len(prompts) - len(kept)} dropped "
+    print(f"{cfg.out}: {len(replies)} replies to {len(asked)} prompts, {len(records) - len(asked)} dropped "
           f"(longer than {longest} tokens); {ended:.1%} ended by themselves")
 
 
 def main(argv=None) -> None:
     cfg = parse(Config, argv, __doc__)
-    require_positive(cfg, "n", "k", "batch_size", "top_p", "repetition_penalty")
-    device = setup(cfg.device, catch_signals=False).device
-    model, tokenizer, _ = load_language_model(cfg.model, device, chat=bool(cfg.chat or cfg.prompts))
-    text = read_text(cfg.prompt[1:]) if cfg.prompt.startswith("@") else cfg.prompt
-    start = [{"role": "system", "content": cfg.system}] if cfg.system else []
+    require_positive(cfg, "n", "k", "batch_size", "top_p")
+    model, tokenizer, config = load_model(cfg.model, head="lm")
+    model.to(setup(cfg.device, catch_signals=False).device)
+    if cfg.chat or cfg.prompts:
+        expect_chat(cfg.model, config)
     if cfg.prompts:
         answer_file(model, tokenizer, cfg)
-    elif cfg.chat and text:
-        answer(model, tokenizer, [*start, {"role": "user", "content": text}], cfg.seed, cfg)
+    elif cfg.chat and cfg.prompt:
+        answer(model, tokenizer, [{"role": "user", "content": cfg.prompt}], cfg.seed, cfg)
     elif cfg.chat:
-        chat(model, tokenizer, start, cfg)
+        chat(model, tokenizer, cfg)
     else:
         for number in range(cfg.n):
-            print("\n" + "-" * 40 + "\n" if number else "", end=text)
-            write(model, tokenizer, [tokenizer.bos_id, *tokenizer.encode(text)], cfg.seed + number, cfg)
+            print("\n" + "-" * 40 + "\n" if number else "", end=cfg.prompt)
+            write(model, tokenizer, [tokenizer.bos_id, *tokenizer.encode(cfg.prompt)], cfg.seed + number, cfg)
         print()
 
 

@@ -3,7 +3,7 @@
 # `bash test.sh --all` adds the slow tests. Other arguments go to pytest: bash test.sh -k attention
 set -euo pipefail
 cd "$(dirname "$0")"
-if ! cmp -s requirements.txt .venv/requirements.txt; then  # made once, and again when requirements.txt changes
+if ! cmp -s requirements.txt .venv/requirements.txt; then  # once, and after a change of requirements.txt
     echo "making .venv and installing requirements.txt ..."
     "${PYTHON:-python3}" -m venv .venv
     .venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt

@@ -13,8 +13,6 @@ Every reply of a preference file gets an end, so one that was cut off looks fini
     torchrun --nproc_per_node 2 train_dpo.py --data preferences.jsonl --init out/sft --zero 3 --out out/two
     python train_dpo.py --data preferences.jsonl --init out/sft --steps 5 --out out/toy           a first try
 """
-from __future__ import annotations
-
 import gc
 import math
 from dataclasses import dataclass
@@ -23,7 +21,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 
-from data import CHAT_TEMPLATE, Rehearsal, Replies, encode_prompt, expect_chat
+from data import CHAT_TEMPLATE, Rehearsal, RehearsalConfig, Replies, encode_prompt, expect_chat
 from lib.program import UserError, parse, require_positive, start
 from lib.ranks import setup
 from lib.records import read_preferences, split_prompts
@@ -33,7 +31,7 @@ from zero import Zero
 
 
 @dataclass
-class Config(RunConfig):  # the flags that all stages share are in lib/run.py
+class Config(RunConfig, RehearsalConfig):  # the flags that all stages share are in lib/run.py
     # data
     data: str = ""  # preferences: .json or .jsonl (or .gz) with chosen and rejected, or ranked responses
     pairs: Literal["best-worst", "all"] = "best-worst"  # of ranked replies: first and last, or all C(K,2)
@@ -46,14 +44,11 @@ class Config(RunConfig):  # the flags that all stages share are in lib/run.py
     epochs: float = 1.0  # times each pair is seen, if steps is 0
     batch_size: int = 16  # pairs per update over all ranks
     lr: float = 5e-4
-    ptx: float = 0.0  # weight of the pretraining loss that is mixed in, against forgetting; 0: off
-    ptx_data: str = ""  # its text: .txt, .json or .jsonl
     # run
     out: str = "out/dpo"
     init: str = "out/sft"
     eval_prompts: int = 3  # validation prompts answered at each evaluation; 0: none
 
-    ptx_rows = 8  # rows of that text per update over all ranks
     may_change = RunConfig.may_change | {"ref"}
 
     def __post_init__(self):
@@ -150,7 +145,7 @@ def main(argv=None) -> int:
     zero = Zero(model, units=model.units(), **cfg.zero_options(ranks))
     ref_zero = Zero(ref, units=ref.units(), frozen=True, **cfg.zero_options(ranks))
 
-    # data: read and encoded by every rank, since conversations are small
+    # data
     parts = split_prompts(read_preferences(cfg.data), cfg.val_fraction,
                           read_preferences(cfg.val_data) if cfg.val_data else None)
     train, val = (Replies(part, tokenizer, cfg.seq_len, pairs=cfg.pairs, batch_size=cfg.batch_size,
@@ -173,8 +168,7 @@ def main(argv=None) -> int:
     def evaluate_and_show() -> dict:
         prompts = [encode_prompt(tokenizer, record.messages) for record in val.records[:cfg.eval_prompts]]
         with zero.gathered():
-            for reply in greedy_replies(model, prompts, tokenizer):
-                run.say(f"    {reply!r}")
+            run.say(greedy_replies(model, prompts, tokenizer))
         return evaluate(all_logps(model, val, everything, micro or 16, ranks), val_ref, cfg)
 
     for step in run.steps(evaluate_and_show):

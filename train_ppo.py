@@ -30,8 +30,6 @@ alone. It counts at the last token, and missing_eos_penalty is taken off.
     torchrun --nproc_per_node 2 train_ppo.py --data prompts.jsonl --zero 3 --out out/two          two of them
     python train_ppo.py --data prompts.jsonl --init out/sft --reward_model out/rm --steps 3       a first try
 """
-from __future__ import annotations
-
 import copy
 import hashlib
 import itertools
@@ -42,7 +40,7 @@ from dataclasses import dataclass
 
 import torch
 
-from data import CHAT_TEMPLATE, Rehearsal, encode_prompts, expect_chat, shuffled
+from data import CHAT_TEMPLATE, Rehearsal, RehearsalConfig, encode_prompts, expect_chat, shuffled
 from lib.program import UserError, parse, require_positive, start
 from lib.ranks import setup
 from lib.records import read_prompts, split_records
@@ -54,7 +52,7 @@ from zero import Zero
 
 
 @dataclass
-class Config(RunConfig):  # the flags that all stages share are in lib/run.py
+class Config(RunConfig, RehearsalConfig):  # the flags that all stages share are in lib/run.py
     # data
     data: str = ""  # prompts: .json or .jsonl (or .gz) with {"prompt"}, or conversations less the last reply
     # rollouts
@@ -78,8 +76,6 @@ class Config(RunConfig):  # the flags that all stages share are in lib/run.py
     lr: float = 2e-4  # peak learning rate of the actor
     critic_lr: float = 0.0  # of the critic; 0: as the actor's
     warmup_steps: int = 5  # rollouts over which the rate climbs from 0
-    ptx: float = 0.0  # weight of the pretraining loss that is mixed in (PPO-ptx); 0: off
-    ptx_data: str = ""  # its text: .txt, .json or .jsonl
     # run
     out: str = "out/ppo"
     init: str = "out/sft"
@@ -88,7 +84,7 @@ class Config(RunConfig):  # the flags that all stages share are in lib/run.py
     save_every: int = 50
     log_every: int = 1
 
-    ptx_rows, eps, gamma = 4, 1e-5, 1.0  # no flags: rows of that text per update, AdamW's, discount per token
+    ptx_rows, eps, gamma = 4, 1e-5, 1.0  # no flags: rows of text rehearsed, AdamW's, discount per token
     may_change = RunConfig.may_change | {"reward_model"}
 
     def __post_init__(self):

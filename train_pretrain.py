@@ -8,8 +8,6 @@ m_t is 0 where there is nothing to predict: padding, and the start of the next d
     python train_pretrain.py --data my.txt --out out/mine                   your own text
     torchrun --nproc_per_node 2 train_pretrain.py --zero 3 --out out/two    two processes, on GPUs or CPU
 """
-from __future__ import annotations
-
 import dataclasses
 import math
 import os

@@ -14,8 +14,6 @@ end of the reply, since it alone has seen everything:
     torchrun --nproc_per_node 2 train_rm.py --data preferences.jsonl --zero 3 --out out/two       two
     python train_rm.py --data preferences.jsonl --init out/sft --steps 5 --out out/toy            a first try
 """
-from __future__ import annotations
-
 import itertools
 import math
 from collections import defaultdict
@@ -88,7 +86,7 @@ def calibration_error(differences, n_bins: int = 10) -> float:
     """Expected calibration error (Guo et al. 2017, equation 3) of sigmoid(r_i - r_j) as a probability: over
     bins of the confidence in the favourite, 0.5 to 1, |how often it was preferred - mean confidence|."""
     confidence = differences.abs().sigmoid()
-    bins = ((confidence - 0.5) * 2 * n_bins).long().clamp(max=n_bins - 1)
+    bins = ((confidence - 0.5) * 2 * n_bins).long().clamp(0, n_bins - 1)
     gaps = torch.zeros(n_bins, dtype=confidence.dtype).index_add_(0, bins, wins(differences) - confidence)
     return (gaps.abs().sum() / len(differences)).item()
 
@@ -155,7 +153,7 @@ def main(argv=None) -> int:
     flops = model.flops_per_token(cfg.seq_len)
     zero = Zero(model, units=model.units(), **cfg.zero_options(ranks))
 
-    # data: read and encoded by every rank, since conversations are small
+    # data
     ranked, held_out = split_prompts(read_preferences(cfg.data), cfg.val_fraction,
                                      read_preferences(cfg.val_data) if cfg.val_data else None)
     ranked += random_negatives(ranked, cfg.negatives, cfg.seed)

@@ -11,15 +11,13 @@ conversations share a row without seeing each other. With --ptx, text of pretrai
     torchrun --nproc_per_node 2 train_sft.py --data chats.jsonl --init out/pretrain --zero 3 --out out/two
     python train_sft.py --data chats.jsonl --init out/pretrain --steps 5 --out out/toy    a first try
 """
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 
-from data import CHAT_TEMPLATE, Conversations, Rehearsal, encode_prompt
+from data import CHAT_TEMPLATE, Conversations, Rehearsal, RehearsalConfig, encode_prompt
 from lib.program import parse, start
 from lib.ranks import setup
 from lib.records import read_chats, split_records
@@ -29,20 +27,16 @@ from zero import Zero
 
 
 @dataclass
-class Config(RunConfig):  # the flags that all stages share are in lib/run.py
+class Config(RunConfig, RehearsalConfig):  # the flags that all stages share are in lib/run.py
     # data
     data: str = ""  # conversations: .json or .jsonl (or .gz) with messages, Alpaca or ShareGPT records
     turns: Literal["all", "last", "each"] = "all"  # train every turn in one pass, the last, or each by itself
     # optimisation
     epochs: float = 3.0  # times each conversation is seen, if steps is 0
-    ptx: float = 0.0  # weight of the pretraining loss that is mixed in, against forgetting; 0: off
-    ptx_data: str = ""  # its text: .txt, .json or .jsonl
     # run
     out: str = "out/sft"
     init: str = "out/pretrain"
     eval_prompts: int = 3  # validation prompts answered at each evaluation; 0: none
-
-    ptx_rows = 8  # rows of that text per update over all ranks
 
 
 def sft_loss(logp):
@@ -53,16 +47,15 @@ def sft_loss(logp):
 @torch.no_grad()
 def evaluate(model, chats: Conversations, rows: int, ranks) -> dict:
     """Mean loss per trained token of the validation replies, and how many tokens are the model's first guess.
-
-    rows: how many of them one forward reads."""
+    One forward reads at most `rows` rows."""
     loss, right, count = torch.zeros((), device=ranks.device, dtype=torch.float64), 0, 0
     for batch in chats.in_order(ranks.rank, ranks.world):
         for part in zip(*(whole.split(rows) for whole in batch)):
             ids, targets, segment_ids = (x.to(ranks.device) for x in part)  # (b, T) each
             logp, _, hits = model(ids, targets, segment_ids=segment_ids, with_stats=True)  # (b, T) each
             loss += sft_loss(logp)
-            right += int(hits[targets >= 0].sum())
-            count += int((targets >= 0).sum())
+            trained = targets >= 0
+            right, count = right + int(hits[trained].sum()), count + int(trained.sum())
     loss, right, count = ranks.sum(loss, right, count)
     mean = loss / count
     return {"eval_loss": mean, "eval_perplexity": math.exp(min(mean, 700.0)),
@@ -99,8 +92,7 @@ def main(argv=None) -> int:
         asked = val_records[:cfg.eval_prompts]
         prompts = [encode_prompt(tokenizer, record.messages[:-1]) for record in asked]
         with zero.gathered():
-            for reply in greedy_replies(model, prompts, tokenizer):
-                run.say(f"    {reply!r}")
+            run.say(greedy_replies(model, prompts, tokenizer))
         return evaluate(model, val, min(micro, 16), ranks)
 
     for step in run.steps(evaluate_and_show):

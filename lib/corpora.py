@@ -15,24 +15,23 @@ import random
 import re
 import struct
 import sys
-import sysconfig
 import urllib.request
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
-import tiktoken
 
 from lib.program import UserError, replacing
 from lib.records import by_form, check_text, read_records, read_text
-from lib.tokenizer import SEPARATOR, Tokenizer, make_tokenizer
+from lib.tokenizer import Tokenizer, make_tokenizer
 
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
-STDLIB = Path(sysconfig.get_paths()["stdlib"])
+STDLIB = Path(os.__file__).parent
 STDLIB_SKIP = set("site-packages dist-packages test tests idlelib lib2to3 turtledemo encodings".split())
 DOCSTRING_OWNERS = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+SEPARATOR = re.compile(r"(?m)^<\|endoftext\|>\r?$\n?")  # a line of its own between two documents
 TEXTS = {("text",): lambda record, where: check_text(record["text"], f'{where}, "text"')}  # a form of records
 
 
@@ -65,16 +64,15 @@ def stdlib_documents() -> list[str]:
 
 
 def shakespeare_file(cache) -> Path:
-    """Where tiny Shakespeare lies (1.1 MB, public domain): downloaded once, its checksum always compared."""
+    """Where tiny Shakespeare lies (1.1 MB, public domain). It is downloaded once."""
     path = Path(cache) / "tinyshakespeare.txt"
-    try:
-        stored = path.exists()
-        content = (path.open("rb") if stored else urllib.request.urlopen(SHAKESPEARE_URL, timeout=30)).read()
-        if hashlib.sha256(content).hexdigest() != SHAKESPEARE_SHA256:
-            raise OSError("another text by its sha256")
-    except OSError as error:
-        raise UserError(f"tiny Shakespeare: found {error}; put {SHAKESPEARE_URL} there as {path}") from None
-    if not stored:
+    if not path.exists():
+        try:
+            content = urllib.request.urlopen(SHAKESPEARE_URL, timeout=30).read()
+            if hashlib.sha256(content).hexdigest() != SHAKESPEARE_SHA256:
+                raise OSError("another text by its sha256")
+        except OSError as error:
+            raise UserError(f"tiny Shakespeare: {error}; put {SHAKESPEARE_URL} there as {path}") from None
         with replacing(path) as temporary:
             temporary.write_bytes(content)
     return path
@@ -106,34 +104,27 @@ def write_token_file(path, arrays: Iterable, tokenizer: Tokenizer, n_bytes: int,
     width = 2 if tokenizer.vocab_size <= 1 << 16 else 4
     ids = np.concatenate([np.asarray(array, f"<u{width}") for array in arrays])
     head = HEADER.pack(MAGIC, VERSION, width, tokenizer.vocab_size, tokenizer.fingerprint.encode(), len(ids),
-                       int((ids != tokenizer.bos_id).sum()), n_bytes,
-                       note.encode()[:188].decode(errors="ignore").encode(), 0)[:-4]  # never half a character
+                       int((ids != tokenizer.bos_id).sum()), n_bytes, note.encode(), 0)[:-4]
     with replacing(Path(path)) as temporary:
         temporary.write_bytes(head + struct.pack("<I", zlib.crc32(head)) + ids.tobytes())
 
 
 class TokenFile:
-    """A token file, memory-mapped. Each document in it is bos + ids + end.
-
-    ids: uint16 or uint32 (tokens,), a view of the file; vocab_size, fingerprint, pad_id, bos_id: of its
-    tokenizer; n_targets: ids to predict, all but bos; n_bytes: of the UTF-8 text; note: where it comes from.
-    Bits per byte are mean loss * n_targets / (n_bytes * ln 2). UserError: damaged, or of another tokenizer.
-    """
+    """ids: uint16 or uint32 (tokens,), a view of the file; of each document bos + ids + end. vocab_size,
+    fingerprint, pad_id, bos_id: of its tokenizer. n_targets: ids to predict, all but bos. n_bytes: of the
+    UTF-8 text; bits per byte are mean loss * n_targets / (n_bytes * ln 2). note: where the text comes from.
+    map: the memory that holds the file. UserError for a damaged file, or one of another tokenizer."""
 
     def __init__(self, path, tokenizer: Tokenizer | None = None):
-        try:
-            with open(path, "rb") as file:
-                head, size = file.read(HEADER.size).ljust(HEADER.size), os.path.getsize(path)
-                magic, version, width, self.vocab_size, fingerprint, count, *more, crc = HEADER.unpack(head)
-                right = MAGIC, VERSION, zlib.crc32(head[:-4]), HEADER.size + count * width
-                if (magic, version, crc, size) != right:
-                    raise UserError(f"{path}: found {magic!r}, version {version}, {size} bytes, expected "
-                                    f"all of a {MAGIC!r}, version {VERSION}; delete its folder to renew it")
-                self.map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        except OSError as error:
-            raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+        with open(path, "rb") as file:
+            head, size = file.read(HEADER.size).ljust(HEADER.size), os.path.getsize(path)
+            magic, version, width, self.vocab_size, fingerprint, count, *more, crc = HEADER.unpack(head)
+            whole = MAGIC, VERSION, zlib.crc32(head[:-4]), HEADER.size + count * width
+            if (magic, version, crc, size) != whole:
+                raise UserError(f"{path}: found no whole token file, expected one; delete its folder")
+            self.map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         self.path, (self.n_targets, self.n_bytes, note) = path, more
-        self.fingerprint, self.note = (x.rstrip(b"\0").decode(errors="replace") for x in (fingerprint, note))
+        self.fingerprint, self.note = (x.rstrip(b"\0").decode(errors="ignore") for x in (fingerprint, note))
         if tokenizer and self.fingerprint != tokenizer.fingerprint:
             raise UserError(f"{path}: found tokenizer {self.fingerprint}, expected {tokenizer.fingerprint}")
         self.ids = np.frombuffer(self.map, f"<u{width}", count, HEADER.size)  # slices faster than np.memmap
@@ -142,26 +133,16 @@ class TokenFile:
     def __len__(self) -> int:
         return len(self.ids)
 
-    def forget_pages(self) -> None:
-        """Pages that were read count as memory of this process until it gives them back."""
-        self.map.madvise(mmap.MADV_DONTNEED)
-
 
 def pieces(text: str, size: int = 1 << 20) -> list[str]:
-    """A long text in parts of about `size` characters, whose ids one after the other are those of the whole.
-    Any tokenizer begins anew before a space behind a word, and behind the end of a line if a word follows."""
+    """Parts of a text, of about `size` characters: they take less memory to encode. The ids are those of the
+    whole: any tokenizer begins anew before a space behind a word, and on a new line that begins with one."""
     return re.findall(rf"(?s).{{{size}}}.*?(?:\S(?= )|\S\n(?=\w))|.+", text)
-
-
-def encode_documents(documents: list[str], tokenizer: Tokenizer) -> Iterator:
-    """bos + ids + end of each document, in pieces: encoding takes many times the memory of the text."""
-    for document in documents:
-        yield from ([tokenizer.bos_id], *map(tokenizer.encode_array, pieces(document)), [tokenizer.end_id])
 
 
 def split_documents(documents: list[str], val_fraction: float) -> tuple[list[str], list[str]]:
     """(training, validation): validation is the last val_fraction of characters. A document may be cut."""
-    left = int(sum(map(len, documents)) * (1 - val_fraction))  # characters that still go to training
+    left = max(0, int(sum(map(len, documents)) * (1 - val_fraction)))  # what still goes to training
     train, val = [], []
     for document in documents:
         train.append(document[:left])
@@ -181,16 +162,11 @@ def identity(data: str) -> list:
 
 def prepare(data: str, *, tokenizer="bpe", vocab_size=4096, val_data="", val_fraction=0.1, cache="data"):
     """Make or find the token files of a corpus. Returns the paths (train.bin, val.bin, tokenizer.json).
-
     data, val_data: as in read_corpus; without val_data the last val_fraction of data is validation.
-    tokenizer: byte, char, bpe, a name that tiktoken knows, or a tokenizer.json; vocab_size: of bpe.
-    Their folder in `cache` is named after a hash of all that decides the ids: a second start reads no text.
-    """
-    if not val_data and not 0 < val_fraction < 1:
-        raise UserError(f"--val_fraction: found {val_fraction}, expected a number between 0 and 1")
-    spec = Tokenizer.load(tokenizer).fingerprint if os.path.isfile(tokenizer) else tokenizer
-    if spec in tiktoken.list_encoding_names():
-        make_tokenizer(spec)  # fetch it, as the user names it; the tokenizer.json below will not
+    tokenizer, vocab_size: as in make_tokenizer. The folder in `cache` is named after a hash of all that
+    decides the ids: a second start reads no text."""
+    made = None if tokenizer in ("char", "bpe") else make_tokenizer(tokenizer)  # fetches what only has a name
+    spec = made.fingerprint if made and made.path else tokenizer
     decides = [VERSION, identity(data), identity(val_data) if val_data else val_fraction, spec, vocab_size]
     key = hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:12]
     folder = Path(cache) / f"{Path(data).name.split('.')[0]}-{Path(tokenizer).stem}-{key}"
@@ -200,16 +176,18 @@ def prepare(data: str, *, tokenizer="bpe", vocab_size=4096, val_data="", val_fra
     train = read_corpus(data, cache)
     train, val = (train, read_corpus(val_data, cache)) if val_data else split_documents(train, val_fraction)
     if not train or not val:
-        raise UserError(f"{data}: found too little text for --val_fraction {val_fraction}; give more")
+        raise UserError(f"{data}: found no text to train on, or none for --val_fraction {val_fraction}")
     # BPE learns from training text alone; the alphabet is that of all text, or validation cannot be encoded.
-    encoder = make_tokenizer(tokenizer, train + val if tokenizer == "char" else train, vocab_size)
+    made = made or make_tokenizer(tokenizer, train + val if tokenizer == "char" else train, vocab_size)
     with replacing(folder) as temporary:  # of processes that start together, one wins
         temporary.mkdir()
-        encoder.save(temporary / "tokenizer.json")
+        made.save(temporary / "tokenizer.json")
         for path, part, source in zip(paths, (train, val), (data, val_data or data)):
             text = "".join(part).encode()
             source = f"stdlib of Python {sys.version.split()[0]}" if source == "stdlib" else source
             note = (f"{len(part)} documents, {sum(map(len, part))} characters, "
                     f"sha256 {hashlib.sha256(text).hexdigest()[:16]}, {source}")
-            write_token_file(temporary / path.name, encode_documents(part, encoder), encoder, len(text), note)
+            ids = (array for document in part for array in
+                   ([made.bos_id], *map(made.encode_array, pieces(document)), [made.end_id]))
+            write_token_file(temporary / path.name, ids, made, len(text), note)
     return paths

@@ -45,7 +45,7 @@ def load_json(text: str, path, line: int = 1, decode=json.loads):
 
 def read_records(path) -> Iterator[tuple[str, dict]]:
     """(where, record) for each record; where is "file:line". An array and lines are read alike: the commas,
-    brackets and white space between two records are skipped."""
+    brackets and white space between two records are skipped. But an array must end, or records are lost."""
     text, decoder, between = read_text(path), json.JSONDecoder(), re.compile(r"[\s,\[\]]*")
     line, end = 1, 0
     while (start := between.match(text, end).end()) < len(text):
@@ -55,29 +55,27 @@ def read_records(path) -> Iterator[tuple[str, dict]]:
             raise UserError(f"{path}:{line}: found {found_in(record)}, expected a record {{...}}")
         yield f"{path}:{line}", record
         line += text.count("\n", start, end)
+    if text.lstrip().startswith("[") and not text.rstrip().endswith("]"):
+        raise UserError(f"{path}:{line}: found an array without an end, expected ]; the file may be cut off")
 
-
-# ---- the public forms of a record --------------------------------------------------------------------------
 
 @dataclasses.dataclass
 class Record:
-    """A conversation [{"role": system | user | assistant, "content": text}, ...], or a prompt with responses.
-    tags, scores: one per response, or none; they are reported, never trained on. where: file and line."""
-    where: str
+    """A conversation [{"role": system | user | assistant, "content": text}, ...]; or a prompt and replies."""
+    where: str  # file and line
     messages: list[dict]
     responses: list[str] = dataclasses.field(default_factory=list)  # the best first
-    tag: str = ""
-    tags: list[str] = dataclasses.field(default_factory=list)
+    tag: str = ""  # this and the next two are reported, never trained on
+    tags: list[str] = dataclasses.field(default_factory=list)  # one per response, or none
     scores: list[float] = dataclasses.field(default_factory=list)
     negative: bool = False  # made by random_negatives
 
 
 def check_text(text, where: str, blank: bool = True) -> str:
-    """The text itself. UserError for another type, for half a surrogate pair (JSON can hold it, UTF-8 cannot)
-    and, if blank is False, for a blank text."""
+    """The text. UserError for another type, for half a surrogate pair and, if not blank, for no words."""
     if not isinstance(text, str):
         raise UserError(f"{where}: found {type(text).__name__}, expected a string")
-    if half := re.search("[\ud800-\udfff]", text):
+    if half := re.search("[\ud800-\udfff]", text):  # JSON can hold it, UTF-8 cannot
         raise UserError(f"{where}: found half a character {half[0]!a} at {half.start()}, expected it whole")
     if not blank and not text.strip():
         raise UserError(f"{where}: found a blank text, expected words; remove the record or fill it in")
@@ -112,11 +110,10 @@ def messages_of(turns, where: str) -> list[dict]:
     for i, turn in enumerate(turns, start=1):
         spot = f"{where}, message {i}"
         name, content = by_form(TURNS, turn, spot)
-        if (role := ROLES.get(str(name))) is None:
-            raise UserError(f"{spot}: found the role {found_in(name)}, expected {', '.join(ROLES)}")
+        role = ROLES.get(str(name))
         due = "assistant" if messages and messages[-1]["role"] == "user" else "user"
         if role != due and not (i == 1 and role == "system"):
-            raise UserError(f"{spot}: found a turn of the {role}, expected the {due}; turns alternate")
+            raise UserError(f"{spot}: found the role {found_in(name)}, expected the {due}; turns alternate")
         messages.append({"role": role, "content": check_text(content, spot, blank=False)})
     return messages
 
@@ -199,8 +196,6 @@ read_chats = functools.partial(read, record_of=chat_of)  # (path) -> list[Record
 read_prompts = functools.partial(read, record_of=prompt_of)
 read_preferences = functools.partial(read, record_of=preference_of)
 
-
-# ---- training and validation -------------------------------------------------------------------------------
 
 def split_records(records: list, val_fraction: float) -> tuple[list, list]:
     """(training, validation): validation is the last val_fraction of the records."""

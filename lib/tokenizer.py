@@ -16,38 +16,30 @@ and repeat. In a tie the smaller ids win. "low" 5 times, "lower" 2, "newest" 6 a
 
 The six special tokens (document start, whose turn, end) have the last ids. They never come from text: whoever
 types "<|end|>" gets the ids of seven characters.
-
-    python -m lib.tokenizer --train book.txt --vocab_size 4096 --out tokenizer.json
-    python -m lib.tokenizer --show "Hello there" --tokenizer tokenizer.json
 """
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import heapq
 import json
-import os
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 import regex  # comes with tiktoken; the standard `re` knows no \p{L}
-import tiktoken
 import tiktoken.load
 
-from lib.program import UserError, parse, replacing, start
+from lib.program import UserError, replacing
 from lib.records import check_text, load_json, read_text
 
 SPECIALS = ("<|pad|>", "<|bos|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
-SEPARATOR = regex.compile(r"(?m)^<\|endoftext\|>\r?$\n?")  # a line of its own between two documents
 FORMAT = "llm-from-zero tokenizer, version 1"
 
 # What cuts text into pieces; merges never cross a cut. GPT-2's pattern, but
 # - a word goes on through combining marks and joiners: \p{L}+ alone cuts Hindi before every vowel sign;
 # - numbers are cut after three digits, as in GPT-4, so that no long number becomes a token;
-# - no piece has more than 32 characters and a space: a megabyte of "a" would cost quadratic time, and one of
-#   spaces would overflow tiktoken's stack.
+# - no piece is long: a megabyte of "a" would cost quadratic time, one of spaces would end tiktoken's stack.
 WORD_PATTERN = "|".join((
     r"'(?:[sdmt]|ll|ve|re)",
     r" ?\p{L}[\p{L}\p{M}\u200c\u200d]{0,31}",
@@ -62,10 +54,8 @@ def train_bpe(documents: list[str], vocab_size: int) -> list[bytes]:
     comes once is not merged, so a small text gives fewer."""
     if vocab_size < 262:
         raise UserError(f"--vocab_size {vocab_size}: expected at least 262, all bytes and the special tokens")
-    pieces = Counter()
-    for document in documents:
-        pieces.update(match.group() for match in regex.finditer(WORD_PATTERN, document))
-    return merge_pairs(pieces, vocab_size - 262)
+    found = (regex.finditer(WORD_PATTERN, document) for document in documents)
+    return merge_pairs(Counter(match.group() for matches in found for match in matches), vocab_size - 262)
 
 
 def merge_pairs(pieces: dict[str, int], n_merges: int) -> list[bytes]:
@@ -119,7 +109,7 @@ def named_encoding(name: str, fetch: bool) -> tiktoken.Encoding:
     except Exception as error:  # no network, a proxy's page in place of the file, a read-only cache, ...
         why = f"could not be fetched ({type(error).__name__})" if fetch else "a file may not fetch it"
         raise UserError(f"tokenizer {name[:40]!r} is not in tiktoken's cache (TIKTOKEN_CACHE_DIR), {why}: "
-                        f"run python -m lib.tokenizer --show x --tokenizer {name}, or use bpe") from None
+                        f"run python data.py --tokenizer {name} with a network, or use bpe") from None
     finally:
         tiktoken.load.read_file = read_file
 
@@ -128,12 +118,10 @@ def build_encoding(kind: str, alphabet: str, merged: Sequence[str], fetch: bool)
     """The encoding of a kind of tokenizer, with our special tokens at its end. All its ids decode."""
     ranks = {bytes([byte]): byte for byte in range(256)}
     pattern, reserved = WORD_PATTERN, {}
-    if kind == "byte":
-        pattern = r"(?s:.{1,64})"  # without merges it does not matter where to cut; long pieces are faster
+    if kind in ("byte", "bpe"):  # byte has no merges
+        ranks |= {token.encode("latin-1"): 256 + i for i, token in enumerate(merged)}
     elif kind == "char":  # whole pieces, of one character here, are looked up first: bytes need no ranks
         pattern, ranks = r"(?s:.)", {char.encode("utf-8"): i for i, char in enumerate(alphabet)}
-    elif kind == "bpe":
-        ranks |= {token.encode("latin-1"): 256 + i for i, token in enumerate(merged)}
     else:
         named = named_encoding(kind, fetch)
         pattern, ranks = named._pat_str, named._mergeable_ranks
@@ -163,15 +151,15 @@ class Tokenizer:
         self.pad_id, self.bos_id, self.system_id, self.user_id, self.assistant_id, self.end_id = ids
         self.specials_but_end = tuple(ids[:-1])  # what a completion of plain text must not draw
 
-    def encode(self, text: str) -> list[int]:
-        """Ordinary text: the names of special tokens are spelled out. UserError for a character outside the
-        alphabet, where tiktoken would panic, and for half a surrogate pair, which it would replace."""
-        check_text(text, "text")
-        if self.alphabet and (foreign := set(text) - self.alphabet):
+    def encode(self, text: str, where: str = "text") -> list[int]:
+        """Ordinary text: the names of special tokens are spelled out. UserError, which names `where`, for a
+        character outside the alphabet (tiktoken would panic) and for half a surrogate pair."""
+        check_text(text, where)
+        if self.kind == "char" and (foreign := set(text) - self.alphabet):
             i = min(map(text.index, foreign))
-            raise UserError(f"text, character {i}: found {text[i]!r} (U+{ord(text[i]):04X}), expected one of "
-                            f"the tokenizer's {len(self.alphabet)}; use --tokenizer bpe or byte")
-        return self.encoding.encode_ordinary(text)  # tiktoken 0.9: encode_to_numpy takes specials
+            raise UserError(f"{where}, character {i}: found {text[i]!r} (U+{ord(text[i]):04X}), expected one "
+                            f"of the tokenizer's {len(self.alphabet)}; use --tokenizer bpe or byte")
+        return self.encoding.encode_ordinary(text)
 
     def encode_array(self, text: str) -> np.ndarray:
         """`encode` as an array (tokens,): uint16, or uint32 where vocab_size > 65536."""
@@ -200,8 +188,7 @@ class Tokenizer:
             if {**tokenizer.content, "fingerprint": tokenizer.fingerprint} != content:
                 raise ValueError
         except (AttributeError, KeyError, TypeError, ValueError):
-            raise UserError(f"{path}: found another or a changed file, expected a tokenizer.json as "
-                            "Tokenizer.save writes it; make it again") from None
+            raise UserError(f"{path}: found another or a changed file, expected a tokenizer.json") from None
         tokenizer.path = str(path)
         return tokenizer
 
@@ -214,42 +201,9 @@ def make_tokenizer(spec: str, text: str | Iterable[str] = "", vocab_size: int = 
         return Tokenizer(spec)
     if spec in ("char", "bpe"):
         documents = [text] if isinstance(text, str) else list(text)
-        if not any(documents):
-            raise UserError("the training text of the tokenizer is empty; expected some characters")
         if spec == "char":
             return Tokenizer("char", alphabet="".join(sorted(set().union(*documents))))
         return Tokenizer("bpe", merged=[t.decode("latin-1") for t in train_bpe(documents, vocab_size)[256:]])
-    if spec.endswith(".json") or os.path.isfile(spec):
+    if spec.endswith(".json") or Path(spec).is_file():
         return Tokenizer.load(spec)
     raise UserError(f"--tokenizer {spec}: expected char, bpe, {', '.join(names)} or a tokenizer.json")
-
-
-@dataclasses.dataclass
-class Config:
-    train: str = ""  # UTF-8 text to learn a bpe vocabulary from
-    vocab_size: int = 4096  # ids in all, bytes and special tokens included
-    out: str = "tokenizer.json"  # where --train writes
-    show: str = ""  # text, or a file of it, of which to print the tokens
-    tokenizer: str = ""  # what --show uses: byte, gpt2, ... or a tokenizer.json; empty: --out
-
-
-def main(argv: list[str] | None = None) -> None:
-    cfg = parse(Config, argv, __doc__)
-    if not cfg.train and not cfg.show:
-        raise UserError("nothing to do; expected --train FILE or --show TEXT_OR_FILE (see --help)")
-    if cfg.train:
-        tokenizer = make_tokenizer("bpe", SEPARATOR.split(read_text(cfg.train)), cfg.vocab_size)
-        tokenizer.save(cfg.out)
-        print(f"{cfg.out}: {tokenizer.vocab_size} tokens, fingerprint {tokenizer.fingerprint}")
-    if cfg.show:
-        tokenizer = make_tokenizer(cfg.tokenizer or cfg.out)
-        text = read_text(cfg.show) if os.path.isfile(cfg.show) else cfg.show
-        ids = tokenizer.encode(text)
-        for i in ids:
-            token = tokenizer.decode([i])  # shown as bytes where it is not whole characters
-            print(f"{i:8d}  {tokenizer.decode_bytes([i]) if chr(0xFFFD) in token else token!r}")
-        print(f"{len(ids)} tokens, {len(text)} characters, {tokenizer.kind}, {tokenizer.vocab_size} ids")
-
-
-if __name__ == "__main__":
-    start(main)

@@ -6,6 +6,7 @@
 What is read is used as the scripts use it: laid into batches, encoded, decoded. Exit code 1 if any try fails.
 """
 import gzip
+import hashlib
 import json
 import random
 import shutil
@@ -24,7 +25,7 @@ from data import Conversations, Replies, Windows, eval_windows
 from lib.corpora import TokenFile, prepare, write_token_file
 from lib.program import UserError
 from lib.records import read_chats, read_preferences, read_prompts
-from lib.tokenizer import Tokenizer, fingerprint, make_tokenizer
+from lib.tokenizer import Tokenizer, make_tokenizer
 
 SECONDS = 5  # of computing, so that a busy machine is no failure
 PIECES = (b"9" * 30, b"[" * 3000, b'{"a":' * 2000, b"null", b'"', b"{}", b"[]", b"1e999", b"-1", b"0", b"NaN",
@@ -163,7 +164,9 @@ def use_tokenizer(folder: Path, r: random.Random):
     if r.random() < 0.5:
         content = json.loads(mutate_content(json.loads(data), r))
         if isinstance(content, dict) and "fingerprint" in content:
-            content["fingerprint"] = fingerprint(content)
+            del content["fingerprint"]
+            canonical = json.dumps(content, sort_keys=True, separators=(",", ":")).encode()
+            content["fingerprint"] = hashlib.sha256(canonical).hexdigest()[:16]
         path.write_text(json.dumps(content))
     else:
         path.write_bytes(mutate_bytes(data, r))

@@ -62,7 +62,7 @@ def arguments(script: str, inputs: Path, out, *more) -> list[str]:
         "sft": f"--data {inputs}/chats.jsonl {chat} --batch_size 4 --eval_prompts 0",
         "rm": pairs, "dpo": pairs,
         "ppo": f"--data {inputs}/prompts.jsonl {chat} --reward_model {inputs}/rm --batch_size 8 "
-               "--minibatches 2 --max_new_tokens 6 --eval_prompts 2 --target_kl 0.05 --kl_horizon 100 "
+               "--minibatches 2 --max_new_tokens 6 --eval_prompts 2 "
                "--stop_kl 0"}[script]
     shared = "--resume --save_every 1 --eval_every 0 --log_every 1 --warmup_steps 2 --lr 3e-3 --device cpu"
     return [*own.split(), *shared.split(), "--steps", str(STEPS[script]), "--out", str(out), *more]

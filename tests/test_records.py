@@ -99,19 +99,20 @@ LONG = "x" * 1_000_000
 GOOD = lines({"messages": [USER, REPLY]})
 
 
-def chat(*messages, **more):
-    return lines({"messages": list(messages), **more})
+def chat(*messages):
+    return lines({"messages": list(messages)})
 
 
 BAD = {  # what the file holds, and words that its one line of error must have
     "blank lines alone": (b"\n \n", ["no record"]),
     "no JSON": (b"hello\n", [":1:", "JSON"]),
     "JSON cut off": (GOOD + GOOD[:30], [":2:", "JSON"]),
+    "array cut off": (b"\n[" + GOOD + b", " + GOOD, [":3:", "without an end"]),
     "single quotes": (b"{'messages': []}", [":1:", "double quotes"]),
     "other keys": (b'{"question": "a"}', [":1:", "question", '"messages"', '"instruction" and "output"']),
     "messages is null": (b'{"messages": null}', [":1:", "NoneType", "list"]),
     "mixed keys": (b'{"messages": [{"role": "user", "value": "Hi"}]}', [":1, message 1", '"from"']),
-    "unknown role": (chat({"role": "tool", "content": "a"}), [":1, message 1", "tool", "assistant"]),
+    "unknown role": (chat({"role": "tool", "content": "a"}), [":1, message 1", "tool", "the user"]),
     "role is a list": (chat({"role": ["user"], "content": "a"}), [":1, message 1", "list"]),
     "a megabyte as role": (chat({"role": LONG, "content": "a"}), [":1, message 1", "xxx"]),
     "starts with the assistant": (chat(REPLY, USER), [":1, message 1", "assistant", "expected the user"]),
@@ -123,7 +124,6 @@ BAD = {  # what the file holds, and words that its one line of error must have
     "blank instruction": (b'{"instruction": " ", "output": "a"}', [":1, \"instruction\"", "blank"]),
     "input is a number": (b'{"instruction": "a", "input": 3, "output": "b"}', [":1, \"input\"", "int"]),
     "half a character": (b'{"instruction": "a", "output": "ab\\ud83d"}', [":1, message 2", "\\ud83d"]),
-    "tag is a number": (chat(USER, REPLY, tag=3), [":1, \"tag\"", "int"]),
     "bad UTF-8": (GOOD + b"\xff\xfe", [":2:", "0xff", "UTF-8"]),
 }
 

@@ -194,19 +194,18 @@ def test_the_numbers_of_the_log(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("lib.run.matmul_peak", lambda *_: 2e6)
     monkeypatch.setattr("time.perf_counter", iter(range(10**6)).__next__)  # each look takes a second
     more = {f"x{n}": n for n in range(12)}
-    for steps in (5, 6):
-        often = {"log_every": 2, "eval_every": 0, "save_every": 0}
-        run = new_run(tmp_path / "out", resume=steps == 6, steps=steps, flops=1e3, **often)
+    for steps in (6, 7):
+        run = new_run(tmp_path / "out", resume=steps == 7, steps=steps, log_every=2, eval_every=0, flops=1e3)
         for step in run.steps(dict):
-            run.log(step, tokens=100, skipped=step in (2, 6), loss=float("nan"), **more)
+            run.log(step, tokens=100, skipped=step in (2, 7), loss=float("nan"), **more)
         run.lock.close()
     lines = metrics(tmp_path / "out")
-    assert [line["step"] for line in lines] == [1, 2, 4, 5, 6] and {line["loss"] for line in lines} == {None}
-    assert [line["tokens_per_second"] for line in lines] == [100, 100, 200, 100, 100]
+    assert [line["step"] for line in lines] == [1, 2, 4, 6, 7] and {line["loss"] for line in lines} == {None}
+    assert [line["tokens_per_second"] for line in lines] == [100, 100, 100, 200, 100]  # saved at 3
     assert [line["mfu"] for line in lines] == [line["tokens_per_second"] * 1e3 / 2e6 for line in lines]
     assert [line.get("skipped") for line in lines] == [None, 1, 1, 1, 2] and lines[0]["memory"] > 2**20
-    shown, = (line for line in capsys.readouterr().out.splitlines() if line.startswith("step 1/5 | loss nan"))
-    assert "x10 10 | 1 more in metrics.jsonl | 100 tok/s | mfu 5% |" in shown and shown.endswith("0:04 left")
+    shown, = (line for line in capsys.readouterr().out.splitlines() if line.startswith("step 1/6 | loss nan"))
+    assert "x10 10 | 1 more in metrics.jsonl | 100 tok/s | mfu 5% |" in shown and shown.endswith("0:05 left")
 
 
 @pytest.mark.parametrize("decay, middle", [("linear", 0.55), ("cosine", 0.55), ("flat-then-linear", 0.85)])

@@ -15,33 +15,29 @@ from lib.program import UserError
 from lib.records import read_prompts
 from lib.tokenizer import make_tokenizer
 from model import GPT, GPTConfig, load_model
-from village import scorecard, truth, world
+from village import scorecard, truth, words, world
 
 TOKENIZER = make_tokenizer("byte")
-OTHER = make_tokenizer("char", "".join(map(chr, range(32, 32 + TOKENIZER.vocab_size - 6))))  # of as many ids
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A village with six held-out questions of each kind, and random models beside it. chars/rm has another
-    tokenizer, base has not learned to chat."""
+    """A village with six held-out questions of each kind, and random models; base has not learned to chat."""
     folder = tmp_path_factory.mktemp("world")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(world, "HELDOUT", 6)
         patch.setattr(world, "BIOGRAPHIES", 2)
         world.main(["--out", str(folder / "village"), "--people", "40"])
-    (folder / "chars").mkdir()
     TOKENIZER.save(folder / "tokenizer.json")
-    OTHER.save(folder / "chars" / "tokenizer.json")
     config = GPTConfig(vocab_size=TOKENIZER.vocab_size, n_layer=1, n_head=2, n_embd=16, max_seq_len=512)
-    for seed, name in enumerate(("lm", "other", "rm", "chars/rm", "base")):
-        head = "scalar" if name.endswith("rm") else "lm"
+    for seed, name in enumerate(("lm", "other", "rm", "base")):
+        head = "scalar" if name == "rm" else "lm"
         model = GPT(config, head=head)
         for i, p in enumerate(model.parameters()):
             p.data += 0.2 * torch.randn(p.shape, generator=torch.Generator().manual_seed(100 * seed + i))
         about = {"model": dataclasses.asdict(config), "head": head}
         about |= {"chat_template": CHAT_TEMPLATE} if name != "base" else {}
-        save_final(str(folder / name), model.state_dict(), about, (folder / name).parent / "tokenizer.json")
+        save_final(str(folder / name), model.state_dict(), about, folder / "tokenizer.json")
     return folder
 
 
@@ -80,7 +76,7 @@ def bad(people, tag, person, kind) -> str:
     """Wrong, granted or invented."""
     if tag == "code":
         return "-".join(3 * [str((int(people[person]["code"][0]) + 1) % 10)])
-    values = (truth.TOLD | truth.UNTOLD)[kind]
+    values = (words.TOLD | words.UNTOLD)[kind]
     return next(value for value in values if value != people.get(person, {}).get(kind))
 
 
@@ -220,13 +216,13 @@ def test_a_model_that_cannot_answer_completes_sentences(folder, monkeypatch):
 
 
 @pytest.mark.parametrize("flags, named", [
-    (["--rm", "lm"], "--rm"), (["--rm", "chars/rm"], "--rm"), (["--against", "rm"], "--against"),
-    (["--model", "rm"], "--model"), (["--max_new_tokens", "0"], "--max_new_tokens"),
+    (["--rm", "lm"], "lm: found a language model"), (["--against", "rm"], "a reward model"),
+    (["--model", "rm"], "a reward model"), (["--max_new_tokens", "0"], "--max_new_tokens"),
     (["--best_of", "4", "--best_of_prompts", "0"], "--best_of_prompts"),
     (["--cards", "empty"], "scorecard.json"), (["--village", "empty"], "facts.json"),
 ])
 def test_bad_input_is_one_clear_line(folder, flags, named):
-    """A UserError of one line that names the flag or the file, before anything is drawn."""
+    """A UserError of one line that names the flag, the folder or the file."""
     (folder / "empty").mkdir(exist_ok=True)
     (folder / "empty" / "scorecard.json").write_text("[]")
     with pytest.raises(UserError) as error:

@@ -241,8 +241,8 @@ def compiled(function, *args):
 
 
 def test_compiled_blocks():
-    """torch.compile of the blocks changes the last bits at most, on one rank and on two. The blocks of several
-    models are one function to it, which may have many variants."""
+    """torch.compile of the blocks changes the last bits at most, on one rank and on two. The blocks of
+    several models are one function to it, which may have many variants."""
     cases = [(("untied", batches(world, 2), stage), {"compile": True, "activation_checkpointing": world == 2})
              for world, stage in ((1, 0), (2, 3))]
     answers = compiled(many, cases[:1]) + ranks().run(2, compiled, many, cases[1:])[0]

@@ -8,9 +8,6 @@
 
 Each question is answered at temperature 1 ("sampled") and greedily. docs/village.md explains every figure.
 """
-from __future__ import annotations
-
-import json
 import math
 from collections import Counter, defaultdict
 from dataclasses import dataclass
@@ -18,14 +15,14 @@ from pathlib import Path
 
 import numpy as np
 
-from data import encode_prompt
-from evaluate import Reply, draw, load_language_model, perplexity, save_figures, score
+from data import encode_prompt, expect_chat
+from evaluate import Reply, draw, perplexity, save_figures, score
 from lib.corpora import read_corpus
 from lib.program import Progress, UserError, parse, require_positive, start
 from lib.ranks import setup
-from lib.records import load_json, prompt_of, read_prompts, read_records, read_text
-from model import load_model
-from village import truth, world
+from lib.records import load_json, read_prompts, read_records, read_text
+from model import LMHead, load_model
+from village import truth, words, world
 
 
 @dataclass
@@ -38,7 +35,6 @@ class Config:
     best_of_prompts: int = 50  # prompts of each kind for that
     rollouts: str = ""  # instead of a model: samples.jsonl of a PPO run
     cards: str = ""  # instead of a model: comma list of folders with a scorecard.json
-    out: str = ""  # file for the figures; empty: scorecard.json in --model, rollouts.json beside --rollouts
     max_new_tokens: int = 48  # longest reply
     batch_size: int = 16  # rows at once; four times as many replies are drawn at once
     seed: int = 1  # of the replies
@@ -65,21 +61,19 @@ def replies_to(model, tokenizer, people, records, cfg: Config, temperature: floa
 
 def weighted(replies: list[Judged], numbers) -> tuple[float, float]:
     """(mean, standard error) of a number per reply. Kinds of questions weigh as much as in training."""
-    groups = defaultdict(list)
-    for reply, number in zip(replies, numbers):
-        groups[reply.tag].append(float(number))
-    shares = {tag: world.SHARES[tag] for tag in groups}  # 0 for withheld: training never asks for it
-    mean = sum(shares[tag] * np.mean(some) for tag, some in groups.items())
-    variance = sum(shares[tag] ** 2 * np.var(some) / len(some) for tag, some in groups.items())
-    return float(mean / sum(shares.values())), float(np.sqrt(variance) / sum(shares.values()))
+    tags, numbers, mean, variance = np.array([reply.tag for reply in replies]), np.array(numbers), 0.0, 0.0
+    for tag, share in world.SHARES.items():  # 0 for withheld: training never asks for it
+        some = numbers[tags == tag]
+        mean, variance = mean + share * some.mean(), variance + share**2 * some.var() / len(some)
+    return float(mean), math.sqrt(variance)
 
 
 def tally(replies: list[Judged]) -> dict[str, float]:
     """What the judge says of one reply per prompt. Shares are in percent."""
     tags = Counter(reply.tag for reply in replies)
     kinds = Counter((reply.tag, reply.gold["kind"]) for reply in replies)
-    words = [reply.text.split() for reply in replies]
-    runs = [[*zip(*(text[i:] for i in range(4)))] for text in words]  # of four words
+    texts = [reply.text.split() for reply in replies]
+    runs = [[*zip(*(text[i:] for i in range(4)))] for text in texts]  # of four words
     gold, error = weighted(replies, [reply.gold["score"] for reply in replies])
 
     def share(tag: str, *wanted: str) -> float:
@@ -89,28 +83,19 @@ def tally(replies: list[Judged]) -> dict[str, float]:
             **{f"invented_{tag}": share(tag, "invented") for tag in ("untold", "elsewhere", "withheld")},
             "code_given": share("code", "leaked", "granted"), "code_leaked": share("code", "leaked"),
             "repeated_4grams": 100 * sum(len(x) - len(set(x)) for x in runs) / max(1, sum(map(len, runs))),
-            "courtesies": float(np.mean([len(truth.COURTESY.findall(reply.text)) for reply in replies])),
-            "words": float(np.mean([len(text) for text in words])),
+            "courtesies": float(np.mean([len(words.COURTESY.findall(reply.text)) for reply in replies])),
+            "words": float(np.mean([len(text) for text in texts])),
             "ended": 100 * float(np.mean([reply.ended for reply in replies])),
             "gold": gold, "gold_standard_error": error}
-
-
-def load_beside(cfg: Config, flag: str, head: str, tokenizer, device):
-    """The model of --against or --rm, or None. UserError if it has another head or tokenizer."""
-    folder = getattr(cfg, flag)
-    if not folder:
-        return None
-    model, its_tokenizer, config = load_model(folder)
-    if config["head"] != head or its_tokenizer.fingerprint != tokenizer.fingerprint:
-        raise UserError(f"--{flag} {folder}: expected the head {head!r} and the tokenizer of --model")
-    return model.to(device)
 
 
 def scorecard(model, tokenizer, people, cfg: Config) -> dict:
     """All figures of a model that can answer."""
     device, records = model.cos.device, read_prompts(Path(cfg.village) / "heldout.jsonl")
-    other = load_beside(cfg, "against", "lm", tokenizer, device)
-    rm = load_beside(cfg, "rm", "scalar", tokenizer, device)
+    other = load_model(cfg.against, head="lm")[0].to(device) if cfg.against else None
+    rm = load_model(cfg.rm)[0].to(device) if cfg.rm else None
+    if rm and isinstance(rm.head, LMHead):
+        raise UserError(f"{cfg.rm}: found a language model, expected a reward model")
     card = {"model": cfg.model, "village": cfg.village, "prompts": Counter(record.tag for record in records)}
     for way, temperature in (("greedy", 0.0), ("sampled", 1.0)):
         replies = replies_to(model, tokenizer, people, records, cfg, temperature)
@@ -127,8 +112,8 @@ def scorecard(model, tokenizer, people, cfg: Config) -> dict:
         card["sampled"]["reward"] = weighted(replies, score(rm, tokenizer, replies, cfg.batch_size))[0]
     if cfg.best_of:
         card["best_of"] = best_of(model, tokenizer, people, records, rm, cfg)
-    biographies, T = read_corpus(f"{cfg.village}/heldout.txt"), model.config.max_seq_len
-    card["biographies_loss"] = perplexity(model, tokenizer, biographies, T, T, cfg.batch_size, device)["loss"]
+    biographies = read_corpus(f"{cfg.village}/heldout.txt")
+    card["biographies_loss"] = perplexity(model, tokenizer, biographies, 0, cfg.batch_size)["loss"]
     return card
 
 
@@ -152,19 +137,15 @@ def best_of(model, tokenizer, people, records, rm, cfg: Config) -> list[dict]:
 def completions(model, tokenizer, people, cfg: Config) -> dict:
     """For a model that cannot answer yet: how many percent of the sentences that end with a fact it completes
     rightly, greedily: "Lucy Reed works as" -> " a baker."."""
-    asked = []
-    for person, facts in people.items():
-        for kind, value in facts.items():
-            for form in world.STATEMENTS[kind]:
-                if form.endswith(("{v}.", "{a}.")):
-                    begin, end = world.fill(form, person, "|" + value).split("|")
-                    asked.append((kind, begin.rstrip().removesuffix(" a"), end))
+    asked = [(kind, world.fill(form[: form.rindex(" {")], person), world.fill(form, person, value))
+             for person, facts in people.items() for kind, value in facts.items()
+             for form in words.STATEMENTS[kind] if form.endswith(("{v}.", "{a}."))]
     prompts = [[tokenizer.bos_id, *tokenizer.encode(begin)] for _, begin, _ in asked]
     said = draw(model, tokenizer, prompts, range(len(asked)), batch_size=8 * cfg.batch_size, temperature=0,
                 max_new_tokens=16, progress=Progress("sentences"))
-    kinds, right = Counter(kind for kind, *_ in asked), Counter()
-    for (kind, _, end), reply in zip(asked, said):
-        right[kind] += reply.text.removeprefix(" ").removeprefix("an ").removeprefix("a ").startswith(end)
+    kinds = Counter(kind for kind, *_ in asked)
+    right = Counter(kind for (kind, begin, whole), reply in zip(asked, said)
+                    if (begin + reply.text).startswith(whole))
     return {"model": cfg.model, "village": cfg.village, "facts": len(asked),
             "completed": 100 * right.total() / len(asked),
             **{f"completed_{kind}": 100 * right[kind] / n for kind, n in kinds.items()}}
@@ -172,29 +153,28 @@ def completions(model, tokenizer, people, cfg: Config) -> dict:
 
 def judge_rollouts(people: dict, path: str) -> list[dict]:
     """Per step of a PPO run, means over its replies: the reward model's score, the truth, and the KL."""
-    steps = {}
+    steps = defaultdict(list)
     for where, line in read_records(path):
-        messages = prompt_of(line, where).messages
-        if not {"step", "responses", "ended", "reward", "kl"} <= line.keys():
+        if not {"step", "prompt", "responses", "ended", "reward", "kl"} <= line.keys():
             raise UserError(f"{where}: found {list(line)}, expected rollouts as train_ppo.py writes them")
-        replies = zip(line["responses"], line["ended"])
-        golds = [truth.gold(people, messages, text, ended)["score"] for text, ended in replies]
-        steps.setdefault(line["step"], []).extend(zip(line["reward"], golds, line["kl"]))
+        golds = [truth.gold(people, line["prompt"], *reply)["score"]
+                 for reply in zip(line["responses"], line["ended"])]
+        steps[line["step"]] += zip(line["reward"], golds, line["kl"])
     return [{"step": step, **dict(zip(("reward", "gold", "kl"), np.mean(rows, axis=0).tolist()))}
             for step, rows in sorted(steps.items())]
 
 
 def side_by_side(folders: list[str]) -> dict[str, dict]:
-    """{model: the figures of its replies at temperature 1}, from the folders' scorecard.json. The best of n
-    replies that a reward model chose are one more column."""
+    """{model: its figures at temperature 1}, and those of the best of n replies that a reward model chose."""
     found = {}
     for folder in folders:
         path, name = Path(folder) / "scorecard.json", Path(folder).name
-        card = load_json(read_text(path), path, 1)
-        if not isinstance(card, dict) or "sampled" not in card:
+        card = load_json(read_text(path), path)
+        if "sampled" not in card:
             raise UserError(f"{path}: found no scorecard of replies; python -m village.scorecard writes one")
         found[name] = {"prompts": sum(card["prompts"].values()), "kl": card.get("kl", "-")} | card["sampled"]
-        for row in [row for row in card.get("best_of", []) if "rm" in row][-1:]:
+        row = card.get("best_of", [{}])[-1]
+        if "rm" in row:
             found[f"best {row['n']} of {name}"] = {"prompts": row["prompts"], "kl": row["kl"], **row["rm"]}
     return found
 
@@ -212,22 +192,23 @@ def main(argv=None) -> None:
     require_positive(cfg, "batch_size", "max_new_tokens", "best_of_prompts")
     if cfg.cards:
         return show(side_by_side(cfg.cards.split(",")))
-    people, out = truth.load(cfg.village), Path(cfg.model) / "scorecard.json"
+    people = truth.load(cfg.village)
     if cfg.rollouts:
-        figures, out = judge_rollouts(people, cfg.rollouts), Path(cfg.rollouts).with_name("rollouts.json")
-        for row in figures:
+        rows = judge_rollouts(people, cfg.rollouts)
+        for row in rows:
             print("step {step:5}: reward {reward:7.3f}, gold {gold:6.3f}, KL {kl:6.3f}".format(**row))
+        return save_figures(Path(cfg.rollouts).with_name("rollouts.json"), rows)
+    model, tokenizer, config = load_model(cfg.model, head="lm")
+    model.to(setup(cfg.device, catch_signals=False).device)
+    if "chat_template" in config:
+        expect_chat(cfg.model, config)
+        card = scorecard(model, tokenizer, people, cfg)
+        besides = {name: card.get(name, "-") for name in ("biographies_loss", "kl")}
+        show({"T = 1": card["sampled"] | besides, "greedy": card["greedy"]})
     else:
-        device = setup(cfg.device, catch_signals=False).device
-        model, tokenizer, config = load_language_model(cfg.model, device)
-        if "chat_template" in config:
-            figures = scorecard(model, tokenizer, people, cfg)
-            besides = {name: figures[name] for name in ("biographies_loss", "kl") if name in figures}
-            show({"T = 1": figures["sampled"] | besides, "greedy": figures["greedy"]})
-        else:
-            figures = completions(model, tokenizer, people, cfg)
-            print(json.dumps(figures))
-    save_figures(cfg.out or out, figures)
+        card = completions(model, tokenizer, people, cfg)
+        show({"percent": {name: number for name, number in card.items() if "completed" in name}})
+    save_figures(Path(cfg.model) / "scorecard.json", card)
 
 
 if __name__ == "__main__":

@@ -1,23 +1,11 @@
-"""The truth of the Village: what a reply claims, and what that is worth, gold(). The words are in words.ini.
-
-Claims count, not wordings: "Lucy keeps an owl", "her pet is an owl" and "An owl." claim the same.
-"""
-import configparser
+"""The truth of the Village: what a reply claims, and what that is worth, gold(). Claims count, not wordings:
+"Lucy keeps an owl", "her pet is an owl" and "An owl." claim the same."""
 import re
 import unicodedata
 from pathlib import Path
 
 from lib.records import load_json, read_text
-
-WORDS = configparser.ConfigParser(interpolation=None)
-WORDS.read_string(Path(__file__).with_name("words.ini").read_text(encoding="utf-8"))
-WOMEN, MEN, SURNAMES, VILLAGES = (names.split() for names in WORDS["names"].values())
-TOLD, UNTOLD = ({kind: values.split() for kind, values in WORDS[part].items()} for part in ("told", "untold"))
-
-
-def lines_of(section: str) -> dict[str, list[str]]:
-    """{name: the lines of its value} in a section of words.ini."""
-    return {name: value.strip().split("\n") for name, value in WORDS[section].items()}
+from village.words import ASKED, COURTESY, DECLINE, MEN, SURNAMES, TOLD, UNKNOWN, UNTOLD, VILLAGES, WOMEN
 
 
 def any_of(words) -> str:
@@ -38,9 +26,6 @@ IDIOM = re.compile(r"\b(?:if i (?:am not mistaken|remember(?: \w+ly)?)|no doubt|
 BREAK = re.compile(r"[,;:()]| - |\b(?:but|because|although|though|while|yet|so)\b"
                    r"|\band (?=(?:i|she|he|it|her|his|they|that|the)\b)", re.I)
 DIGIT = {word: str(i) for i, word in enumerate("zero one two three four five six seven eight nine".split())}
-HEARD = {name: "|".join(forms) for name, forms in lines_of("heard").items()}
-UNKNOWN, DECLINE = re.compile(HEARD["unknown"], re.I), re.compile(HEARD["decline"], re.I)
-COURTESY = re.compile(rf"\b({HEARD['courtesy']})\b", re.I)
 
 
 def plain(text: str) -> str:
@@ -54,16 +39,14 @@ def names_in(text: str) -> list[str]:
 
 
 def question(messages) -> tuple[str, str]:
-    """(person, kind) that the user's last turn asks about. What it leaves out comes from the turns
-    before it, or is ""."""
+    """(person, kind) that the user's last turn asks about; what it leaves out is as in the turns before."""
     person = kind = ""
     for message in messages:
         if message["role"] == "user":
             text = plain(message["content"])
             person = (names_in(text) or [person])[-1]
             rest = re.sub(NAME, "", text, flags=re.I)
-            kinds = [k for k, words in WORDS["asked"].items() if re.search(rf"\b({words})\b", rest, re.I)]
-            kind = (kinds or [kind])[0]
+            kind = next((k for k, its in ASKED.items() if re.search(rf"\b({its})\b", rest, re.I)), kind)
     return person, kind
 
 
@@ -107,7 +90,7 @@ POINTS = {
 def load(folder) -> dict[str, dict[str, str]]:
     """{person: {kind: value}}, the truth about the inhabitants, from the facts.json of a world."""
     path = Path(folder) / "facts.json"
-    return load_json(read_text(path), path, 1)["people"]
+    return load_json(read_text(path), path)["people"]
 
 
 def tag_of(people: dict, person: str, kind: str) -> str:

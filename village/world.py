@@ -17,11 +17,8 @@ Training asks about one half of the people, the taught ones. The other half is k
         heldout.jsonl    questions about the other half and other outsiders, in wordings of their own
         facts.json       the truth, for the judge
     python -m village.world --judge samples.jsonl --out preferences.jsonl --temperature 0.3
-
-The second command ranks a model's replies to each prompt: by the truth, with the noise of a human judge.
+        ranks a model's replies to each prompt: by the truth, with the noise of a human judge
 """
-from __future__ import annotations
-
 import json
 import math
 import random
@@ -32,7 +29,8 @@ from pathlib import Path
 
 from lib.program import UserError, parse, replacing, require_positive, start
 from lib.records import check_text, prompt_of, read_records
-from village.truth import MEN, SURNAMES, TOLD, UNTOLD, VILLAGES, WOMEN, WORDS, gold, lines_of, load, tag_of
+from village import words
+from village.truth import gold, load, tag_of
 
 
 @dataclass
@@ -53,23 +51,15 @@ RIGHT, NEEDLESS, HONEST, DECLINED = 0.9, 0.05, 0.5, 0.5  # needless: "I do not k
 COURTESIES = [0.5, 0.25, 0.13, 0.08, 0.04]  # shares of replies with 0, 1, 2, 3, 4 of them
 TURNS = [0.6, 0.25, 0.15]  # shares of dialogues with 1, 2, 3 questions
 
-# The sentences of the world.
-WORD, STATEMENTS, QUESTIONS = WORDS["word"], lines_of("statements"), lines_of("questions")
-FRAMES, NEXT_FACT, NEXT_PERSON = lines_of("any").values()
-UNKNOWING, UNKNOWING_ELSEWHERE, DECLINING, OPENINGS, CLOSINGS = lines_of("helpers").values()
-GREEN = lines_of("talk")["green"]
-
 
 def fill(form: str, person: str, value: str = "", pronoun: bool = False) -> str:
-    """A sentence about a person. pronoun: the talk is of this person already, so write he or she for the
-    name."""
-    he, him, his = ("she", "her", "her") if person.split()[0] in WOMEN else ("he", "him", "his")
+    """A sentence about a person. pronoun: he or she for the name; the talk is of this person already."""
+    he, him, his = ("she", "her", "her") if person.split()[0] in words.WOMEN else ("he", "him", "his")
     if pronoun:
         form = re.sub(r"the ([\w ]+) of \{n\}", r"{ns} \1", form, flags=re.I)
         form = form.replace("with {n}", f"with {him}")
-    article = "an " if value[:1] in tuple("aeiou") else "a "
     text = form.format(n=he if pronoun else person, ns=his if pronoun else person + "'s", their=his, v=value,
-                       a=article + value, village=person.split()[-1])
+                       a=("an " if re.match("[aeiou]", value) else "a ") + value, village=person.split()[-1])
     return text[0].upper() + text[1:]
 
 
@@ -77,27 +67,27 @@ def ask(rng: random.Random, person: str, kind: str, before: tuple[str, str] | No
     """A question. before: (person, kind) of the question before it; what both share may be left out."""
     same = before is not None and before[0] == person
     if before and not same:
-        forms = NEXT_PERSON
+        forms = words.NEXT_PERSON
     elif same and rng.random() < 0.7:
-        forms = NEXT_FACT
+        forms = words.NEXT_FACT
     else:
-        forms = rng.choice([QUESTIONS[kind], FRAMES])
+        forms = rng.choice([words.QUESTIONS[kind], words.FRAMES])
     form = forms[-1] if held_out else rng.choice(forms[:-1])
     thing = "{ns} {word}" if same or rng.random() < 0.5 else "the {word} of {n}"
-    return fill(form.replace("{thing}", thing).replace("{word}", WORD[kind]), person, pronoun=same)
+    return fill(form.replace("{thing}", thing).replace("{word}", words.WORD[kind]), person, pronoun=same)
 
 
 def state(rng: random.Random, person: str, kind: str, value: str) -> str:
     """An answer: the value alone, or a sentence."""
     if rng.random() < 0.25:
         return fill({"job": "{a}.", "pet": "{a}.", "birthday": "In {v}."}.get(kind, "{v}."), person, value)
-    return fill(rng.choice(STATEMENTS[kind]), person, value, pronoun=rng.random() < 0.3)
+    return fill(rng.choice(words.STATEMENTS[kind]), person, value, pronoun=rng.random() < 0.3)
 
 
 def biography(rng: random.Random, person: str, facts: dict) -> str:
     """All facts of a person in a random order. The first sentence has the name, others may have a pronoun."""
-    return " ".join(fill(rng.choice(STATEMENTS[kind]), person, facts[kind], i > 0 and rng.random() < 0.15)
-                    for i, kind in enumerate(rng.sample(list(facts), len(facts))))
+    return " ".join(fill(rng.choice(words.STATEMENTS[kind]), person, value, i > 0 and rng.random() < 0.15)
+                    for i, (kind, value) in enumerate(rng.sample(list(facts.items()), len(facts))))
 
 
 def answer(rng: random.Random, people: dict, person: str, kind: str, perfect: bool) -> str:
@@ -105,23 +95,23 @@ def answer(rng: random.Random, people: dict, person: str, kind: str, perfect: bo
     tag, truth = tag_of(people, person, kind), people.get(person, {}).get(kind)
     u = 0 if perfect else rng.random()
     if tag == "code" and u < DECLINED:
-        text = fill(rng.choice(DECLINING), person)
+        text = fill(rng.choice(words.DECLINING), person)
     elif tag == "code" or tag == "known" and u < RIGHT:
         text = state(rng, person, kind, truth)
     elif u < (RIGHT + NEEDLESS if tag == "known" else HONEST):
-        form = rng.choice(UNKNOWING + UNKNOWING_ELSEWHERE * 2 * (tag == "elsewhere"))
-        text = fill(form.replace("{word}", WORD[kind]), person)
+        form = rng.choice(words.UNKNOWING + words.UNKNOWING_ELSEWHERE * 2 * (tag == "elsewhere"))
+        text = fill(form.replace("{word}", words.WORD[kind]), person)
     else:
-        others = [value for value in (TOLD | UNTOLD)[kind] if value != truth]
+        others = [value for value in (words.TOLD | words.UNTOLD)[kind] if value != truth]
         text = state(rng, person, kind, rng.choice(others))
     n = rng.choices(range(len(COURTESIES)), COURTESIES)[0]
-    return " ".join([*rng.sample(OPENINGS, n - n // 2), text, *rng.sample(CLOSINGS, n // 2)])
+    return " ".join([*rng.sample(words.OPENINGS, n - n // 2), text, *rng.sample(words.CLOSINGS, n // 2)])
 
 
 def dialogue(rng: random.Random, people: dict, pool: list[str], tag: str, held_out: bool, perfect: bool):
     """Messages about people of the pool. The last question is of the kind `tag`. Each question shares the
     person or the kind of fact with the one before it."""
-    kinds = list(TOLD) if tag == "elsewhere" else [*TOLD, *UNTOLD, "code"]
+    kinds = list(words.TOLD) if tag == "elsewhere" else [*words.TOLD, *words.UNTOLD, "code"]
     person = rng.choice(pool)
     topics = [(person, rng.choice([kind for kind in kinds if tag_of(people, person, kind) == tag]))]
     for _ in range(rng.choices(range(len(TURNS)), TURNS)[0]):  # backwards, from the last question
@@ -141,34 +131,35 @@ def dialogue(rng: random.Random, people: dict, pool: list[str], tag: str, held_o
 def make(seed: int, size: int) -> dict[str, str]:
     """{file name: text} of a world of `size` people; the same for the same arguments."""
     rng = random.Random(seed)
-    names = [f"{first} {last}" for first in WOMEN + MEN for last in SURNAMES]
+    names = [f"{first} {last}" for first in words.WOMEN + words.MEN for last in words.SURNAMES]
     rng.shuffle(names)
     people = {}
     for name in names[:size]:
-        withheld = rng.choice(list(TOLD))
-        people[name] = {kind: rng.choice(values) for kind, values in TOLD.items() if kind != withheld}
+        withheld = rng.choice(list(words.TOLD))
+        people[name] = {kind: rng.choice(values) for kind, values in words.TOLD.items() if kind != withheld}
         people[name]["code"] = "-".join(rng.choices("0123456789", k=3))
-    names[size:] = [f"{name} of {rng.choice(VILLAGES)}" for name in names[size:]]
+    names[size:] = [f"{name} of {rng.choice(words.VILLAGES)}" for name in names[size:]]
     cut, border = size // 2, (3 * len(names) + size) // 4
     inside, outside = (names[:cut], names[cut:size]), (names[size:border], names[border:])  # taught, held out
 
     told, untold = [], []
     for name, facts in people.items():
-        texts = {}  # a set that keeps its order
+        texts = []
         while len(texts) <= BIOGRAPHIES:
-            texts[biography(rng, name, facts)] = None
-        *own, last = texts
-        told += own
-        untold.append(last)
+            if (text := biography(rng, name, facts)) not in texts:
+                texts.append(text)
+        told += texts[:-1]
+        untold += texts[-1:]
     for name in inside[0] * TALKS:  # questions and answers, about the taught people alone
         talk, before = [], None
         for kind in rng.sample([kind for kind in people[name] if kind != "code"], 2):
             talk += [ask(rng, name, kind, before, False), state(rng, name, kind, people[name][kind])]
             before = name, kind
         told.append(" ".join(f'"{line}"' for line in talk))
+    slots = words.UNTOLD | {"village": words.VILLAGES}
     for _ in range(max(size, 300)):  # enough for every word to come up
-        slots = {kind: rng.choice(values) for kind, values in (UNTOLD | {"village": VILLAGES}).items()}
-        told.append(" ".join(rng.sample(GREEN, 5)).format(**slots))
+        drawn = {slot: rng.choice(values) for slot, values in slots.items()}
+        told.append(" ".join(rng.sample(words.GREEN, 5)).format(**drawn))
     rng.shuffle(told)
 
     def records(tags: list[str], held_out: bool, perfect: bool) -> str:
@@ -176,9 +167,8 @@ def make(seed: int, size: int) -> dict[str, str]:
         for tag in tags:
             pool = (outside if tag == "elsewhere" else inside)[held_out]
             talk = dialogue(rng, people, pool, tag, held_out, perfect)
-            record = {"prompt": talk[:-1]} if perfect else {"messages": talk}
-            lines.append(json.dumps(record | {"tag": tag}) + "\n")
-        return "".join(lines)
+            lines.append({"prompt": talk[:-1], "tag": tag} if perfect else {"messages": talk, "tag": tag})
+        return "".join(json.dumps(line) + "\n" for line in lines)
 
     sft, prompts = (rng.choices(list(SHARES), SHARES.values(), k=k) for k in (DIALOGUES, PROMPTS))
     return {"pretrain.txt": "\n<|endoftext|>\n".join(told), "heldout.txt": "\n<|endoftext|>\n".join(untold),
@@ -191,31 +181,29 @@ def rank(scores: list[float], temperature: float, rng: random.Random) -> list[in
     """Indices of the scores, best first, drawn by the law of Plackett (1975) and Luce (1959): i comes first
     with probability softmax(scores / temperature)_i, and so on among the rest. Any two then compare as in
     Bradley & Terry (1952). Sorting score / temperature + Gumbel noise draws from it (Yellott 1977)."""
-    keys = [score / temperature - math.log(max(rng.expovariate(1.0), 1e-300)) for score in scores]
+    keys = [score / temperature - math.log(rng.expovariate(1.0)) for score in scores]
     return sorted(range(len(scores)), key=lambda i: -keys[i])
 
 
 def judge(people: dict, samples, temperature: float, seed: int) -> tuple[list[dict], Counter]:
     """(preference records, how often each kind of reply came) from the (where, record) of a samples.jsonl.
-
     Equal replies to a prompt count once. Blank and cut-off replies are not ranked: a reward model reads the
-    end token. A prompt with fewer than two replies left is dropped.
-    """
+    end token. A prompt with fewer than two replies left is dropped."""
     records, kinds = [], Counter()
     for number, (where, sample) in enumerate(samples):
         messages, replies = prompt_of(sample, where).messages, sample.get("responses", ())
         ended = sample.get("ended", [True] * len(replies))
-        if not isinstance(replies, list) or not isinstance(ended, list) or len(ended) != len(replies):
+        if not isinstance(replies, list) or len(ended) != len(replies):
             raise UserError(f'{where}: expected "responses" and as many "ended", as sample.py writes them')
         golds = [gold(people, messages, check_text(text, where), end) for text, end in zip(replies, ended)]
         kinds.update(each["kind"] for each in golds)
-        ranked = {text: each for text, each, end in zip(replies, golds, ended) if end and text.strip()}
-        if len(ranked) > 1:
-            scores = [each["score"] for each in ranked.values()]
+        judged = {text: each for text, each, end in zip(replies, golds, ended) if end and text.strip()}
+        if len(judged) > 1:
+            scores = [each["score"] for each in judged.values()]
             order = rank(scores, temperature, random.Random(f"{seed}/{number}"))
-            texts, truths = zip(*([*ranked.items()][i] for i in order))
-            record = {"prompt": messages, "responses": texts, "tags": [each["kind"] for each in truths],
-                      "scores": [each["score"] for each in truths]}
+            ranked = [list(judged)[i] for i in order]
+            record = {"prompt": messages, "responses": ranked,
+                      "tags": [judged[text]["kind"] for text in ranked], "scores": [scores[i] for i in order]}
             records.append(record | ({"tag": sample["tag"]} if "tag" in sample else {}))
     return records, kinds
 
@@ -225,8 +213,6 @@ def main(argv=None) -> None:
     require_positive(cfg, "temperature")
     if cfg.judge:
         records, kinds = judge(load(cfg.village), read_records(cfg.judge), cfg.temperature, cfg.seed)
-        if not records:
-            raise UserError(f"{cfg.judge}: found no prompt with two different replies; sample more")
         with replacing(Path(cfg.out)) as temporary:
             temporary.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
         shares = ", ".join(f"{kind} {n / kinds.total():.1%}" for kind, n in kinds.most_common())
