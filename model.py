@@ -6,10 +6,7 @@ B batch, T time, C width, H query heads, G key/value heads, D head width, V voca
     logp = model(ids, targets)            # (B, T) log-probability of each target; every loss is made of these
     logits = model(ids)                   # (B, T, V), for generation and tests
 
-Read in this order: GPTConfig, GPT.forward, Block, Attention, generate; then kernels.py.
-"""
-from __future__ import annotations
-
+Read in this order: GPTConfig, GPT.forward, Block, Attention, generate; then kernels.py."""
 import os
 import zlib
 from dataclasses import dataclass
@@ -48,24 +45,17 @@ class GPTConfig:
 
     def __post_init__(self):
         self.n_kv_head = self.n_kv_head or self.n_head
-        for name in ("n_layer", "n_head", "n_embd", "rope_theta", "norm_eps"):
-            if getattr(self, name) <= 0:
-                raise UserError(f"--{name} {getattr(self, name)}: expected more than 0")
-        if self.n_embd % self.n_head or self.n_head % self.n_kv_head:
-            raise UserError(f"--n_embd {self.n_embd} --n_head {self.n_head} --n_kv_head {self.n_kv_head}: "
-                            "expected each to be divisible by the next")
-        if self.position == "rope" and self.n_embd // self.n_head % 2:
-            raise UserError(f"rotary positions need an even head width, found {self.n_embd // self.n_head}; "
-                            "change --n_embd or --n_head, or use --position learned")
-        if not self.mlp_hidden:
-            width = 8 * self.n_embd / 3 if self.mlp == "swiglu" else 4 * self.n_embd
-            self.mlp_hidden = max(32, int(width) // 32 * 32)  # matrix kernels are fast at multiples of 32
+        C, H, G = self.n_embd, self.n_head, self.n_kv_head
+        if min(self.n_layer, C, H, G) <= 0 or C % H or H % G:
+            raise UserError(f"--n_layer {self.n_layer} --n_embd {C} --n_head {H} --n_kv_head {G}: expected "
+                            "numbers above 0, and each of the last three to divide the one before it")
+        if self.position == "rope" and C // H % 2:
+            raise UserError(f"--position rope needs an even head width, found --n_embd {C} / --n_head {H}")
+        width = 8 * C / 3 if self.mlp == "swiglu" else 4 * C
+        self.mlp_hidden = self.mlp_hidden or max(32, int(width) // 32 * 32)  # multiples of 32 are fast
 
 
 # ---- the network -----------------------------------------------------------------------------------------
-
-ATTENTION = {"flash": flash_attention, "sdpa": sdpa_attention, "naive": naive_attention}
-
 
 def norm(width: int, config: GPTConfig) -> nn.Module:
     if config.norm == "rms":
@@ -77,8 +67,7 @@ def rotate(x, cos, sin):
     """Rotary position (Su et al. 2021, eq. 34) in LLaMA's half-split layout: entry d is paired with d + D/2.
 
     x (B, T, H, D); cos and sin (B or 1, T, 1, D), the sine of the first half negated. (x1, x2) becomes
-    (x1 cos - x2 sin, x2 cos + x1 sin), and (x2, x1) is x rolled by D/2.
-    """
+    (x1 cos - x2 sin, x2 cos + x1 sin), and (x2, x1) is x rolled by D/2."""
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
 
@@ -90,9 +79,9 @@ class Attention(nn.Module):
         self.H, self.G, self.D = config.n_head, config.n_kv_head, config.n_embd // config.n_head
         self.qkv = nn.Linear(config.n_embd, (self.H + 2 * self.G) * self.D, bias=config.bias)  # rows: q, k, v
         self.proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
-        self.q_norm = norm(self.D, config) if config.qk_norm else None
-        self.k_norm = norm(self.D, config) if config.qk_norm else None
-        self.attend = ATTENTION[config.attention]
+        self.q_norm, self.k_norm = (norm(self.D, config) if config.qk_norm else None for _ in range(2))
+        kernels = {"flash": flash_attention, "sdpa": sdpa_attention, "naive": naive_attention}
+        self.attend = kernels[config.attention]
 
     def forward(self, x, rope, segment_ids, kv_segment_ids, append):
         B, T, C = x.shape
@@ -156,34 +145,16 @@ class LMHead(nn.Module):
             return logits if self.bias is None else logits + self.bias
         x, flat = x.flatten(0, 1), targets.flatten()  # (B T, C), (B T,)
         out = target_logp(x, self.weight, flat, bias=self.bias, temperature=temperature, **options)
-        if isinstance(out, tuple):  # with_stats
-            return tuple(x.view_as(targets) for x in out)  # (B, T) each
-        return out.view_as(targets)  # (B, T)
-
-
-class ScalarHead(nn.Module):
-    """One number per position: a reward or a value."""
-
-    def __init__(self, config: GPTConfig):
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(1, config.n_embd))
-        self.bias = nn.Parameter(torch.empty(1))
-
-    def forward(self, x):
-        return F.linear(x, self.weight, self.bias).squeeze(-1).float()  # (B, T)
+        return out.view_as(targets) if torch.is_tensor(out) else [x.view_as(targets) for x in out]  # (B, T)
 
 
 class GPT(nn.Module):
-    """Decoder-only transformer.
+    """Decoder-only transformer. ids, targets, segment_ids, positions: (B, T) integers.
 
-    forward(ids, targets, ...): ids, targets, segment_ids, positions (B, T) integers. Returns
-      with targets: log p(target) under softmax(logits / temperature), (B, T) float32, 0 where the target is
-        -100; with_stats=True adds the entropy (B, T) and whether the target was the argmax (B, T) bool;
-      without: logits / temperature (B, T, V); head="scalar": (B, T) float32.
-    segment_ids tell documents apart inside a row (-1: padding): attention does not cross them, and positions
-    restart at each change. equal_weights: see target_logp. cache: a KVCache; then only the last position's
-    logits are returned, (B, 1, V).
-    """
+    With targets, forward returns log p(target) under softmax(logits / temperature), (B, T) float32; options
+    are those of target_logp. Without: logits / temperature, (B, T, V), or with a cache (B, 1, V), the last
+    position's. With head "scalar": (B, T) float32. segment_ids tell documents apart inside a row (-1:
+    padding): attention does not cross them, and positions restart at each change."""
 
     def __init__(self, config: GPTConfig, head: Literal["lm", "scalar"] = "lm", seed: int = 0):
         super().__init__()
@@ -193,7 +164,7 @@ class GPT(nn.Module):
         self.position = nn.Embedding(config.max_seq_len, config.n_embd) if learned else None
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.norm = norm(config.n_embd, config)
-        self.head = LMHead(config) if head == "lm" else ScalarHead(config)
+        self.head = LMHead(config) if head == "lm" else nn.Linear(config.n_embd, 1)  # a reward or a value
         if config.tie_embeddings and head == "lm":
             self.head.weight = self.embed.weight
         D = config.n_embd // config.n_head
@@ -203,31 +174,28 @@ class GPT(nn.Module):
             self.register_buffer(name, torch.cat(table, -1).float(), persistent=False)  # (T, D)
         initialise(self, seed)
 
-    def forward(self, ids, targets=None, *, segment_ids=None, positions=None, temperature=1.0,
-                with_stats=False, equal_weights=False, cache=None):
+    def forward(self, ids, targets=None, *, segment_ids=None, positions=None, cache=None, **options):
         if ids.shape[1] > self.config.max_seq_len:
-            raise UserError(f"found a row of {ids.shape[1]} tokens, but the model was made for rows of "
-                            f"{self.config.max_seq_len} (its max_seq_len)")
-        if segment_ids is not None and cache is None and bool((segment_ids == segment_ids[:, :1]).all()):
+            raise UserError(f"a row of {ids.shape[1]} tokens exceeds max_seq_len {self.config.max_seq_len}")
+        if segment_ids is not None and bool((segment_ids == segment_ids[:, :1]).all()):
             segment_ids = None  # one document a row: the causal mask alone is the same and cheaper
-        if positions is None and segment_ids is not None:
-            positions = restarting_positions(segment_ids)  # (B, T)
-        elif positions is None:
-            positions = torch.arange(ids.shape[1], device=ids.device)[None]  # (1, T)
-        x, rope = self.embed(ids), None  # (B, T, C)
+        if positions is None:
+            row = torch.arange(ids.shape[1], device=ids.device)[None]  # (1, T)
+            positions = row if segment_ids is None else restarting_positions(segment_ids)  # (B or 1, T)
+        x, rope, kv_segment_ids = self.embed(ids), None, None  # (B, T, C)
         if self.position is not None:
             x = x + self.position(positions)
         else:
             rope = [turn[positions][:, :, None].to(x.dtype) for turn in (self.cos, self.sin)]  # (B, T, 1, D)
-        kv_segment_ids = None if cache is None else cache.advance(segment_ids, ids.shape[1])  # (B, Tk)
+        if cache is not None:
+            segment_ids, kv_segment_ids = cache.advance(ids.shape[1])  # (B, T), (B, Tk)
         for i, block in enumerate(self.blocks):
             x = block(x, rope, segment_ids, kv_segment_ids, cache and partial(cache.append, i))
         x = self.norm(x if cache is None else x[:, -1:])
-        if isinstance(self.head, ScalarHead):
-            return self.head(x)
-        return self.head(x, targets, temperature, with_stats=with_stats, equal_weights=equal_weights)
+        if isinstance(self.head, LMHead):
+            return self.head(x, targets, **options)
+        return self.head(x).squeeze(-1).float()  # (B, T)
 
-    @torch.no_grad()
     def units(self) -> list[nn.Module]:
         """The modules that ZeRO gathers one at a time. What is in none of them is gathered once a pass."""
         return [*self.blocks] if self.config.tie_embeddings else [self.embed, self.head, *self.blocks]
@@ -236,11 +204,8 @@ class GPT(nn.Module):
         return sum(p.numel() for p in self.parameters())
 
     def flops_per_token(self, T: int) -> float:
-        """Floating-point operations of one training token in a row of T, forward and backward.
-
-        6 per weight of a matrix product: 2 forward (multiply, add), 4 backward (by input, by weight). q k^T
-        and p v: 4 C forward per visible key, (T + 1) / 2 on average; 8 C backward. (Kaplan et al. 2020.)
-        """
+        """Floating-point operations of one training token in a row of T, forward and backward: 6 per weight
+        of a matrix product, 12 C per visible key, of which there are (T + 1) / 2. (Kaplan et al. 2020.)"""
         matrices = sum(p.numel() for block in self.blocks for p in block.parameters() if p.dim() == 2)
         attention = self.config.n_layer * self.config.n_embd * (T + 1)
         return 6 * (matrices + self.head.weight.numel() + attention)
@@ -249,21 +214,18 @@ class GPT(nn.Module):
 def restarting_positions(segment_ids):
     """(B, T) positions that count from 0 again wherever the segment id changes."""
     time = torch.arange(segment_ids.shape[1], device=segment_ids.device).expand_as(segment_ids)
-    changed = torch.ones_like(segment_ids, dtype=torch.bool)
-    changed[:, 1:] = segment_ids[:, 1:] != segment_ids[:, :-1]
-    return time - torch.where(changed, time, 0).cummax(1).values
+    starts = F.pad(torch.where(segment_ids.diff(dim=1) != 0, time[:, 1:], 0), (1, 0))  # (B, T)
+    return time - starts.cummax(1).values
 
 
 def initialise(module: nn.Module, seed: int, prefix: str = "") -> None:
-    """Fill every parameter from its own random stream, a function of (seed, its full name).
-
-    So a model built whole and one built unit by unit on several ranks start from the same numbers. Choices:
+    """Fill every parameter from its own random stream, a function of (seed, its full name). So a model built
+    whole and one built unit by unit on several ranks start from the same numbers. Choices:
     - matrices N(0, 1/fan_in): this keeps the variance of what passes through;
     - 0 for matrices that write into the residual stream: each block starts as the identity;
     - 0 for an untied head: the first loss is ln V, and no step is spent on unlearning random guesses;
     - embeddings N(0, 1), the scale that norms give everything else; if tied N(0, 0.02^2), as GPT-2, since a
-      token's logit for itself would start at sqrt(C).
-    """
+      token's logit for itself would start at sqrt(C)."""
     tied = isinstance(module, GPT) and module.config.tie_embeddings and isinstance(module.head, LMHead)
     for name, p in module.named_parameters(prefix):
         kind = name.split(".")[-2]
@@ -285,40 +247,35 @@ def load_model(folder: str, head: str = "", attention: str = "") -> tuple[GPT, T
     another one than it was trained with. config: what config.json holds; config["files"] are checksums."""
     folder = final_folder(folder)
     config, weights = load_final(folder)
-    tokenizer = Tokenizer.load(os.path.join(folder, "tokenizer.json"))
     try:
         shape = GPTConfig(**config["model"] | ({"attention": attention} if attention else {}))
+        if head == "lm" != config["head"]:
+            raise UserError(f"{folder}: found a reward model, expected a language model")
         model = GPT(shape, head=head or config["head"])
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{folder}/config.json: not a model of this version: {error}") from None
-    if head == "lm" != config["head"]:
-        raise UserError(f"{folder}: found a reward model, expected a language model")
-    if head not in ("", config["head"]):
-        weights = {name: x for name, x in weights.items() if not name.startswith("head.")} | {
-            f"head.{name}": p for name, p in model.head.named_parameters()}  # the new head as it was born
-    try:
+        if head not in ("", config["head"]):
+            weights = {name: x for name, x in weights.items() if not name.startswith("head.")} | {
+                f"head.{name}": p for name, p in model.head.named_parameters()}  # the new head as it was born
         model.load_state_dict(weights)
-    except RuntimeError as error:
-        raise UserError(f"{folder}: found another model: {' '.join(str(error).split())}") from None
-    return model, tokenizer, config
+    except (KeyError, TypeError, RuntimeError) as error:
+        raise UserError(f"{folder}: not a model of this version: {' '.join(str(error).split())}") from None
+    return model, Tokenizer.load(os.path.join(folder, "tokenizer.json")), config
 
 
 # ---- generation ------------------------------------------------------------------------------------------
 
 class KVCache:
     """What attention must remember while a text grows: keys and values per layer, and which are padding.
+    The buffers have the final length, so that a step only writes its own token. segment_ids (B, length) are
+    those of all tokens to come, or None."""
 
-    The buffers have the final length, so that a step only writes its own token."""
+    def __init__(self, n_layer: int, length: int, segment_ids):
+        self.length, self.used, self.layers, self.segment_ids = length, 0, [None] * n_layer, segment_ids
 
-    def __init__(self, n_layer: int, length: int):
-        self.length, self.used, self.layers, self.segment_ids = length, 0, [None] * n_layer, None
-
-    def advance(self, segment_ids, T: int):
-        """T new tokens, their segment ids (B, T) or None. Returns those of all keys, (B, Tk) or None."""
-        if self.segment_ids is not None:
-            segment_ids = torch.cat((self.segment_ids, segment_ids), 1)
-        self.used, self.segment_ids = self.used + T, segment_ids
-        return segment_ids
+    def advance(self, T: int):
+        """T new tokens. Returns their segment ids (B, T), and those of all tokens so far, (B, used)."""
+        self.used += T
+        ids = self.segment_ids
+        return (None, None) if ids is None else (ids[:, self.used - T:self.used], ids[:, :self.used])
 
     def append(self, layer: int, k, v):
         """k, v (B, G, T, D) of the new tokens -> those of all tokens so far, (B, G, used, D) twice."""
@@ -331,7 +288,7 @@ class KVCache:
     def keep(self, rows) -> None:
         """Forget all rows but these."""
         self.layers = [[buffer[rows] for buffer in layer] for layer in self.layers]
-        self.segment_ids = self.segment_ids if self.segment_ids is None else self.segment_ids[rows]
+        self.segment_ids = None if self.segment_ids is None else self.segment_ids[rows]
 
 
 def choose(logits, uniforms, temperature=1.0, top_k=0, top_p=1.0):
@@ -352,42 +309,29 @@ def choose(logits, uniforms, temperature=1.0, top_k=0, top_p=1.0):
     return ids.clamp(max=p.shape[-1] - 1)
 
 
-def left_pad(prompts, device):
-    """Prompts as one batch, the short ones padded on the left: ids, segment_ids, positions, (B, T) each.
-    segment_ids are 0, or -1 for padding; None if nothing is padded."""
-    T = max(map(len, prompts))
-    ids = torch.tensor([[0] * (T - len(p)) + list(p) for p in prompts], device=device)  # (B, T)
-    positions = torch.tensor([range(len(p) - T, len(p)) for p in prompts], device=device)  # (B, T)
-    segment_ids = None if min(map(len, prompts)) == T else torch.where(positions < 0, -1, 0)  # (B, T)
-    return ids, segment_ids, positions.clamp(min=0)
-
-
 @torch.inference_mode()
 def generate(model, prompts, *, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, eos_id=None, banned=(),
-             seeds=None, return_logp=False, on_token=None):
+             seeds=None, return_logp=False, on_token=lambda row, id: None):
     """Continue each prompt (a non-empty list of ids): a list of new ids per prompt, eos_id included if drawn.
 
     seeds: one integer per prompt. What row i draws depends on seeds[i], not on its neighbours. banned: ids
     never drawn. return_logp: also the drawn tokens' log-probabilities under softmax(logits / temperature).
-    on_token(row, id): called at every new token. UserError if prompt + max_new_tokens > max_seq_len.
-    """
-    if not prompts:
-        return ([], []) if return_logp else []
-    longest, limit = max(map(len, prompts)), model.config.max_seq_len
-    if min(map(len, prompts)) == 0:
-        raise UserError("a prompt has no tokens; begin it with the tokenizer's bos_id")
-    if longest + max_new_tokens > limit:
-        raise UserError(f"prompt of {longest} tokens + {max_new_tokens} new ones exceed the model's "
-                        f"max_seq_len {limit}; shorten the prompt or ask for fewer tokens")
-    ids, segment_ids, positions = left_pad(prompts, model.cos.device)  # (B, T) each
+    on_token(row, id): called at every new token. UserError if prompt + max_new_tokens > max_seq_len."""
+    device, T, limit = model.cos.device, max(map(len, prompts)), model.config.max_seq_len
+    if T + max_new_tokens > limit:
+        raise UserError(f"{T} + {max_new_tokens} new tokens exceed max_seq_len {limit}; shorten the prompt")
+    ids = torch.tensor([[0] * (T - len(p)) + list(p) for p in prompts], device=device)  # padded left, (B, T)
+    positions = torch.tensor([range(len(p) - T, len(p)) for p in prompts], device=device)  # (B, T)
+    padded = F.pad(torch.where(positions < 0, -1, 0), (0, max_new_tokens))  # (B, T + max_new_tokens)
+    cache = KVCache(len(model.blocks), padded.shape[1], padded if min(map(len, prompts)) < T else None)
+    positions = positions.clamp(min=0)
     seeds = range(len(prompts)) if seeds is None else seeds
     uniforms = [np.random.Generator(np.random.Philox(key=int(s))).random(max_new_tokens) for s in seeds]
-    uniforms = torch.from_numpy(np.stack(uniforms)).to(ids.device)  # (B, max_new_tokens)
-    cache = KVCache(model.config.n_layer, longest + max_new_tokens)
+    uniforms = torch.from_numpy(np.stack(uniforms)).to(device)  # (B, max_new_tokens)
     new, logps, rows = [[] for _ in prompts], [[] for _ in prompts], list(range(len(prompts)))
     for t in range(max_new_tokens):
-        full = model(ids, segment_ids=segment_ids, positions=positions, cache=cache)[:, -1].float()  # (b, V)
-        allowed = full.index_fill(-1, torch.tensor(banned, device=ids.device), -torch.inf) if banned else full
+        full = model(ids, positions=positions, cache=cache)[:, -1].float()  # (b, V)
+        allowed = full.index_fill(-1, torch.tensor(banned, device=device), -torch.inf) if banned else full
         drawn = choose(allowed, uniforms[:, t], temperature, top_k, top_p)  # (b,)
         if return_logp:
             scaled = (full / (temperature or 1.0)).log_softmax(-1).gather(-1, drawn[:, None])[:, 0].tolist()
@@ -398,8 +342,7 @@ def generate(model, prompts, *, max_new_tokens, temperature=1.0, top_k=0, top_p=
             new[row].append(token)
             if return_logp:
                 logps[row].append(scaled[i])
-            if on_token is not None:
-                on_token(row, token)
+            on_token(row, token)
             if token != eos_id:
                 going.append(i)
         if not going:
@@ -409,21 +352,18 @@ def generate(model, prompts, *, max_new_tokens, temperature=1.0, top_k=0, top_p=
             cache.keep(going)
             drawn, uniforms, positions = drawn[going], uniforms[going], positions[going]
         ids, positions = drawn[:, None], positions[:, -1:] + 1  # (b, 1) twice
-        segment_ids = None if segment_ids is None else torch.zeros_like(ids)
     return (new, logps) if return_logp else new
 
 
-def generate_sorted(model, prompts, *, batch_size, seeds, on_token=None, progress=None, **options):
+def generate_sorted(model, prompts, *, batch_size, seeds, progress=None, **options):
     """generate for any number of prompts: batch_size at a time, those of like length together to pad little.
 
     Replies come in the order of the prompts; with return_logp each is a pair (ids, logp). progress(done,
-    total) is called after every batch."""
+    total) is called after every batch. on_token gets a row's place in its batch."""
     order, replies = sorted(range(len(prompts)), key=lambda i: len(prompts[i])), [None] * len(prompts)
     for start in range(0, len(order), batch_size):
         some = order[start:start + batch_size]
-        tell = on_token and (lambda row, token, some=some: on_token(some[row], token))
-        new = generate(model, [prompts[i] for i in some], seeds=[seeds[i] for i in some], on_token=tell,
-                       **options)
+        new = generate(model, [prompts[i] for i in some], seeds=[seeds[i] for i in some], **options)
         for i, reply in zip(some, zip(*new) if options.get("return_logp") else new):
             replies[i] = reply
         if progress:
@@ -435,6 +375,6 @@ def greedy_replies(model, prompts, tokenizer, longest: int = 64) -> str:
     """Each prompt (a list of ids) with the likeliest reply, a line each. What leaves no room is left out."""
     prompts = [prompt for prompt in prompts if len(prompt) < model.config.max_seq_len]
     room = model.config.max_seq_len - max(map(len, prompts), default=0)
-    replies = generate(model, prompts, max_new_tokens=min(room, longest), temperature=0,
-                       eos_id=tokenizer.end_id, banned=tokenizer.specials_but_end)
+    replies = prompts and generate(model, prompts, max_new_tokens=min(room, longest), temperature=0,
+                                   eos_id=tokenizer.end_id, banned=tokenizer.specials_but_end)
     return "\n".join(f"    {tokenizer.decode(ids + new)!r}" for ids, new in zip(prompts, replies))
