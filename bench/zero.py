@@ -3,7 +3,7 @@
     python -m bench.zero    all parts, about ten minutes on two cores
     python -m bench.zero --only memory            one of: time, memory, cuda (one GPU)
 
-Memory and bytes sent are the operating system's counts, in fresh processes.
+Memory is the operating system's count, in fresh processes.
 """
 import multiprocessing
 import os
@@ -11,7 +11,6 @@ import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -95,33 +94,26 @@ def time_of_step(cfg):
             compare("step", seconds, ours, peer)
 
 
-def loopback_bytes() -> int:
-    return int(Path("/proc/net/dev").read_text().split("lo:")[1].split()[8])
-
-
-def count(*options, device: str = "cpu") -> tuple[float, float, float]:
-    """Three steps after two of warm-up: this rank's bytes at the peak; per step, bytes sent and seconds."""
+def count(*options, device: str = "cpu") -> tuple[int, float]:
+    """Three steps after two of warm-up: bytes that this rank holds at the peak, and seconds per step."""
     step = training(*options, device=device)
     step(), step()
-    dist.barrier()
-    sent, start = loopback_bytes(), time.perf_counter()
-    peak, _ = peak_memory(lambda: (step(), step(), step(), dist.barrier()), device)
-    return peak, (loopback_bytes() - sent) / 3 / dist.get_world_size(), (time.perf_counter() - start) / 3
+    start = time.perf_counter()
+    peak, _ = peak_memory(lambda: (step(), step(), step()), device)
+    return peak, (time.perf_counter() - start) / 3
 
 
-def memory_and_traffic(cfg):
+def memory(cfg):
     """Growth from 4 to 12 layers in units of 4 bytes per parameter: what does not grow with it drops out."""
     os.environ.update(FRUGAL)  # of the ranks, which start later
     unit = 4 * (gpt(12).parameter_count() - gpt(4).parameter_count())
     for n in (2, 4):  # ranks
-        held = {"ddp": 4, "stage 0": 4, "stage 1": 2 + 2 / n, "stage 2": 1 + 3 / n, "stage 3": 4 / n,
-                "fsdp2": 4 / n}
-        head(f"memory per rank, {n} ranks, and sent: growth in units of 4 bytes per parameter")
-        for peer, formula in held.items():
-            small, large = (on_ranks(n, count, peer, layers, 1, 4)[0] for layers in (4, 12))
-            memory, sent, _ = ((b - a) / unit for a, b in zip(small, large))
-            formula_sent = (3 if peer in ("fsdp2", "stage 3") else 2) * (n - 1) / n
-            row(peer, memory, formula=formula, sent=sent, sent_formula=formula_sent)
+        head(f"memory per rank, {n} ranks: growth in units of 4 bytes per parameter")
+        formulas = {"ddp": 4, "fsdp2": 4 / n, "stage 0": 4, "stage 1": 2 + 2 / n, "stage 2": 1 + 3 / n,
+                    "stage 3": 4 / n}
+        for peer, formula in formulas.items():
+            small, large = (on_ranks(n, count, peer, layers, 1, 4)[0][0] for layers in (4, 12))
+            row(peer, (large - small) / unit, formula=formula)
 
 
 def one_gpu(cfg):
@@ -130,10 +122,10 @@ def one_gpu(cfg):
     head(f"one GPU, {layers} layers of width {width}, {B} x {T} tokens: peak bytes per parameter")
     offloads = (), ("acts",), ("optim",), ("optim", "params"), ("optim", "params", "acts")
     for peer, offload in [("plain", ()), ("fsdp2", ()), *(("stage 3", some) for some in offloads)]:
-        (peak, _, seconds), = on_ranks(1, partial(count, device="cuda"), peer, layers, B, T, width, offload)
+        (peak, seconds), = on_ranks(1, partial(count, device="cuda"), peer, layers, B, T, width, offload)
         row(f"{peer} {','.join(offload)}", peak / gpt(layers, width).parameter_count(), ms=1e3 * seconds)
 
 
 if __name__ == "__main__":
     cuda = {"cuda": one_gpu} if torch.cuda.is_available() else {}
-    start(lambda: run(__doc__, time=time_of_step, memory=memory_and_traffic, **cuda))
+    start(lambda: run(__doc__, time=time_of_step, memory=memory, **cuda))

@@ -50,7 +50,7 @@ def small(monkeypatch):
 
 
 @pytest.mark.parametrize("part, rows", [
-    (attention.time_of_attention, 15), (attention.attention_by_length, 3), (attention.logp, 2),
+    (attention.time_of_attention, 13), (attention.attention_by_length, 6), (attention.logp, 2),
     (train.training, 5), (decode.decoding, 8)])
 def test_a_part_at_its_smallest(part, rows, small, capsys):
     """It prints its table, of so many rows."""
@@ -74,13 +74,6 @@ def test_zero_trains_as_its_peers():
 def lines(path, rows):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
-def test_without_matplotlib(monkeypatch):
-    """One line that says how to get it."""
-    monkeypatch.setattr(pictures, "plt", None)
-    with pytest.raises(UserError, match="pip install matplotlib"):
-        pictures.main(["--life", "out"])
 
 
 def test_every_picture(tmp_path, small, monkeypatch):
