@@ -4,11 +4,12 @@ Peers take turns (A B A B ...), so that a noisy neighbour slows all of them alik
 is the median of the ratios within one turn, with its quartiles. Memory is the peak of a fresh process.
 """
 import contextlib
-import dataclasses
 import multiprocessing
 import os
 import statistics
 import time
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -17,10 +18,9 @@ from lib.program import UserError, parse
 DEVICE, DTYPE = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
 
 
-@dataclasses.dataclass
+@dataclass
 class Config:
     repeats: int = 9  # turns per measurement, at least 2; short measurements take more
-    threads: int = 0  # CPU threads; 0: one per core
     only: str = ""  # one part alone
     quick: bool = False  # small shapes where the real ones take minutes
 
@@ -40,10 +40,9 @@ def interleave(functions: dict, repeats: int, before=lambda: None) -> dict[str, 
     return {name: some[1:] for name, some in seconds.items()}
 
 
-def process_memory(field: str) -> int:
-    """Bytes of this process: VmRSS (resident now), VmHWM (resident at its peak) or VmData (private)."""
-    with open("/proc/self/status") as file:
-        return next(int(line.split()[1]) * 1024 for line in file if line.startswith(field))
+def resident(field: str) -> int:
+    """Bytes of main memory that this process holds now (VmRSS) or held at its peak (VmHWM)."""
+    return 1024 * int(Path("/proc/self/status").read_text().split(f"{field}:")[1].split()[0])
 
 
 def peak_memory(function, device: str = DEVICE) -> tuple[int, int]:
@@ -52,9 +51,9 @@ def peak_memory(function, device: str = DEVICE) -> tuple[int, int]:
         torch.cuda.reset_peak_memory_stats()
         before, peak = torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated
     else:
-        before, peak = process_memory("VmRSS"), lambda: process_memory("VmHWM")
-        with contextlib.suppress(OSError), open("/proc/self/clear_refs", "w") as file:
-            file.write("5")  # VmHWM starts anew; if that is forbidden, the process's start counts too
+        before, peak = resident("VmRSS"), lambda: resident("VmHWM")
+        with contextlib.suppress(OSError):  # if this is forbidden, the process's start counts too
+            Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
     function()
     return peak(), peak() - before
 
@@ -67,26 +66,22 @@ def in_fresh_process(function, *args):
         return pool.apply(function, args)
 
 
-class Table:
-    """Rows of figures, printed as they come (markdown)."""
+def head(title: str) -> None:
+    """The head of a table (markdown)."""
+    print(f"\n{title}\n\n| what | measured | besides |\n|---|---|---|", flush=True)
 
-    def __init__(self, title: str):
-        self.rows = []
-        print(f"\n{title}\n\n| what | measured | besides |\n|---|---|---|", flush=True)
 
-    def add(self, what: str, value: float, low=None, high=None, **details) -> None:
-        """value: ours / peer unless `what` says otherwise; low, high: its spread; details: more figures."""
-        spread = "" if low is None else f" ({low:.2f}..{high:.2f})"
-        shown = {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in details.items()}
-        besides = ", ".join(f"{k} {v}" for k, v in shown.items())
-        print(f"| {what} | {value:.3g}{spread} | {besides} |", flush=True)
-        self.rows.append({"what": what, "value": value, "low": low, "high": high, **details})
+def row(what: str, value: float, spread: str = "", **besides: float) -> None:
+    more = ", ".join(f"{name} {figure:.4g}" for name, figure in besides.items())
+    print(f"| {what} | {value:.3g}{spread} | {more} |", flush=True)
 
-    def compare(self, what: str, seconds: dict[str, list[float]], ours: str, peer: str, **details) -> None:
-        """One row: the ratio of two times, its quartiles over the turns, and the median of every time."""
-        low, median, high = statistics.quantiles([a / b for a, b in zip(seconds[ours], seconds[peer])], n=4)
-        times = {f"{name} ms": statistics.median(some) * 1e3 for name, some in seconds.items()}
-        self.add(what, median, low, high, **times, **details)
+
+def compare(what: str, seconds: dict[str, list[float]], ours: str, peer: str, scale=1.0, **besides) -> None:
+    """A row: the ratio of two times, times scale, with its quartiles over the turns; and both medians."""
+    ratios = [scale * a / b for a, b in zip(seconds[ours], seconds[peer])]
+    low, median, high = statistics.quantiles(ratios, n=4)
+    times = {f"{name} ms": 1e3 * statistics.median(seconds[name]) for name in (ours, peer)}
+    row(f"{what}, {ours} / {peer}", median, f" ({low:.2f}..{high:.2f})", **times, **besides)
 
 
 def run(doc: str, argv=None, **parts) -> None:
@@ -94,7 +89,6 @@ def run(doc: str, argv=None, **parts) -> None:
     cfg = parse(Config, argv, doc)
     if cfg.only not in ("", *parts):
         raise UserError(f"--only {cfg.only}: expected one of {', '.join(parts)}")
-    torch.set_num_threads(cfg.threads or os.cpu_count())
     print(f"torch {torch.__version__} on {DEVICE}, load average {os.getloadavg()[0]:.1f}")
     for part in [parts[cfg.only]] if cfg.only else parts.values():
         part(cfg)

@@ -8,7 +8,7 @@ import statistics
 
 import torch
 
-from bench.measure import DEVICE, DTYPE, Table, interleave, run
+from bench.measure import DEVICE, DTYPE, compare, head, interleave, run
 from lib.program import start
 from model import GPT, GPTConfig
 from zero import Zero
@@ -31,23 +31,19 @@ def training_step(model: GPT, ids: torch.Tensor, compile: bool):
 
 def training(cfg):
     B, T, *shape = (16, 64, 2, 4, 128) if cfg.quick else (16, 256, 6, 6, 384)
+    size = 1024 if DEVICE == "cpu" else 8192
+    head(f"GPT of {shape[0]} layers, width {shape[2]}, seq_len {T}, batch {B}, {DTYPE}: MFU against "
+         f"8 products of {size} x {size}")
     ids = torch.randint(0, 71, (B, T + 1), generator=torch.Generator().manual_seed(0)).to(DEVICE)
-    flops = gpt(*shape, T, "flash").flops_per_token(T) * B * T
     steps = {f"{attention}{', compiled' * compile}": training_step(gpt(*shape, T, attention), ids, compile)
              for attention in ("flash", "sdpa") for compile in (False, True)}
-    size = 1024 if DEVICE == "cpu" else 8192
     a = torch.randn(size, size, device=DEVICE, dtype=DTYPE)
     seconds = interleave({**steps, "product": lambda: [a @ a for _ in range(8)]}, cfg.repeats)
-    product = [8 * 2 * size**3 / s for s in seconds["product"]]  # FLOP/s
-    table = Table(f"GPT of {shape[0]} layers, width {shape[2]}, seq_len {T}, batch {B}, {DTYPE}: MFU against "
-                  f"a product of {statistics.median(product) / 1e9:.0f} GFLOP/s")
+    flops, of_product = gpt(*shape, T, "flash").flops_per_token(T) * B * T, 8 * 2 * size**3
     for name in steps:
-        mfu = [flops / s / p for s, p in zip(seconds[name], product)]
-        middle = statistics.median(seconds[name])
-        table.add(f"MFU, {name}", statistics.median(mfu), min(mfu), max(mfu),
-                  **{"ms": middle * 1e3, "tokens/s": B * T / middle})
-    for suffix in ("", ", compiled"):
-        table.compare(f"speed, flash / sdpa{suffix}", seconds, "sdpa" + suffix, "flash" + suffix)
+        speed = {"tokens/s": B * T / statistics.median(seconds[name])}
+        compare(f"MFU of {name}", seconds, "product", name, scale=flops / of_product, **speed)
+    compare("speed", seconds, "sdpa", "flash")
 
 
 if __name__ == "__main__":

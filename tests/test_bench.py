@@ -23,11 +23,9 @@ def test_peers_take_turns():
 
 def test_a_ratio_is_the_median_within_turns(capsys):
     """A noisy turn, which slows both peers, does not move the ratio."""
-    table = measure.Table("title")
-    table.compare("ours / peer", {"ours": [2, 2, 2, 200], "peer": [1, 1, 1, 100]}, "ours", "peer", T=8)
-    row, = table.rows
-    assert [row["value"], row["low"], row["high"], row["peer ms"], row["T"]] == [2, 2, 2, 1000, 8]
-    assert "| ours / peer | 2 (2.00..2.00) | ours ms 2000, peer ms 1000, T 8 |" in capsys.readouterr().out
+    measure.compare("what", {"ours": [2, 2, 2, 200], "peer": [1, 1, 1, 100]}, "ours", "peer", scale=3, MB=8)
+    assert capsys.readouterr().out == \
+        "| what, ours / peer | 6 (6.00..6.00) | ours ms 2000, peer ms 1000, MB 8 |\n"
 
 
 def allocate(mebibytes):
@@ -42,19 +40,18 @@ def test_memory_of_a_known_allocation():
 
 @pytest.fixture
 def small(monkeypatch):
-    """One thread, tiny models, nothing compiled; of attention no time is measured, and no memory."""
+    """Tiny models, nothing compiled; of attention no time is measured, and no memory."""
     gpt = train.gpt
     for module in (train, decode):
         monkeypatch.setattr(module, "gpt", lambda layers, heads, width, T, kind: gpt(1, 1, 8, T, kind))
-    monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)
-    monkeypatch.setattr(attention, "in_fresh_process", lambda *_: 1e6)
+    monkeypatch.setattr(attention, "in_fresh_process", lambda *_: 1.0)
     monkeypatch.setattr(attention, "interleave", lambda steps, *_: dict.fromkeys(steps, [1.0, 2.0]))
 
 
 @pytest.mark.parametrize("part, rows", [
-    (attention.time_of_attention, 13), (attention.attention_by_length, 3), (attention.logp, 4),
-    (train.training, 6), (decode.decoding, 8)])
+    (attention.time_of_attention, 13), (attention.attention_by_length, 6), (attention.logp, 2),
+    (train.training, 5), (decode.decoding, 8)])
 def test_a_part_at_its_smallest(part, rows, small, capsys):
     """It prints its table, of so many rows."""
     measure.run("", ["--quick", "--repeats", "2"], part=part)
@@ -77,13 +74,6 @@ def test_zero_trains_as_its_peers():
 def lines(path, rows):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
-def test_without_matplotlib(monkeypatch):
-    """One line that says how to get it."""
-    monkeypatch.setattr(pictures, "plt", None)
-    with pytest.raises(UserError, match="pip install matplotlib"):
-        pictures.main(["--life", "out"])
 
 
 def test_every_picture(tmp_path, small, monkeypatch):
