@@ -5,11 +5,9 @@
     for which, ids, targets, segment_ids in micro_batches(...):           the replies again, in packed rows
         in_slots(x, targets, rollout.mask[which])                         from their positions to their slots
 
-R is the number of slots: slot t of a reply holds its token t. Which number is read at which position of a row
-is drawn at the head of train_ppo.py. cfg: any Config with the fields that are read here.
+R is the number of slots: slot t of a reply holds its token t. The table at the head of train_ppo.py shows
+which number is read at which position of a row. cfg: any Config with the fields that are read here.
 """
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -82,8 +80,7 @@ def draw(prompts: list[list[int]], step: int, actor: GPT, zero, tokenizer, cfg, 
     R = int(lengths.max())
     replies = [row[:n] for row, n in zip(tokens.tolist(), lengths.tolist())]
     ended = [reply[-1] == tokenizer.end_id for reply in replies]
-    added = [[] if end else [tokenizer.end_id] for end in ended]
-    parts = list(zip(prompts, replies, added))
+    parts = [(p, reply, [tokenizer.end_id] * (not end)) for p, reply, end in zip(prompts, replies, ended)]
     return Rollout(
         prompts, replies, ended, [prompt + reply + end for prompt, reply, end in parts],
         [[0] * len(prompt) + [1] * len(reply) + [0] * len(end) for prompt, reply, end in parts],
@@ -127,8 +124,8 @@ def in_slots(x, targets, mask):
 def score(rollout: Rollout, batches: list[list[int]], models: Models, cfg, ranks) -> None:
     """Fill in logp, ref_logp, values and scores.
 
-    batches: lists of replies that are read together. If they are those of the first epoch of training, its
-    forwards repeat these to the last bit, and the ratio pi / pi_old begins at exactly 1.
+    batches: lists of replies that are read together. If the first epoch of training has the same batches, its
+    log-probabilities are the same to the last bit, and the ratio pi / pi_old begins at exactly 1.
     """
     for chosen in batches:
         for which, ids, targets, segment_ids in micro_batches(rollout, chosen, cfg, ranks):
@@ -137,8 +134,7 @@ def score(rollout: Rollout, batches: list[list[int]], models: Models, cfg, ranks
                 logp = model(ids, targets, segment_ids=segment_ids, temperature=cfg.temperature)  # (b, T)
                 into[which] = in_slots(logp, targets, mask)
             rollout.values[which] = in_slots(models.critic(ids, segment_ids=segment_ids), targets, mask)
-            following = F.pad(segment_ids[:, 1:], (0, 1), value=-1)  # (b, T)
-            last = (segment_ids >= 0) & (following != segment_ids)  # the end of each reply
+            last = F.pad(segment_ids[:, 1:], (0, 1), value=-1) != segment_ids  # (b, T) the end of each reply
             rollout.scores[which] = models.reward(ids, segment_ids=segment_ids)[last]
     for name in ("logp", "ref_logp", "values", "scores"):  # each rank has filled in its own
         setattr(rollout, name, ranks.all_reduce(getattr(rollout, name)))

@@ -1,13 +1,13 @@
 """Direct preference optimisation (DPO): learn from pairs of replies, without a reward model or sampling.
 
-    The best policy under a reward r and a leash to the reference: pi(y|x) = ref(y|x) exp(r(x, y)/beta) / Z(x)
-    Read backwards, a policy IS a reward:  r = beta log pi(y|x) / ref(y|x) + beta log Z(x)
+    The best policy under a reward r and a KL penalty is  pi(y|x) = ref(y|x) exp(r(x, y) / beta) / Z(x).
+    Solved for r, a policy IS a reward:  r = beta log pi(y|x) / ref(y|x) + beta log Z(x)
     In the Bradley-Terry loss of train_rm.py Z cancels:          (Rafailov et al. 2023, equations 4 to 7)
 
     minimise  loss = - mean log sigmoid(beta h),   h = log pi(y_w|x) / ref(y_w|x) - log pi(y_l|x) / ref(y_l|x)
 
 y_w is the chosen reply, y_l the rejected one. log pi(y|x) is the SUM over the reply's tokens and its end.
-Every reply of a preference file gets an end, so one that was cut off looks finished: better not choose it.
+Every reply gets an end token, even one that was cut off: do not put those among the chosen ones.
 
     python train_dpo.py --data preferences.jsonl --init out/sft --out out/dpo                     one process
     torchrun --nproc_per_node 2 train_dpo.py --data preferences.jsonl --init out/sft --zero 3 --out out/two
@@ -37,7 +37,7 @@ class Config(RunConfig, RehearsalConfig):  # the flags that all stages share are
     pairs: Literal["best-worst", "all"] = "best-worst"  # of ranked replies: first and last, or all C(K,2)
     # preference
     ref: str = ""  # folder of the frozen reference model; empty: init
-    beta: float = 0.3  # the leash: how much a nat of log pi / ref is worth in reward (for ipo its tau)
+    beta: float = 0.3  # strength of the KL penalty (for ipo its tau)
     loss_type: Literal["sigmoid", "robust", "ipo"] = "sigmoid"  # see dpo_loss
     label_smoothing: float = 0.0  # share of labels believed to be flipped, below 0.5; 0: off
     # optimisation
@@ -91,24 +91,25 @@ def read_logps(model, rows):
 
 
 @torch.no_grad()
-def all_logps(model, pairs: Replies, chosen: list[int], size: int, ranks):
-    """(pairs, 2) log-probabilities of both replies of the chosen pairs, known to all ranks."""
-    logps = torch.zeros(2 * len(chosen))
-    for rows in pairs.batches(chosen, size, ranks.rank, ranks.world):
-        logps[rows.at] = read_logps(model, rows.to(ranks.device)).cpu()
-    return ranks.all_reduce(logps).cpu().view(-1, 2)
+def all_logps(model, pairs: Replies, which: list[int], size: int, ranks):
+    """(pairs, 2) log-probabilities of chosen and rejected replies of these pairs, known to all ranks."""
+    logps = torch.zeros(len(which), 2)
+    for rows in pairs.batches(which, size, ranks.rank, ranks.world):
+        logps.view(-1)[rows.at] = read_logps(model, rows.to(ranks.device)).cpu()
+    return ranks.all_reduce(logps).cpu()
 
 
 def reference_logps(ref, pairs: Replies, steps: int, size: int, ranks):
     """(len(pairs), 2) log-probabilities under the reference, read once; NaN for pairs that no step reaches.
 
-    They are read in the very batches of training, since the last bits of a sum depend on the batch: so h is
-    exactly 0 at step 1. A pair can occur in several batches; we go backwards, so that its first one decides.
+    The reference sees exactly the batches of training. The last bits depend on the batch, so only then is h
+    exactly 0 at step 1. The last batch of an epoch also holds pairs of the next one. We go backwards, so that
+    each pair keeps the value of its first batch.
     """
     logps = torch.full((len(pairs), 2), math.nan)
     for step in reversed(range(min(steps, -(-len(pairs) // pairs.batch_size)))):
-        chosen = pairs.of_step(step)
-        logps[chosen] = all_logps(ref, pairs, chosen, size, ranks)
+        batch = pairs.of_step(step)
+        logps[batch] = all_logps(ref, pairs, batch, size, ranks)
     return logps
 
 
@@ -172,24 +173,24 @@ def main(argv=None) -> int:
         return evaluate(all_logps(model, val, everything, micro or 16, ranks), val_ref, cfg)
 
     for step in run.steps(evaluate_and_show):
-        chosen = train.of_step(step - 1)  # batch_size pairs
-        logps, ref_logps = torch.zeros(2 * len(chosen)), train_ref[chosen]
-        loss_sum, n_read = torch.zeros((), device=ranks.device), 0
-        for rows in train.batches(chosen, micro, ranks.rank, ranks.world):
+        batch = train.of_step(step - 1)  # numbers of batch_size pairs
+        logps, ref_logps = torch.zeros(len(batch), 2), train_ref[batch]  # (pairs, 2) each: chosen, rejected
+        mean_loss, n_read = torch.zeros((), device=ranks.device), 0
+        for rows in train.batches(batch, micro, ranks.rank, ranks.world):  # rows.at: their places in logps
             part = read_logps(model, rows.to(ranks.device))  # (n,) chosen, rejected, chosen, rejected, ...
-            ref_part = ref_logps.flatten()[rows.at].to(ranks.device)  # (n,)
+            ref_part = ref_logps.view(-1)[rows.at].to(ranks.device)  # (n,)
             loss = dpo_loss(part[0::2], part[1::2], ref_part[0::2], ref_part[1::2], cfg.beta, cfg.loss_type,
                             cfg.label_smoothing) / cfg.batch_size  # ONE denominator, however they are split
             zero.backward(loss)
-            logps[rows.at] = part.detach().cpu()
-            loss_sum += loss.detach()
+            logps.view(-1)[rows.at] = part.detach().cpu()
+            mean_loss += loss.detach()
             n_read += int((rows.segment_ids >= 0).sum())
         ptx, n_text = text.backward(model, zero, step - 1)
         lr = lr_at(step, cfg)
         info = zero.step(lr, cfg.clip)
-        loss_sum, n_read = ranks.sum(loss_sum, n_read)
-        logps = ranks.all_reduce(logps).cpu().view(-1, 2)  # each rank knew its own
-        run.log(step, tokens=n_read + n_text, skipped=info.skipped, loss=loss_sum,
+        mean_loss, n_read = ranks.sum(mean_loss, n_read)
+        logps = ranks.all_reduce(logps).cpu()  # each rank knew its own
+        run.log(step, tokens=n_read + n_text, skipped=info.skipped, loss=mean_loss,
                 **pair_metrics(logps, ref_logps, cfg.beta), grad_norm=info.norm, learning_rate=lr,
                 epoch=step * cfg.batch_size / len(train), **ptx)
     return run.finish()

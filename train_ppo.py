@@ -1,11 +1,11 @@
-"""PPO from human feedback: write replies, have them judged, make the better ones likelier, stay near.
+"""PPO from human feedback: draw replies, score them, make the better ones likelier, stay near the start.
 
     maximise  E[ score(x, y) - beta KL(policy || reference) ]         (Ouyang et al. 2022, section 3.5, eq. 2)
 
 Four models. The actor (policy) and the critic (value) are trained; the critic begins as the reward model. The
 reference, which is the actor as it was at first, and the reward model are frozen. A step has three parts:
 
-    rollout      the actor replies to a batch of prompts: pure sampling at one temperature, nothing cut off
+    rollout      the actor replies to a batch of prompts: pure sampling at one temperature, no top-k or top-p
     scoring      k_t = log pi(a_t|s_t) - log ref(a_t|s_t);  r_t = -beta k_t, and at the last token + score
                  delta_t = r_t + gamma V(s_t+1) - V(s_t);  A_t = delta_t + gamma lambda A_t+1
                  return_t = A_t + V(s_t)
@@ -134,8 +134,8 @@ def whiten(x, mask):
 def ppo_policy_loss(logp, old_logp, advantages, mask, clip):
     """Sum over tokens of max(-A rho, -A clip(rho, 1 - clip, 1 + clip)), rho = pi / pi_old; all (B, R).
 
-    Schulman et al. 2017, eq. 7. The maximum is the pessimist's choice: to move further than clip earns
-    nothing, to have gone the wrong way costs all it costs. Returns (loss, sums to be logged)."""
+    Schulman et al. 2017, eq. 7. The maximum is a pessimistic bound: to move beyond clip gains nothing, but a
+    move in the wrong direction costs in full. Returns (loss, sums to be logged)."""
     log_ratio = masked(logp - old_logp, mask)
     ratio, advantages = log_ratio.exp(), masked(advantages, mask)
     free, clipped = -advantages * ratio, -advantages * ratio.clamp(1 - clip, 1 + clip)
@@ -198,22 +198,19 @@ def load_prompts(cfg: Config, tokenizer) -> tuple[list, list, str]:
     """Pairs (record, ids) to train on and to validate with, and a line that says how many.
 
     A prompt must leave room for the longest reply and its end. One that is trained on does not validate."""
-    records = read_prompts(cfg.data)
-    parts = (records, read_prompts(cfg.val_data)) if cfg.val_data else \
-        split_records(records, cfg.val_fraction)
+    records, val_records = read_prompts(cfg.data), read_prompts(cfg.val_data) if cfg.val_data else None
+    if val_records is None:
+        records, val_records = split_records(records, cfg.val_fraction)
     longest = cfg.seq_len - cfg.max_new_tokens - 1
-    train, val = (encode_prompts(tokenizer, part, longest) for part in parts)
-    room = f"--max_new_tokens {cfg.max_new_tokens} in rows of {cfg.seq_len} tokens"
-    if not train or not val:
-        raise UserError(f"{cfg.data}: found no prompt that leaves room for {room}")
-    dropped = sum(map(len, parts)) - len(train) - len(val)
+    train, val = (encode_prompts(tokenizer, part, longest) for part in (records, val_records))
+    dropped = len(records) + len(val_records) - len(train) - len(val)
     seen = {tuple(ids) for _, ids in train}
     val = [(record, ids) for record, ids in val if tuple(ids) not in seen][:cfg.eval_prompts]
-    if cfg.eval_prompts and not val:
-        raise UserError(f"{cfg.val_data or cfg.data}: found every prompt to validate among those to train "
-                        "on; give others by --val_data, or --eval_prompts 0")
-    return train, val, (f"prompts: {len(train)} to train on, {len(val)} to validate, {dropped} dropped (no "
-                        f"room for {room})")
+    report = (f"{len(train)} prompts to train on, {len(val)} others to validate, {dropped} dropped (no room "
+              f"for --max_new_tokens {cfg.max_new_tokens} in rows of {cfg.seq_len})")
+    if not train or not val and cfg.eval_prompts:
+        raise UserError(f"{cfg.data}: found {report}; give more, or others by --val_data")
+    return train, val, report
 
 
 def evaluate(val: list, models: Models, zero: Zero, tokenizer, cfg: Config, ranks) -> tuple[dict, Rollout]:
@@ -232,8 +229,7 @@ def evaluate(val: list, models: Models, zero: Zero, tokenizer, cfg: Config, rank
 def metrics_of(rollout: Rollout, scores, returns, totals: dict[str, float]) -> dict[str, float]:
     """TRL's names. objective/...: per reply, of the rollout. Others: per token, of the updates (totals)."""
     n, mask, tokens = len(scores), rollout.mask, totals["tokens"]
-    error = returns[mask] - rollout.values[mask]
-    explained = 1 - error.var(correction=0) / returns[mask].var(correction=0)
+    explained = 1 - (returns - rollout.values)[mask].var(correction=0) / returns[mask].var(correction=0)
     return {
         "objective/scores": scores.mean().item(), "objective/kl": rollout.log_ratio().sum().item() / n,
         "objective/entropy": -masked(rollout.logp, mask).sum().item() / n,

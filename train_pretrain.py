@@ -137,16 +137,16 @@ def main(argv=None) -> int:
         batch = train.batch(step - 1, ranks.rank, ranks.world)
         ids, targets, segment_ids = (x.to(ranks.device) for x in batch)  # (b, T) each
         n_tokens, = ranks.sum((targets >= 0).sum())
-        loss_sum = torch.zeros((), device=ranks.device)
+        mean_loss = torch.zeros((), device=ranks.device)
         for rows in (slice(row, row + micro) for row in range(0, share, micro)):
             logp = model(ids[rows], targets[rows], segment_ids=segment_ids[rows], equal_weights=True)
             loss = pretrain_loss(logp) / n_tokens  # ONE denominator, however the batch is split
             zero.backward(loss)
-            loss_sum += loss.detach()
+            mean_loss += loss.detach()
         lr = lr_at(step, cfg)
         info = zero.step(lr, cfg.clip)
-        loss_sum, = ranks.sum(loss_sum)
-        run.log(step, tokens=n_tokens, skipped=info.skipped, loss=loss_sum, grad_norm=info.norm,
+        mean_loss, = ranks.sum(mean_loss)
+        run.log(step, tokens=n_tokens, skipped=info.skipped, loss=mean_loss, grad_norm=info.norm,
                 learning_rate=lr)
     return run.finish()
 

@@ -97,10 +97,10 @@ def read_rewards(model, rows):
 
 
 @torch.no_grad()
-def all_rewards(model, replies: Replies, chosen: list[int], size: int, ranks):
-    """Rewards of all replies of the chosen groups, (n,) float64, known to all ranks."""
-    rewards = torch.zeros(sum(replies.sizes(chosen)))
-    for rows in replies.batches(chosen, size, ranks.rank, ranks.world):
+def all_rewards(model, replies: Replies, which: list[int], size: int, ranks):
+    """Rewards of all replies of these groups, (n,) float64, known to all ranks."""
+    rewards = torch.zeros(sum(replies.sizes(which)))
+    for rows in replies.batches(which, size, ranks.rank, ranks.world):
         rewards[rows.at] = read_rewards(model, rows.to(ranks.device)).cpu()
     return ranks.all_reduce(rewards).cpu().double()
 
@@ -174,22 +174,22 @@ def main(argv=None) -> int:
         return evaluate(rewards, val, cfg)
 
     for step in run.steps(evaluate_and_show):
-        chosen = train.of_step(step - 1)  # batch_size groups
-        rewards, n_read = torch.zeros(sum(train.sizes(chosen))), 0
-        loss_sum = torch.zeros((), device=ranks.device)
-        for rows in train.batches(chosen, micro, ranks.rank, ranks.world):
+        batch = train.of_step(step - 1)  # numbers of batch_size groups
+        rewards, n_read = torch.zeros(sum(train.sizes(batch))), 0
+        mean_loss = torch.zeros((), device=ranks.device)
+        for rows in train.batches(batch, micro, ranks.rank, ranks.world):
             part = read_rewards(model, rows.to(ranks.device))  # (n,)
             loss = rm_loss(part, rows.sizes, cfg.centre) / cfg.batch_size  # ONE denominator
             zero.backward(loss)
             rewards[rows.at] = part.detach().cpu()
-            loss_sum += loss.detach()
+            mean_loss += loss.detach()
             n_read += int((rows.segment_ids >= 0).sum())
         lr = lr_at(step, cfg)
         info = zero.step(lr, cfg.clip)
-        loss_sum, n_read = ranks.sum(loss_sum, n_read)
+        mean_loss, n_read = ranks.sum(mean_loss, n_read)
         rewards = ranks.all_reduce(rewards).cpu()  # each rank knew its own
-        run.log(step, tokens=n_read, skipped=info.skipped, loss=loss_sum,
-                **pair_metrics(rewards, train.sizes(chosen)), grad_norm=info.norm, learning_rate=lr,
+        run.log(step, tokens=n_read, skipped=info.skipped, loss=mean_loss,
+                **pair_metrics(rewards, train.sizes(batch)), grad_norm=info.norm, learning_rate=lr,
                 epoch=step * cfg.batch_size / len(train))
     if run.stopped:
         return run.finish()
