@@ -85,7 +85,7 @@ def load_checkpoint(out: str, models: dict, *, same: dict | None = None, numbers
 def _newest_whole(out: str, rank: int, world: int) -> tuple[Path, dict] | None:
     """The newest step folder that is whole, and its meta.json. Damaged ones are named and moved aside."""
     damaged, problem = [], None
-    for folder in together((lambda: steps(out)) if rank == 0 else None)[0]:
+    for folder in together(lambda: steps(out))[0]:
         try:
             meta = together(lambda folder=folder: _examine(folder, "meta.json", rank, world))[rank]
         except UserError as error:

@@ -17,7 +17,7 @@ import json
 import math
 import os
 import resource
-import sys
+import signal
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -247,7 +247,7 @@ class Run:
                 save_final(self.cfg.out, weights, {**self.config, **config}, self.tokenizer.path)
             self.say(f"finished: {self.cfg.out}/final")
         self.ranks.close()
-        return self.ranks.exit_code
+        return 130 if self.ranks.stop_signal == signal.SIGINT else 0  # as shells expect; SIGTERM was obeyed
 
     def _restart_clock(self) -> None:
         """After evaluating and saving, so that tokens/s speaks of training alone."""
@@ -279,4 +279,4 @@ def peak_memory(device: torch.device) -> int:
     """Most bytes that this process has held at once: on the GPU for CUDA, else resident in main memory."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
