@@ -142,7 +142,7 @@ class Run:
         self.config = {"model": shape, **final, "run": dataclasses.asdict(cfg)}
         self.same = {"model": {**shape, "attention": ""}, "tokenizer": tokenizer.fingerprint}  # else: refused
         self.should = {**inputs, **cfg.compared()}  # else: a warning
-        found = load_checkpoint(cfg.out, models, same=self.same, numbers=["skipped"],
+        found = load_checkpoint(cfg.out, models, same=self.same,
                                 bitwise=self.should) if cfg.resume else None
         self.start, saved = found or (0, {})
         self.skipped = saved.get("skipped", 0)  # updates that were left out, all in all
