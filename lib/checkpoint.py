@@ -10,13 +10,13 @@ ranks, at any ZeRO stage, loads what any other has written.
 import contextlib
 import fcntl
 import hashlib
+import io
 import json
 import os
 import shutil
 import sys
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from lib.program import UserError, replacing, start, sync, writing
@@ -25,7 +25,6 @@ from lib.ranks import together
 KEEP = 2  # checkpoints that stay; older ones are removed
 VECTORS = ("master", "exp_avg", "exp_avg_sq")  # what training needs of a unit, and of the whole Zero:
 SCALARS = ("updates", "loss_scale", "good_steps", "skipped")
-ANOTHER = "choose another --out, or the flags it was made with"
 
 
 def save_checkpoint(out: str, step: int, models: dict, extra: dict, *, config: dict, tokenizer_path) -> None:
@@ -48,16 +47,15 @@ def save_checkpoint(out: str, step: int, models: dict, extra: dict, *, config: d
 
 def load_checkpoint(out: str, models: dict, *, same: dict, bitwise: dict) -> tuple[int, dict] | None:
     """Restore the newest whole checkpoint; all ranks call it. Returns (step, extra), None if there is none.
-    same: what extra must say, as the tokenizer's fingerprint; UserError if it says otherwise.
-    bitwise: settings that may differ, with a warning. Both are JSON-able."""
+    same: what extra must say, else a UserError. bitwise: settings that may differ, with a warning."""
     comm = next(iter(models.values())).comm
     if not (found := _newest_whole(out, comm)):
         return None
     folder, meta = found
     for key, value in same.items():
-        expect(meta["extra"].get(key) == value, f"{folder}: is of a run with another {key}; {ANOTHER}")
+        expect(meta["extra"].get(key) == value, f"{folder}: has another {key}; choose another --out")
     for key, zero in models.items():
-        expect(meta["layout"].get(key) == layout(zero), f"{folder}: holds another {key}; {ANOTHER}")
+        expect(meta["layout"].get(key) == layout(zero), f"{folder}: has another {key}; choose another --out")
         load_shards(zero, [_load_tensors(folder / f"rank{r:03d}.pt")[key] for r in range(meta["world"])])
     was = {**meta["extra"], **meta}
     now = {**bitwise, "world": comm.world, "threads": torch.get_num_threads(), "torch": torch.__version__}
@@ -96,15 +94,13 @@ def state_shards(zero) -> dict:
     units = {}
     for unit in zero.units:  # of each flat vector, the shard of this rank without the padding at its end
         first, last = (min((zero.comm.rank + i) * unit.shard_size, unit.length) - unit.low for i in (0, 1))
-        kept = VECTORS if unit.trainable else VECTORS[:1]
-        parts = {key: getattr(unit, key)[first:last].cpu() for key in kept}
+        parts = {key: getattr(unit, key)[first:last].cpu() for key in VECTORS[:3 if unit.trainable else 1]}
         units[unit.name] = {  # torch.save would write the whole storage of a part
             key: x.clone() if x.untyped_storage().nbytes() > x.nbytes else x for key, x in parts.items()}
     return {"units": units, "buffers": zero.model.state_dict(),
             "scalars": {key: getattr(zero, key) for key in SCALARS}}
 
 
-@torch.no_grad()
 def load_shards(zero, shards: list[dict]) -> None:
     """shards: state_shards() of all ranks that saved, in rank order, whatever their number and stage."""
     for unit in zero.units:
@@ -190,8 +186,11 @@ def _write(folder: Path, contents: dict) -> dict[str, dict]:
 
 
 def _checksum(of: dict | Path) -> str:
-    data = json.dumps(of, sort_keys=True).encode() if isinstance(of, dict) else np.memmap(of, mode="r")
-    return hashlib.sha256(data).hexdigest()
+    hashed, text = hashlib.sha256(), json.dumps(of, sort_keys=True) if isinstance(of, dict) else ""
+    with io.BytesIO(text.encode()) if text else open(of, "rb") as file:
+        while block := file.read(1 << 20):
+            hashed.update(block)
+    return hashed.hexdigest()
 
 
 def expect(good, otherwise: str) -> None:
@@ -213,12 +212,11 @@ def _examine(folder: Path, name: str, rank: int = 0, world: int = 1) -> dict:
     """The JSON file `name`, once it and the files that it lists are found whole. The ranks share the work."""
     with reading(folder / name):
         content = json.loads((folder / name).read_text(encoding="utf-8"))
-        whole = {name: content.pop("sha256", None) in (None, _checksum(content))}  # None: made by hand
+        own = content.pop("sha256", None)  # a file made by hand has none
+        expect(own in (None, _checksum(content)), "it is damaged, its checksum differs")
     for other, entry in sorted(content.get("files", {}).items())[rank::world]:
         with reading(folder / other):
-            whole[other] = entry["sha256"] == _checksum(folder / other)
-    for other, good in whole.items():
-        expect(good, f"{folder / other}: is damaged: its checksum differs")
+            expect(entry["sha256"] == _checksum(folder / other), "it is damaged, its checksum differs")
     return content
 
 
@@ -229,8 +227,7 @@ def _load_tensors(path: Path):
 
 
 def main() -> None:
-    """python -m lib.checkpoint out/run/step-00000300: make final/ of a run that did not reach its end, of its
-    first model. This needs no process group, no GPU and no code of the model."""
+    """Make final/ of the first model in a step folder, without its code, a process group or a GPU."""
     expect(len(sys.argv) == 2, "usage: python -m lib.checkpoint out/run/step-00000300")
     folder = Path(sys.argv[1])
     meta, config, state = _examine(folder, "meta.json"), _examine(folder, "config.json"), {}

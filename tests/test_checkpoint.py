@@ -129,14 +129,14 @@ def test_settings_that_differ_are_named(tmp_path, capsys, monkeypatch):
         f"warning: {tmp_path}/step-00000001: --lr was 0.001 and is 0.002, threads was 1 and is 77: going on, "
         "but not bit for bit as the unbroken run\n")
     assert "--new was None and is 1, threads" in said(bitwise={"--new": 1, "--lr": 0.001})
-    with pytest.raises(UserError, match="of a run with another tokenizer; choose another --out"):
+    with pytest.raises(UserError, match="has another tokenizer; choose another --out"):
         said(same={"tokenizer": "y"})
 
 
 @pytest.mark.parametrize("change", [{"n_embd": 32}, {"n_layer": 2}, {"tie_embeddings": False}])
 def test_a_checkpoint_of_another_model(tmp_path, change):
     save(tmp_path, 1, make())
-    with pytest.raises(UserError, match="step-00000001: holds another model; choose another --out"):
+    with pytest.raises(UserError, match="step-00000001: has another model; choose another --out"):
         load(tmp_path, make(**change))
 
 
@@ -288,7 +288,7 @@ def test_a_damaged_final_model_is_refused(tmp_path, damage, name):
     (tmp_path / "tokenizer.json").write_text('{"n": 1}')
     save_final(str(tmp_path), {"a": torch.ones(300)}, {"n": 1}, str(tmp_path / "tokenizer.json"))
     damage(tmp_path / "final" / name)
-    with pytest.raises(UserError, match=f"final/{name}: (is damaged|cannot be read)"):
+    with pytest.raises(UserError, match=f"final/{name}: cannot be read"):
         load_final(str(tmp_path))
 
 
