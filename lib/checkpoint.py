@@ -27,7 +27,7 @@ VECTORS = ("master", "exp_avg", "exp_avg_sq")  # what training needs of a unit, 
 SCALARS = ("updates", "loss_scale", "good_steps", "skipped")
 
 
-def save_checkpoint(out: str, step: int, models: dict, extra: dict, *, config: dict, tokenizer_path) -> None:
+def save_checkpoint(out: str, step: int, models: dict, extra: dict, config: dict, tokenizer_path) -> None:
     """Write out/step-XXXXXXXX; all ranks call it, after claim(). models: {name: Zero}. extra: JSON-able.
     UserError if it cannot be written; then nothing of this step is left."""
     comm, folder = next(iter(models.values())).comm, Path(out, f"step-{step:08d}")
