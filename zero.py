@@ -111,7 +111,7 @@ class Zero:
                                 "--lr, or use --dtype bfloat16 or float32")
             return StepInfo(norm, True, scale)
         if norm > 0:
-            divisor = scale * max(1.0, (norm + 1e-6) / clip if clip else 1.0)  # fused AdamW applies it for free
+            divisor = scale * max(1.0, (norm + 1e-6) / clip if clip else 1.0)  # fused AdamW divides for free
             self.optimizer.grad_scale = torch.tensor(divisor, device=self.trained[0].shard_grad.device)
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
@@ -199,19 +199,14 @@ class Zero:
         return state | self.model.state_dict() if self.comm.rank == 0 else {}
 
     def report(self) -> str:
-        """For the log: bytes held, counted and by the table above (no padding, no offload); bytes to send."""
-        world, stage, p, w = self.comm.world, self.stage, self.dtype.itemsize, self.wide.itemsize
+        """For the log: bytes of model states held, counted; bytes to send, by the table above."""
+        world, p, w = self.comm.world, self.dtype.itemsize, self.wide.itemsize
         psi, total = (sum(unit.numel for unit in units) for units in (self.trained, self.units))
-        part = psi / world if stage > 0 else psi
-        weights = p * (total if stage < 3 else (total - psi) / world)
-        gradients = w * (psi if stage < 2 else part)
-        masters_and_moments = w * part * ((stage == 3 or p < w) + 2)
-        formula = (weights + gradients + masters_and_moments) / 2**20
-        sent = (1 - 1 / world) * psi * (2 * w, w + p, 2 * p, 3 * p)[stage]
-        counted = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes()
-                   for unit in self.units for x in vars(unit).values() if isinstance(x, torch.Tensor)}
-        return (f"ZeRO stage {stage}, rank {self.comm.rank} of {world}: {total:,} parameters\n"
-                f"model states held: {sum(counted.values()) / 2**20:.1f} MiB; by formula {formula:.1f}\n"
+        sent = (1 - 1 / world) * psi * (2 * w, w + p, 2 * p, 3 * p)[self.stage]
+        held = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes()
+                for unit in self.units for x in vars(unit).values() if isinstance(x, torch.Tensor)}
+        return (f"ZeRO stage {self.stage}, rank {self.comm.rank} of {world}: {total:,} parameters\n"
+                f"model states held: {sum(held.values()) / 2**20:.1f} MiB\n"
                 f"to send per step of one micro-batch: {sent / 2**20:.1f} MiB")
 
 
@@ -327,8 +322,8 @@ class Unit:
         """Takes the place of module.forward."""
         if self.zero.is_gathered:
             return self.original(*args, **kwargs)
-        # Of nested saved_tensors_hooks only the innermost pair acts, so ours stand outside of checkpoint. When
-        # it calls `run` again, in backward, the weights are fetched again.
+        # Of nested saved_tensors_hooks only the innermost pair acts, so ours stand outside of checkpoint. It
+        # calls `run` again in backward, which fetches the weights again.
         with self.hooks():
             if self.zero.activation_checkpointing and self.is_block and torch.is_grad_enabled():
                 return checkpoint(self.run, *args, use_reentrant=False, **kwargs)

@@ -16,8 +16,8 @@ import torch.nn as nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 PARK_BYTES = 1 << 20  # smaller activations are not worth a copy to the host
-# Parameters and shards begin at multiples of so many elements. Vector instructions treat the ragged end of a
-# vector differently, so that without this the last bits would depend on N.
+# Parameters and shards begin at its multiples. Otherwise the last bits would depend on N, because vector
+# instructions treat the ragged end of a vector differently.
 ALIGN = 16
 
 
@@ -114,9 +114,8 @@ class Comm:
 
     def reduce_scatter(self, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """x (N shard_size,) -> (shard_size,): this rank's part of the sum over ranks, in dtype. May use x.
-        Every rank sends each other rank its part of x, and adds what it receives in the order of the ranks.
-        So it sends (N-1)/N of x, the sum does not depend on who was quick, and 16-bit numbers add in float32.
-        gloo's own reduce-scatter all-reduces a copy of x, which sends twice as much (PyTorch #118911)."""
+        Every rank sends each other rank its part, (N-1)/N of x in all, and adds what it gets in rank order,
+        16-bit numbers in float32. gloo's own reduce-scatter sends twice as much (PyTorch #118911)."""
         chunks = x.view(self.world, -1)  # (N, shard_size)
         if self.world > 1:
             chunks = torch.empty_like(chunks)
