@@ -93,10 +93,8 @@ class Zero:
     @torch.no_grad()
     def step(self, lr: float, clip: float | None = None) -> StepInfo:
         """Clip to the global norm `clip` (None or 0: off), AdamW with rate `lr`, publish the new weights.
-
         If a gradient is not finite on any rank, all ranks skip the update. The 20th in a row is a UserError.
-        If all gradients are 0, the update is skipped too: Adam's momentum alone would move the weights.
-        """
+        If all gradients are 0, the update is skipped too: Adam's momentum alone would move the weights."""
         for unit in self.trained:
             unit.finish_gradients()
         self.memory.wait()  # for gradients on their way to the host
@@ -105,11 +103,15 @@ class Zero:
             self.comm.all_reduce(squares)
         scale, norm = self.loss_scale, squares.sum().sqrt().item() / self.loss_scale
         if not math.isfinite(norm):
-            self._skip(squares)
+            self.skipped, self.good_steps = self.skipped + 1, 0
+            if self.dtype == torch.float16:
+                self.loss_scale = max(1.0, self.loss_scale / 2)
+            if self.skipped >= 20:
+                raise UserError(f"{self.skipped} steps in a row had a gradient that is not finite; lower "
+                                "--lr, or use --dtype bfloat16 or float32")
             return StepInfo(norm, True, scale)
         if norm > 0:
-            # Fused AdamW divides gradients by grad_scale while it reads them, which costs nothing.
-            divisor = scale * max(1.0, (norm + 1e-6) / clip if clip else 1.0)
+            divisor = scale * max(1.0, (norm + 1e-6) / clip if clip else 1.0)  # fused AdamW divides for free
             self.optimizer.grad_scale = torch.tensor(divisor, device=self.trained[0].shard_grad.device)
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
@@ -121,16 +123,6 @@ class Zero:
         if self.dtype == torch.float16 and self.good_steps == 2000:  # the rules of torch.amp.GradScaler
             self.loss_scale, self.good_steps = self.loss_scale * 2, 0
         return StepInfo(norm, norm == 0, scale)
-
-    def _skip(self, squares: torch.Tensor) -> None:
-        """Count a step whose gradients are not finite. squares (units,): their sums of squares."""
-        self.skipped, self.good_steps = self.skipped + 1, 0
-        if self.dtype == torch.float16:
-            self.loss_scale = max(1.0, self.loss_scale / 2)
-        if self.skipped >= 20:
-            unit = next(unit.name for unit, x in zip(self.trained, squares) if not x.isfinite())
-            raise UserError(f"{self.skipped} steps in a row had a gradient that is not finite, first in "
-                            f"{unit}; lower --lr, or use --dtype bfloat16 or float32")
 
     @contextlib.contextmanager
     def gathered(self):
@@ -150,9 +142,11 @@ class Zero:
                  dtype: torch.dtype = torch.float32, offload: tuple[str, ...] = (), lr: float = 1e-3,
                  weight_decay: float = 0.0, betas: tuple[float, float] = (0.9, 0.95), eps: float = 1e-8,
                  frozen: bool = False, activation_checkpointing: bool = False, compile: bool = False,
-                 init: Callable[[nn.Module, str], None] | None = None,
-                 device: torch.device | str | None = None):
-        collectives.check_options(stage, offload, frozen)
+                 init: Callable[[nn.Module, str], None] | None = None, device: torch.device | str = ""):
+        if set(offload) - {"optim", "params", "acts"}:
+            raise UserError(f"--offload {','.join(offload)}: expected a comma list of optim, params, acts")
+        if "params" in offload and (stage != 3 or not (frozen or "optim" in offload)):
+            raise UserError("--offload params: needs --zero 3, and optim as well unless the model is frozen")
         self.model, self.stage, self.dtype, self.offload = model, stage, dtype, tuple(offload)
         self.activation_checkpointing, self.compile = activation_checkpointing, compile
         self.wide = torch.float64 if dtype == torch.float64 else torch.float32
@@ -192,33 +186,28 @@ class Zero:
 
     @torch.no_grad()
     def full_state_dict(self) -> dict[str, torch.Tensor]:
-        """{name: tensor} like state_dict() of the unsharded model, in main memory; {} on all ranks but 0. All
-        ranks must call it. Tied names share one tensor."""
+        """{name: tensor} like state_dict() of the unsharded model, in main memory; {} on all ranks but 0.
+        All ranks must call it. Tied names share one tensor."""
         state = {}
         for unit in self.units:
             whole = unit.master
-            if unit.master.numel() < unit.length:
-                whole = self.comm.all_gather(None, unit.master.to(self.device))
+            if whole.numel() < unit.length:
+                whole = self.comm.all_gather(whole.to(self.device))
             if self.comm.rank == 0:
                 for slot, view in zip(unit.slots, unit.views(whole)):
                     state |= dict.fromkeys((name for name, *_ in slot.places), view.to("cpu", copy=True))
         return state | self.model.state_dict() if self.comm.rank == 0 else {}
 
     def report(self) -> str:
-        """For the log: bytes held, counted and by the table above (no padding, no offload); bytes to send."""
-        world, stage, p, w = self.comm.world, self.stage, self.dtype.itemsize, self.wide.itemsize
+        """For the log: bytes of model states held, counted; bytes to send, by the table above."""
+        world, p, w = self.comm.world, self.dtype.itemsize, self.wide.itemsize
         psi, total = (sum(unit.numel for unit in units) for units in (self.trained, self.units))
-        part = psi / world if stage > 0 else psi
-        table = {"weights": p * (total if stage < 3 else (total - psi) / world),
-                 "gradients": w * (psi if stage < 2 else part),
-                 "masters": w * part * (stage == 3 or p < w), "moments": 2 * w * part}
-        sent = (1 - 1 / world) * psi * (2 * w, w + p, 2 * p, 3 * p)[stage]
-        counted = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes()
-                   for unit in self.units for x in vars(unit).values() if isinstance(x, torch.Tensor)}
-        return (f"ZeRO stage {stage}, rank {self.comm.rank} of {world}: {total:,} parameters\n"
-                f"model states held: {sum(counted.values()) / 2**20:.1f} MiB; by formula "
-                + " + ".join(f"{kind} {n_bytes / 2**20:.1f}" for kind, n_bytes in table.items())
-                + f"\nto send per step of one micro-batch: {sent / 2**20:.1f} MiB")
+        sent = (1 - 1 / world) * psi * (2 * w, w + p, 2 * p, 3 * p)[self.stage]
+        held = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes()
+                for unit in self.units for x in vars(unit).values() if isinstance(x, torch.Tensor)}
+        return (f"ZeRO stage {self.stage}, rank {self.comm.rank} of {world}: {total:,} parameters\n"
+                f"model states held: {sum(held.values()) / 2**20:.1f} MiB\n"
+                f"to send per step of one micro-batch: {sent / 2**20:.1f} MiB")
 
 
 class Use(torch.autograd.Function):
@@ -250,8 +239,8 @@ class Unit:
                  values: list[torch.Tensor], trainable: int, decaying: int):
         self.zero, self.name, self.module, self.slots, self.trainable = zero, name, module, slots, trainable
         memory, comm, stage = zero.memory, zero.comm, zero.stage
-        self.numel = sum(slot.numel for slot in slots)
-        self.length = aligned(slots[-1].start + slots[-1].numel)
+        self.numel = sum(slot.shape.numel() for slot in slots)
+        self.length = aligned(slots[-1].start + slots[-1].shape.numel())
         self.ends = [*(slot.start for slot in slots), self.length]
         self.shard_size = aligned(-(-self.length // comm.world))
         flat = memory.empty(self.shard_size * comm.world, zero.wide if trainable else zero.dtype).zero_()
@@ -287,16 +276,14 @@ class Unit:
                 self.shard_grad = self.grad[self.low:self.low + size]
 
     def views(self, whole: torch.Tensor) -> list[torch.Tensor]:
-        return [whole[slot.start:slot.start + slot.numel].view(slot.shape) for slot in self.slots]
+        return [whole[slot.start:slot.start + slot.shape.numel()].view(slot.shape) for slot in self.slots]
 
     def fetch(self) -> torch.Tensor:
         """The weights (N shard_size,): at hand at stages 0-2, gathered from the shards at stage 3."""
-        if self.zero.stage < 3:
-            return self.resident
-        shard = self.resident
-        if shard is None:
-            shard = self.zero.memory.to_device(self.master, self.zero.dtype)
-        return self.zero.comm.all_gather(None, shard)
+        weights = self.resident
+        if weights is None:
+            weights = self.zero.memory.to_device(self.master, self.zero.dtype)
+        return weights if self.zero.stage < 3 else self.zero.comm.all_gather(weights)
 
     @torch.no_grad()
     def reduce(self, gradients) -> None:
@@ -327,7 +314,7 @@ class Unit:
         if self.resident is not None:
             mine = self.zero.memory.to_device(self.master, self.zero.dtype)
             if 0 < self.zero.stage < 3:
-                self.zero.comm.all_gather(self.resident, mine)
+                self.zero.comm.all_gather(mine, self.resident)
             else:
                 self.zero.memory.put(self.resident, mine)
 
@@ -336,7 +323,7 @@ class Unit:
         if self.zero.is_gathered:
             return self.original(*args, **kwargs)
         # Of nested saved_tensors_hooks only the innermost pair acts, so ours stand outside of checkpoint. It
-        # drops the weights with all else; when it calls `run` again, in backward, they are fetched again.
+        # calls `run` again in backward, which fetches the weights again.
         with self.hooks():
             if self.zero.activation_checkpointing and self.is_block and torch.is_grad_enabled():
                 return checkpoint(self.run, *args, use_reentrant=False, **kwargs)

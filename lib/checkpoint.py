@@ -3,15 +3,14 @@
     out/run/step-00000300/   rank000.pt ..., config.json, tokenizer.json, meta.json
     out/run/final/           model.pt (plain {name: tensor}), config.json, tokenizer.json
 
-A folder gets its name when it is complete and on the disk, so a crash leaves no half checkpoint. meta.json
-(of final/: config.json) holds the checksums of all files. Shards are slices of flat vectors, so any number of
+A folder gets its name when it is complete and on the disk: a crash leaves no half checkpoint. meta.json (of
+final/: config.json) holds the checksums of all files. Shards are slices of flat vectors, so any number of
 ranks, at any ZeRO stage, loads what any other has written.
 """
-from __future__ import annotations
-
 import contextlib
 import fcntl
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -28,12 +27,10 @@ VECTORS = ("master", "exp_avg", "exp_avg_sq")  # what training needs of a unit, 
 SCALARS = ("updates", "loss_scale", "good_steps", "skipped")
 
 
-def save_checkpoint(out: str, step: int, models: dict, extra: dict, *, config: dict, tokenizer_path) -> None:
+def save_checkpoint(out: str, step: int, models: dict, extra: dict, config: dict, tokenizer_path) -> None:
     """Write out/step-XXXXXXXX; all ranks call it, after claim(). models: {name: Zero}. extra: JSON-able.
     UserError if it cannot be written; then nothing of this step is left."""
     comm, folder = next(iter(models.values())).comm, Path(out, f"step-{step:08d}")
-    if together(folder.exists)[0]:
-        return  # the run was loaded from it, and has not trained since
     with replacing(folder) if comm.rank == 0 else contextlib.nullcontext() as tmp:
         tmp = together(lambda: tmp)[0]  # rank 0 has chosen the name
         mine = {f"rank{comm.rank:03d}.pt": {key: state_shards(zero) for key, zero in models.items()}}
@@ -48,70 +45,43 @@ def save_checkpoint(out: str, step: int, models: dict, extra: dict, *, config: d
         _remove(old)
 
 
-def load_checkpoint(out: str, models: dict, *, same: dict | None = None, numbers=(),
-                    bitwise: dict | None = None) -> tuple[int, dict] | None:
+def load_checkpoint(out: str, models: dict, *, same: dict, bitwise: dict) -> tuple[int, dict] | None:
     """Restore the newest whole checkpoint; all ranks call it. Returns (step, extra), None if there is none.
-    same: what extra must say, as the tokenizer's fingerprint; UserError if it says otherwise.
-    numbers: names of numbers that extra must have. bitwise: settings that may differ, with a warning."""
+    same: what extra must say, else a UserError. bitwise: settings that may differ, with a warning."""
     comm = next(iter(models.values())).comm
-    if not (found := _newest_whole(out, comm.rank, comm.world)):
+    if not (found := _newest_whole(out, comm)):
         return None
     folder, meta = found
-    extra, (same, bitwise) = meta["extra"], json.loads(json.dumps([same or {}, bitwise or {}]))  # no tuples
-    for key, zero in models.items():
-        there, here = ({names[0]: shape for unit in units.values() for names, shape, _ in unit}
-                       for units in (meta["layout"].get(key, {}), layout(zero)))
-        for name in [*here, *there]:
-            a, b = there.get(name), here.get(name)
-            expect(a == b, f"{folder}: is of another model: {key}: {name} is {a} there and {b} here; choose "
-                           "another --out, or the flags it was made with")
     for key, value in same.items():
-        expect(extra.get(key) == value, f"{folder}: is of a run with another {key}; choose another --out")
-    for key in numbers:
-        expect(isinstance(extra.get(key), (int, float)), f"{folder}: expected a number as {key} in meta.json")
+        expect(meta["extra"].get(key) == value, f"{folder}: has another {key}; choose another --out")
     for key, zero in models.items():
+        expect(meta["layout"].get(key) == layout(zero), f"{folder}: has another {key}; choose another --out")
         load_shards(zero, [_load_tensors(folder / f"rank{r:03d}.pt")[key] for r in range(meta["world"])])
-    was = {**extra, **meta}
+    was = {**meta["extra"], **meta}
     now = {**bitwise, "world": comm.world, "threads": torch.get_num_threads(), "torch": torch.__version__}
-    changes = [f"{key} was {was[key]!r:.80} and is {value!r:.80}" for key, value in now.items()
-               if key in was and was[key] != value]
-    changes += ["it is older, and does not name all settings"] if now.keys() - was.keys() else []
+    changes = [f"{key} was {was.get(key)!r:.80} and is {value!r:.80}" for key, value in now.items()
+               if was.get(key) != value]
     if changes and comm.rank == 0:
         print(f"warning: {folder}: {', '.join(changes)}: going on, but not bit for bit as the unbroken run",
               file=sys.stderr)
-    return meta["step"], extra
+    return meta["step"], meta["extra"]
 
 
-def _newest_whole(out: str, rank: int, world: int) -> tuple[Path, dict] | None:
+def _newest_whole(out: str, comm) -> tuple[Path, dict] | None:
     """The newest step folder that is whole, and its meta.json. Damaged ones are named and moved aside."""
-    damaged, problem = [], None
-    for folder in together((lambda: steps(out)) if rank == 0 else None)[0]:
+    folders = together(lambda: steps(out))[0]
+    for n, folder in enumerate(folders):
         try:
-            meta = together(lambda folder=folder: _examine(folder, "meta.json", rank, world))[rank]
+            meta = together(lambda folder=folder: _examine(folder, "meta.json", comm.rank, comm.world))[0]
         except UserError as error:
-            damaged, problem = [*damaged, folder], error
-            if rank == 0:
+            if comm.rank == 0:
                 print(f"warning: {error}; trying the checkpoint before it", file=sys.stderr)
             continue
-        for bad in damaged if rank == 0 else ():
-            bad.rename(bad.with_name(f"damaged-{bad.name}-{os.getpid()}"))
+        for damaged in folders[:n] if comm.rank == 0 else ():
+            damaged.rename(damaged.with_name(f"damaged-{damaged.name}-{os.getpid()}"))
         return folder, meta
-    expect(not damaged, f"{problem}; no checkpoint in {out} is whole: remove them, or choose another --out")
+    expect(not folders, f"{out}: no checkpoint is whole; remove them, or choose another --out")
 
-
-def consolidate(folder: str, key: str = "model") -> dict[str, torch.Tensor]:
-    """{name: tensor} of one model in a step folder, without a process group, a GPU or the model's code."""
-    meta, state = _examine(Path(folder), "meta.json"), {}
-    expect(key in meta["layout"], f"{folder}: holds {', '.join(meta['layout'])}, not {key}")
-    shards = [_load_tensors(Path(folder, f"rank{r:03d}.pt"))[key] for r in range(meta["world"])]
-    for unit, tensors in meta["layout"][key].items():
-        flat = torch.cat([shard["units"][unit]["master"] for shard in shards])
-        for names, shape, first in tensors:
-            state |= dict.fromkeys(names, flat[first:first + torch.Size(shape).numel()].view(shape).clone())
-    return state | shards[0]["buffers"]
-
-
-# ---- what of a Zero is in a checkpoint -------------------------------------------------------------------
 
 def layout(zero) -> dict:
     """{unit: [[names, shape, start] of each parameter]}. World size and ZeRO stage do not change it."""
@@ -119,31 +89,24 @@ def layout(zero) -> dict:
                         for slot in unit.slots] for unit in zero.units}
 
 
-def _vectors(unit) -> dict[str, torch.Tensor]:
-    """The flat vectors that are kept of a unit. This rank's part of each begins at element unit.low."""
-    return {key: getattr(unit, key) for key in (VECTORS if unit.trainable else VECTORS[:1])}
-
-
 def state_shards(zero) -> dict:
     """This rank's share of a model: {"units": {unit: {vector: (n,) tensor}}, "buffers", "scalars"}."""
-    def compact(x: torch.Tensor) -> torch.Tensor:
-        x = x.cpu()
-        return x.clone() if x.untyped_storage().nbytes() > x.nbytes else x  # torch.save writes whole storages
-
     units = {}
     for unit in zero.units:  # of each flat vector, the shard of this rank without the padding at its end
         first, last = (min((zero.comm.rank + i) * unit.shard_size, unit.length) - unit.low for i in (0, 1))
-        units[unit.name] = {key: compact(vector[first:last]) for key, vector in _vectors(unit).items()}
-    return {"units": units, "buffers": {name: compact(x) for name, x in zero.model.state_dict().items()},
+        parts = {key: getattr(unit, key)[first:last].cpu() for key in VECTORS[:3 if unit.trainable else 1]}
+        units[unit.name] = {  # torch.save would write the whole storage of a part
+            key: x.clone() if x.untyped_storage().nbytes() > x.nbytes else x for key, x in parts.items()}
+    return {"units": units, "buffers": zero.model.state_dict(),
             "scalars": {key: getattr(zero, key) for key in SCALARS}}
 
 
-@torch.no_grad()
 def load_shards(zero, shards: list[dict]) -> None:
     """shards: state_shards() of all ranks that saved, in rank order, whatever their number and stage."""
     for unit in zero.units:
-        for key, mine in _vectors(unit).items():
+        for key in shards[0]["units"][unit.name]:
             rest = torch.cat([shard["units"][unit.name][key] for shard in shards])[unit.low:]
+            mine = getattr(unit, key)
             mine[:len(rest)] = rest[:len(mine)]  # at its end mine may have padding, which was not saved
         unit.publish()
     zero.model.load_state_dict(shards[0]["buffers"])
@@ -158,20 +121,17 @@ def claim(out: str, resume: bool):
     UserError if another run holds it, or if it has a run that this one does not go on with."""
     with writing(out):
         os.makedirs(out, exist_ok=True)
-        file = open(os.path.join(out, "lock"), "a")
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system drops the lock of a dead process
-        except BlockingIOError:
-            holder = Path(file.name).read_text()
-            raise UserError(f"{out}: in use by process {holder}; choose another --out") from None
-        file.truncate(0)
-        print(os.getpid(), end="", file=file, flush=True)
+        lock = open(os.path.join(out, "lock"), "a")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system drops the lock of a dead process
+    except BlockingIOError:
+        raise UserError(f"{out}: in use by another run; choose another --out, or end that run") from None
     for left in Path(out).glob("*.tmp-*"):  # by a save that was killed
         shutil.rmtree(left, ignore_errors=True)
-    found, finished = steps(out), Path(out, "final").exists()
-    expect(resume or not found, f"{out}: holds a run; go on by --resume, or choose another --out")
-    expect(found or not finished, f"{out}: holds final/ but no checkpoint to go on; choose another --out")
-    return file
+    found = steps(out)
+    expect(resume and found or not found and not Path(out, "final").exists(),
+           f"{out}: holds a run; choose another --out, or go on from its newest step folder by --resume")
+    return lock
 
 
 def steps(out: str) -> list[Path]:
@@ -209,32 +169,28 @@ def load_final(folder: str) -> tuple[dict, dict[str, torch.Tensor]]:
 
 
 def _write(folder: Path, contents: dict) -> dict[str, dict]:
-    """Write {name: tensors (*.pt), JSON, or a path to copy} for good. Returns {name: size and checksum}."""
+    """Write {name: tensors (*.pt), JSON, or a path to copy} for good. Returns {name: its checksum}."""
     folder.mkdir(exist_ok=True)
     for path, content in ((folder / name, content) for name, content in contents.items()):
         if not isinstance(content, dict):
             shutil.copyfile(content, path)
         elif path.suffix == ".json":
-            path.write_text(json.dumps({**content, "sha256": _digest(content)}, indent=1))
+            path.write_text(json.dumps({**content, "sha256": _checksum(content)}, indent=1))
         else:
             try:
                 torch.save(content, path)
-            except RuntimeError as error:  # a full disk
-                raise OSError(str(error).splitlines()[0]) from None
+            except RuntimeError as error:  # of a full disk
+                raise OSError(error) from None
         sync(path)
-    return {name: _size_and_hash(folder / name) for name in contents}
+    return {name: {"sha256": _checksum(folder / name)} for name in contents}
 
 
-def _digest(content: dict) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def _size_and_hash(path: Path) -> dict:
-    hashed = hashlib.sha256()
-    with open(path, "rb") as file:
+def _checksum(of: dict | Path) -> str:
+    hashed, text = hashlib.sha256(), json.dumps(of, sort_keys=True) if isinstance(of, dict) else ""
+    with io.BytesIO(text.encode()) if text else open(of, "rb") as file:
         while block := file.read(1 << 20):
             hashed.update(block)
-        return {"bytes": file.tell(), "sha256": hashed.hexdigest()}
+    return hashed.hexdigest()
 
 
 def expect(good, otherwise: str) -> None:
@@ -247,8 +203,6 @@ def reading(path):
     """Whatever a missing or damaged file makes its reader raise becomes one line that names the file."""
     try:
         yield
-    except UserError:
-        raise
     except Exception as error:
         why = (getattr(error, "strerror", "") or str(error) or repr(error)).splitlines()[0]
         raise UserError(f"{path}: cannot be read: {why}; expected what a training script wrote") from None
@@ -259,10 +213,10 @@ def _examine(folder: Path, name: str, rank: int = 0, world: int = 1) -> dict:
     with reading(folder / name):
         content = json.loads((folder / name).read_text(encoding="utf-8"))
         own = content.pop("sha256", None)  # a file made by hand has none
-        expect(own in (None, _digest(content)), f"{folder / name}: is damaged: its checksum differs")
+        expect(own in (None, _checksum(content)), "it is damaged, its checksum differs")
     for other, entry in sorted(content.get("files", {}).items())[rank::world]:
-        with reading(path := folder / other):
-            expect(_size_and_hash(path) == entry, f"{path}: is damaged: its size or checksum differs")
+        with reading(folder / other):
+            expect(entry["sha256"] == _checksum(folder / other), "it is damaged, its checksum differs")
     return content
 
 
@@ -273,12 +227,18 @@ def _load_tensors(path: Path):
 
 
 def main() -> None:
-    """python -m lib.checkpoint out/run/step-00000300: make final/ of a run that did not reach its end."""
-    expect(len(sys.argv) in (2, 3), "usage: python -m lib.checkpoint out/run/step-00000300 [name of a model]")
+    """Make final/ of the first model in a step folder, without its code, a process group or a GPU."""
+    expect(len(sys.argv) == 2, "usage: python -m lib.checkpoint out/run/step-00000300")
     folder = Path(sys.argv[1])
-    state, config = consolidate(folder, *sys.argv[2:]), _examine(folder, "config.json")
+    meta, config, state = _examine(folder, "meta.json"), _examine(folder, "config.json"), {}
+    key, units = next(iter(meta["layout"].items()))
+    shards = [_load_tensors(folder / f"rank{r:03d}.pt")[key] for r in range(meta["world"])]
+    for unit, tensors in units.items():
+        flat = torch.cat([shard["units"][unit]["master"] for shard in shards])
+        for names, shape, first in tensors:
+            state |= dict.fromkeys(names, flat[first:first + torch.Size(shape).numel()].view(shape).clone())
     lock = claim(str(folder.parent), resume=True)  # noqa: F841 - held until this function returns
-    save_final(folder.parent, state, config, folder / "tokenizer.json")
+    save_final(folder.parent, state | shards[0]["buffers"], config, folder / "tokenizer.json")
 
 
 if __name__ == "__main__":

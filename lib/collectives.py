@@ -4,8 +4,6 @@
     Comm      the collectives, over torch.distributed
     Memory    tensors on the device or in host memory; activations parked in host memory
 """
-from __future__ import annotations
-
 import collections
 import functools
 import weakref
@@ -17,27 +15,15 @@ import torch.distributed as dist
 import torch.nn as nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from lib.program import UserError
-
 PARK_BYTES = 1 << 20  # smaller activations are not worth a copy to the host
-# Parameters and shards begin at multiples of so many elements. Vector instructions treat the ragged end of a
-# vector differently, so that without this the last bits would depend on N.
+# Parameters and shards begin at its multiples. Otherwise the last bits would depend on N, because vector
+# instructions treat the ragged end of a vector differently.
 ALIGN = 16
-
-
-def check_options(stage: int, offload: tuple[str, ...], frozen: bool) -> None:
-    if stage not in (0, 1, 2, 3):
-        raise UserError(f"--zero {stage}: expected 0, 1, 2 or 3")
-    if set(offload) - {"optim", "params", "acts"}:
-        raise UserError(f"--offload {','.join(offload)}: expected a comma list of optim, params, acts")
-    if "params" in offload and (stage != 3 or not (frozen or "optim" in offload)):
-        raise UserError("--offload params: needs --zero 3, and optim as well unless the model is frozen")
 
 
 class Slot(NamedTuple):
     """Where one parameter lies in its unit's flat vector, and where it is used (several places if tied)."""
     start: int
-    numel: int
     shape: torch.Size
     places: list[tuple[str, nn.Module, str]]  # full name, module, attribute
 
@@ -48,14 +34,11 @@ def aligned(numel: int) -> int:
 
 def group_parameters(model: nn.Module, units: list[nn.Module]) -> list[tuple[str, nn.Module, list]]:
     """Share out the parameters: [(name, module, [places of each of its parameters])] per unit that has any.
-
-    A parameter that is not inside exactly one unit belongs to the model itself, the last entry.
-    """
+    A parameter that is not inside exactly one unit belongs to the model itself, the last entry."""
     found: dict[nn.Parameter, list] = {}
-    for prefix, module in model.named_modules(remove_duplicate=False):
-        for key, p in module._parameters.items():
-            if p is not None:
-                found.setdefault(p, []).append((f"{prefix}.{key}".lstrip("."), module, key))
+    for name, p in model.named_parameters(remove_duplicate=False):
+        path, _, key = name.rpartition(".")
+        found.setdefault(p, []).append((name, model.get_submodule(path), key))
     inside, members = [set(unit.modules()) for unit in units], [[] for _ in [*units, model]]
     for places in found.values():
         homes = [i for i, parts in enumerate(inside) if all(module in parts for _, module, _ in places)]
@@ -75,18 +58,15 @@ def materialise(parameters: list, device: torch.device) -> None:
 
 def take_out(parameters: list, frozen: bool) -> tuple[list[Slot], list[torch.Tensor], int, int]:
     """Delete the parameters from their modules. Returns (slots, values, how many train, how many decay).
-
-    Matrices, which have weight decay, come first; then norms and biases; then what is frozen. So each kind is
-    one range of the flat vector.
-    """
+    Matrices, which have weight decay, come first; then norms and biases; then what is frozen."""
     def kind(p) -> int:
         return 2 if frozen or not p.requires_grad else 0 if p.dim() >= 2 else 1
 
-    taken = [(module._parameters[key], places) for places in parameters for _, module, key in places[:1]]
+    taken = [(getattr(*places[0][1:]), places) for places in parameters]
     taken.sort(key=lambda entry: kind(entry[0]))
     slots, start = [], 0
     for p, places in taken:
-        slots.append(Slot(start, p.numel(), p.shape, places))
+        slots.append(Slot(start, p.shape, places))
         start = aligned(start + p.numel())
         for _, module, key in places:
             module._parameters.pop(key, None)
@@ -112,38 +92,30 @@ def sum_of_squares(x: torch.Tensor) -> torch.Tensor:
     return total
 
 
-def rank_and_world() -> tuple[int, int]:
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
 class Comm:
     """The collectives that ZeRO needs. In a world of one none of them sends anything."""
 
     def __init__(self):
-        self.rank, self.world = rank_and_world()
+        self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
     def all_reduce(self, x: torch.Tensor) -> None:
         """x <- the sum of x over ranks. A ring sends 2 (N-1)/N of x per rank."""
         if self.world > 1:
             dist.all_reduce(x)
 
-    def all_gather(self, whole: torch.Tensor | None, shard: torch.Tensor) -> torch.Tensor:
-        """whole (N shard_size,), new if None <- the shards (shard_size,) of all ranks. Sends (N-1)/N of it"""
+    def all_gather(self, shard: torch.Tensor, whole: torch.Tensor | None = None) -> torch.Tensor:
+        """whole (N shard_size,) <- the shards (shard_size,) of all ranks. Sends (N-1)/N of it."""
         whole = shard.new_empty(self.world * shard.numel()) if whole is None else whole
         if self.world > 1:
-            renamed = hasattr(dist, "all_gather_single")  # in torch 2.13
-            (dist.all_gather_single if renamed else dist.all_gather_into_tensor)(whole, shard)
+            dist.all_gather_single(whole, shard)
         elif whole.data_ptr() != shard.data_ptr():
             whole.copy_(shard)
         return whole
 
     def reduce_scatter(self, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """x (N shard_size,) -> (shard_size,): this rank's part of the sum over ranks, in dtype. May use x.
-
-        Every rank sends each other rank its part of x, and adds what it receives in the order of the ranks.
-        So it sends (N-1)/N of x, the sum does not depend on who was quick, and 16-bit numbers add in float32.
-        gloo's own reduce-scatter all-reduces a copy of x, which sends twice as much (PyTorch #118911).
-        """
+        Every rank sends each other rank its part, (N-1)/N of x in all, and adds what it gets in rank order,
+        16-bit numbers in float32. gloo's own reduce-scatter sends twice as much (PyTorch #118911)."""
         chunks = x.view(self.world, -1)  # (N, shard_size)
         if self.world > 1:
             chunks = torch.empty_like(chunks)

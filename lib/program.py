@@ -5,13 +5,10 @@
     cfg = parse(Config, argv, __doc__)   each field is a flag; the comment behind it is the flag's help
     progress = Progress("replies")       shows how far a long task is, and how much time is left
 """
-from __future__ import annotations
-
 import argparse
 import contextlib
 import dataclasses
 import datetime
-import difflib
 import inspect
 import json
 import math
@@ -22,7 +19,6 @@ import shutil
 import sys
 import time
 import typing
-from collections.abc import Iterator
 from pathlib import Path
 
 
@@ -35,9 +31,6 @@ class UserError(Exception):
 
 def start(main) -> None:
     """Run `main()` as a program. Its integer result is the exit code; a UserError is one line and code 2."""
-    for stream in (sys.stdin, sys.stdout, sys.stderr):  # a terminal that is not UTF-8 shows "?", no traceback
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")
     try:
         code = main() or 0
         sys.stdout.flush()
@@ -54,23 +47,21 @@ def start(main) -> None:
     os._exit(code)  # not sys.exit: its clean shutdown would wait for other ranks, and they may wait for us
 
 
-# ---- writing files ---------------------------------------------------------------------------------------
-
 @contextlib.contextmanager
-def writing(path, place: str = "--out"):
-    """Turn an error of the disk into a UserError that says what to do. place: what could be chosen anew."""
+def writing(path):
+    """Turn an error of the disk into a UserError that says what to do."""
     try:
         yield
     except OSError as error:
         why = error.strerror or error
-        raise UserError(f"{path}: cannot be written: {why}; free space, or choose another {place}") from None
+        raise UserError(f"{path}: cannot be written: {why}; free space, or choose another place") from None
 
 
 @contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path) -> typing.Iterator[Path]:
     """A temporary path for a file or folder, renamed to `path` after the block; removed after an error."""
     temporary = Path(f"{path}.tmp-{secrets.token_hex(4)}")
-    with writing(path, "place"):
+    with writing(path):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             yield temporary
@@ -94,30 +85,14 @@ def sync(path) -> None:
 
 def keep_lines(path: str, last: int) -> None:
     """Rewrite a file of JSON lines: only those up to step `last` stay. A half-written line goes."""
-    def stays(line: str) -> bool:
-        try:
-            return line.endswith("\n") and json.loads(line)["step"] <= last
-        except (ValueError, KeyError, TypeError):
-            return False
-
-    with replacing(Path(path)) as temporary, open(temporary, "w", encoding="utf-8") as file:
-        if last and os.path.exists(path):
-            with open(path, encoding="utf-8", errors="replace") as old:
-                file.writelines(filter(stays, old))
+    old = Path(path)
+    lines = old.read_text("utf-8", "replace").split("\n")[:-1] if last and old.exists() else []
+    with replacing(old) as temporary:
+        kept = [line + "\n" for line in lines if json.loads(line)["step"] <= last]
+        temporary.write_text("".join(kept), "utf-8")
 
 
-# ---- flags -----------------------------------------------------------------------------------------------
-
-def _number(kind, text: str):
-    """int or float from a flag. No flag takes a negative number; nan would pass every later comparison."""
-    with contextlib.suppress(ValueError):
-        if 0 <= (value := kind(text)) < (2**63 if kind is int else math.inf):
-            return value
-    raise argparse.ArgumentTypeError(f"found {text!r}, expected a finite {kind.__name__} >= 0")
-
-
-KINDS = {int: {"type": lambda text: _number(int, text), "metavar": "N"},
-         float: {"type": lambda text: _number(float, text), "metavar": "X"},
+KINDS = {int: {"type": int, "metavar": "N"}, float: {"type": float, "metavar": "X"},
          str: {"metavar": "TEXT"}, bool: {"action": argparse.BooleanOptionalAction}}
 
 
@@ -130,7 +105,7 @@ def parse(config_class, argv=None, doc: str | None = None):
     """Command line -> an instance of the dataclass `config_class`. doc: what --help says first.
 
     Every field is a flag `--name`; bool fields also get `--no-name`; Literal[...] fields accept only their
-    values. The comment behind a field is its help. UserError for an unknown flag or a wrong value.
+    values. UserError for an unknown flag or a wrong value.
     """
     raw = argparse.RawDescriptionHelpFormatter  # keeps the lines of doc
     parser = _Parser(description=doc, allow_abbrev=False, formatter_class=raw)
@@ -145,17 +120,16 @@ def parse(config_class, argv=None, doc: str | None = None):
         groups[title].add_argument(f"--{name}", default=default, help=words, **kind)
     values, unknown = parser.parse_known_args(argv)
     if unknown:
-        flag = unknown[0].split("=")[0]
-        near = difflib.get_close_matches(flag.lstrip("-"), [*defaults, *("no-" + n for n in defaults)], n=1)
-        raise UserError(f"unknown argument {flag}; {f'did you mean --{near[0]}?' if near else 'see --help'}")
+        parser.error(f"unknown argument {unknown[0].split('=')[0]}")
+    for name, value in vars(values).items():  # nan would pass all later comparisons
+        if isinstance(value, (int, float)) and not 0 <= value < math.inf:
+            raise UserError(f"--{name} {value}: expected a finite number >= 0")
     return config_class(**vars(values))
 
 
 def _comments(config_class, names) -> dict[str, tuple[str, str]]:
     """{field: (title of its group, help)} from the comments in the source, a subclass before its parents.
-
-    A comment on a line of its own is a title. A line without a comment is a parent's flag with a new default.
-    """
+    A comment on a line of its own is a title. A line without one is a parent's flag with a new default."""
     found = {}
     for part in filter(dataclasses.is_dataclass, config_class.__mro__):
         title = ""

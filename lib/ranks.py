@@ -4,9 +4,6 @@
     total, = ranks.sum(n)        the sum over all processes, the same on each
     together(action)             every rank does it, or every rank raises
 """
-from __future__ import annotations
-
-import contextlib
 import datetime
 import os
 import signal
@@ -17,17 +14,14 @@ import torch.distributed as dist
 
 from lib.program import UserError
 
+PATIENCE = datetime.timedelta(minutes=10)  # who waits longer for a dead or hanging rank ends with an error
+
 
 class Ranks:
     """Where this process stands. Without torchrun it is rank 0 of world 1 and uses no torch.distributed."""
     def __init__(self, rank: int = 0, world: int = 1, device: str | torch.device = "cpu"):
         self.rank, self.world, self.device, self.is_main = rank, world, torch.device(device), rank == 0
         self.stop_signal, self.stop_time = 0, 0.0  # the signal that asked this very rank to stop, and when
-
-    @property
-    def exit_code(self) -> int:
-        """130 after Ctrl-C, as a shell expects. 0 after SIGTERM: to save and leave as asked is no failure."""
-        return 130 if self.stop_signal == signal.SIGINT else 0
 
     def sum(self, *numbers) -> list[float]:
         """Sum each number (or tensor of one number) over all ranks: one collective, in float64."""
@@ -66,17 +60,16 @@ class Ranks:
     def _on_signal(self, number, frame) -> None:
         if not self.stop_signal:
             self.stop_signal, self.stop_time = number, time.monotonic()
-            with contextlib.suppress(OSError):  # the terminal may be gone
-                os.write(2, b"\nstopping after this step; once more to stop at once\n" * self.is_main)
+            os.write(2, b"\nstopping after this step; once more to stop at once\n" * self.is_main)
         elif time.monotonic() - self.stop_time > 1:  # earlier it is no second request, but torchrun's echo
             raise KeyboardInterrupt
 
 
 def together(action) -> list:
-    """Run action() on all ranks (None: nothing to do); returns all results. If it fails on one, all raise."""
-    world = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    """Run action() on all ranks; returns the results of all. If it fails on one, all raise."""
+    world = dist.get_world_size() if dist.is_initialized() else 1
     try:
-        mine, error = (action() if action else None, ""), None
+        mine, error = (action(), ""), None
     except Exception as found:  # whatever it is: the other ranks wait below
         mine, error = (None, str(found) if isinstance(found, UserError) else repr(found)), found
     everyone = [mine] * world
@@ -88,12 +81,9 @@ def together(action) -> list:
     return [result for result, _ in everyone]
 
 
-def setup(device: str = "auto", timeout: float = 600.0, catch_signals: bool = True) -> Ranks:
+def setup(device: str = "auto", catch_signals: bool = True) -> Ranks:
     """Join the ranks that torchrun has started (or none); choose the device and the number of threads.
-
-    timeout: seconds until a collective that waits for a dead or hanging rank becomes an error.
-    catch_signals: SIGTERM and Ctrl-C only ask to stop, see asked_to_stop(). Off: they end the program.
-    """
+    catch_signals: SIGTERM and Ctrl-C only ask to stop, see asked_to_stop(). Off: they end the program."""
     rank, local_rank = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))
     world, local_world = (int(os.environ.get(name, 1)) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
     gpus = [f"cuda:{n}" for n in range(torch.cuda.device_count())]
@@ -104,16 +94,14 @@ def setup(device: str = "auto", timeout: float = 600.0, catch_signals: bool = Tr
     if device != "cpu":
         torch.cuda.set_device(device)
     if local_world > 1:  # torchrun sets OMP_NUM_THREADS=1, which leaves most cores idle
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        torch.set_num_threads(max(1, cores // local_world))
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world))
     if world > 1:
         # torchrun's store outlives the ranks: after a restart it still holds the addresses of the dead ones,
         # so each attempt has names of its own. (Several machines do not count their restarts alike.)
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if local_world == world else "0"
-        patience = datetime.timedelta(seconds=timeout)
-        store = dist.PrefixStore(f"attempt-{attempt}", next(dist.rendezvous("env://", timeout=patience))[0])
+        store = dist.PrefixStore(f"attempt-{attempt}", next(dist.rendezvous("env://", timeout=PATIENCE))[0])
         backend = "nccl" if device != "cpu" and local_world <= len(gpus) else "gloo"  # NCCL: a GPU per rank
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=patience)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=PATIENCE)
     ranks = Ranks(rank, world, device)
     for number in (signal.SIGTERM, signal.SIGINT) if catch_signals else ():
         signal.signal(number, ranks._on_signal)

@@ -9,15 +9,13 @@
 
 Run never sees a batch, a model's output or a loss. It calls nothing of the script but evaluate().
 """
-from __future__ import annotations
-
 import dataclasses
 import datetime
 import json
 import math
 import os
 import resource
-import sys
+import signal
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -27,8 +25,6 @@ import torch
 
 from lib.checkpoint import claim, load_checkpoint, save_checkpoint, save_final
 from lib.program import UserError, keep_lines, require_positive, writing
-
-# ---- flags that all stages share ---------------------------------------------------------------------------
 
 
 @dataclass
@@ -85,8 +81,7 @@ class RunConfig:
         """Fill in seq_len; UserError if a model made for rows of `longest` tokens cannot read so many."""
         self.seq_len = self.seq_len or longest
         if self.seq_len > longest:
-            raise UserError(f"--seq_len {self.seq_len}: the model's rows end at {longest}; lower it, or "
-                            "pretrain a model for longer rows by --max_seq_len")
+            raise UserError(f"--seq_len {self.seq_len}: the model's rows end at {longest}; lower it")
 
     def fit_steps(self, items: int) -> None:
         """Fill in steps: as many as it takes to see `items` items so many epochs long."""
@@ -103,23 +98,14 @@ class RunConfig:
 
 def lr_at(step: int, cfg: RunConfig, peak: float = 0.0) -> float:
     """Learning rate of update `step` (1..steps): linear warmup to `peak` (0: cfg.lr), then decay.
-
-    The decay would reach min_lr at update steps + 1: a rate of 0 would make the last update a no-op.
-    """
+    The decay would reach min_lr at update steps + 1: a rate of 0 would make the last update a no-op."""
     peak = peak or cfg.lr
     if step < cfg.warmup_steps:
         return peak * step / cfg.warmup_steps
     done = (step - cfg.warmup_steps) / max(1, cfg.steps + 1 - cfg.warmup_steps)  # 0..1
-    if cfg.decay == "cosine":
-        left = 0.5 * (1 + math.cos(math.pi * done))
-    elif cfg.decay == "linear":
-        left = 1 - done
-    else:
-        left = min(1.0, (1 - done) / 0.6)  # flat for the first 40 %
+    left = {"cosine": 0.5 * (1 + math.cos(math.pi * done)), "linear": 1 - done,
+            "flat-then-linear": min(1.0, (1 - done) / 0.6)}[cfg.decay]  # flat for the first 40 %
     return cfg.min_lr + (peak - cfg.min_lr) * left
-
-
-# ---- one run in one folder ---------------------------------------------------------------------------------
 
 
 class Run:
@@ -142,27 +128,23 @@ class Run:
         self.config = {"model": shape, **final, "run": dataclasses.asdict(cfg)}
         self.same = {"model": {**shape, "attention": ""}, "tokenizer": tokenizer.fingerprint}  # else: refused
         self.should = {**inputs, **cfg.compared()}  # else: a warning
-        found = load_checkpoint(cfg.out, models, same=self.same, numbers=["skipped"],
-                                bitwise=self.should) if cfg.resume else None
+        found = load_checkpoint(cfg.out, models, same=self.same, bitwise=self.should) if cfg.resume else None
         self.start, saved = found or (0, {})
         self.skipped = saved.get("skipped", 0)  # updates that were left out, all in all
         self.due = bool(saved.get("due"))  # it stopped at a step that was to be evaluated
         if self.start > cfg.steps:
             raise UserError(f"--steps {cfg.steps}: {cfg.out} is already at step {self.start}; give more")
-        self.peak = matmul_peak(ranks.device, getattr(torch, cfg.dtype)) if flops else 0.0
         for name, zero in models.items():
             self.say(f"{name}: {zero.report()}")
         if flops:
-            self.say(f"{flops / 1e6:.1f} MFLOP per token; a large matrix product runs at "
-                     f"{self.peak / 1e9:.0f} GFLOP/s per process")
-        if cfg.resume:
-            self.say(f"going on after step {self.start}" if found else
-                     f"--resume: nothing in {cfg.out} yet, starting fresh")
+            self.peak = matmul_peak(ranks.device, getattr(torch, cfg.dtype))
+            self.say(f"{flops / 1e6:.1f} MFLOP per token; {self.peak / 1e9:.0f} GFLOP/s in large products")
+        if found:
+            self.say(f"going on after step {self.start}")
         self._restart_clock()
 
     def steps(self, evaluate: Callable[[], dict], first: bool = False) -> Iterator[int]:
         """The steps from here to cfg.steps, counted from 1.
-
         After each turn of the loop: evaluation and a checkpoint where they are due and at the last step; and
         the end, if any rank was asked to stop. evaluate() returns {metric: number}. first: also evaluate
         before step 1. `continue` counts as a whole turn. After `break`, finish() writes final/ at once.
@@ -179,8 +161,7 @@ class Run:
                 self._evaluate(evaluate, step)
             if last or stop or (cfg.save_every and step % cfg.save_every == 0):
                 extra = {**self.same, **self.should, "skipped": self.skipped, "due": due and stop}
-                save_checkpoint(cfg.out, step, self.models, extra, config=self.config,
-                                tokenizer_path=self.tokenizer.path)
+                save_checkpoint(cfg.out, step, self.models, extra, self.config, self.tokenizer.path)
                 self._restart_clock()
             if stop:
                 self.stopped = True
@@ -188,10 +169,8 @@ class Run:
                 return
 
     def log(self, step: int, *, tokens: float, skipped: int = 0, **numbers) -> None:
-        """Once a step. tokens (of all ranks) and skipped updates add up.
-
-        The numbers, the same on all ranks, are written at every log_every-th step, at the first and at the
-        last, with speed, MFU, memory and the time left."""
+        """Once a step. tokens (of all ranks) and skipped updates add up. The numbers are written at every
+        log_every-th step, at the first and at the last, with speed, MFU, memory and the time left."""
         self.tokens, self.counted = self.tokens + tokens, self.counted + 1
         self.skipped += skipped
         if step % self.cfg.log_every and step not in (self.start + 1, self.cfg.steps):
@@ -204,19 +183,17 @@ class Run:
         if self.flops:
             machine["mfu"] = speed * self.flops / (self.peak * self.ranks.world)
             words.insert(1, f"mfu {machine['mfu']:.0%}")
-        if self.skipped:
-            numbers["skipped"] = self.skipped
+        numbers |= {"skipped": self.skipped} if self.skipped else {}
         self.event(step, machine, words, **numbers)
         self._restart_clock()
 
-    def event(self, step: int, machine: dict | None = None, words: Iterable[str] = (), **numbers) -> None:
+    def event(self, step: int, machine=(), words=(), **numbers) -> None:
         """Numbers for metrics.jsonl and the screen. machine: more of them, which the screen says as words."""
         finite = {name: None if isinstance(x, float) and not math.isfinite(x) else x  # JSON has no NaN
-                  for name, x in {"step": step, **numbers, **(machine or {})}.items()}
+                  for name, x in {"step": step, **numbers, **dict(machine)}.items()}
         self.append("metrics.jsonl", [finite])
         shown = [f"{name} {x:.4g}" if isinstance(x, float) else f"{name} {x}" for name, x in numbers.items()]
-        rest = [f"{len(shown) - 12} more in metrics.jsonl"] if len(shown) > 12 else []
-        self.say(" | ".join([f"step {step}/{self.cfg.steps}", *shown[:12], *rest, *words]))
+        self.say(" | ".join([f"step {step}/{self.cfg.steps}", *shown[:12], *words]))  # all are in the file
 
     def say(self, text: str) -> None:
         """For the person at the screen (rank 0 only); not in metrics.jsonl."""
@@ -235,10 +212,8 @@ class Run:
                 file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
 
     def finish(self, change: Callable[[dict], None] | None = None, **config) -> int:
-        """Write final/ unless the run was stopped. Returns the exit code.
-
-        change(weights): a last edit of the weights in place, on rank 0. config: what else config.json says.
-        """
+        """Write final/ unless the run was stopped. Returns the exit code. change(weights): a last edit of the
+        weights in place, on rank 0. config: what else config.json says."""
         if not self.stopped:
             weights = next(iter(self.models.values())).full_state_dict()
             if self.ranks.is_main:
@@ -247,10 +222,10 @@ class Run:
                 save_final(self.cfg.out, weights, {**self.config, **config}, self.tokenizer.path)
             self.say(f"finished: {self.cfg.out}/final")
         self.ranks.close()
-        return self.ranks.exit_code
+        return 130 if self.ranks.stop_signal == signal.SIGINT else 0  # as shells expect; SIGTERM was obeyed
 
     def _restart_clock(self) -> None:
-        """After evaluating and saving, so that tokens/s speaks of training alone."""
+        """After evaluating and saving, so that the speed is that of training alone."""
         self.clock, self.tokens, self.counted = time.perf_counter(), 0, 0
 
     def _evaluate(self, evaluate, step: int) -> None:
@@ -262,21 +237,19 @@ class Run:
         self._restart_clock()
 
 
-def matmul_peak(device: torch.device, dtype: torch.dtype, size: int = 1024, repeats: int = 8) -> float:
+def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
     """FLOP/s of a large square matrix product here and now: the yardstick behind the MFU of a run."""
-    size = size if device.type == "cpu" else 8192
-    a, best = torch.randn(size, size, device=device, dtype=dtype), math.inf
-    for _ in range(repeats):
+    size, seconds = 1024 if device.type == "cpu" else 8192, []
+    a = torch.randn(size, size, device=device, dtype=dtype)
+    for _ in range(8):
         start = time.perf_counter()
-        a @ a
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        best = min(best, time.perf_counter() - start)
-    return 2 * size**3 / best
+        (a @ a)[0, 0].item()  # .item() waits for the device
+        seconds.append(time.perf_counter() - start)
+    return 2 * size**3 / min(seconds)
 
 
 def peak_memory(device: torch.device) -> int:
     """Most bytes that this process has held at once: on the GPU for CUDA, else resident in main memory."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -12,7 +12,7 @@ import torch
 from ranks import RankFailed, ranks
 
 from lib import checkpoint
-from lib.checkpoint import claim, consolidate, load_checkpoint, load_final, save_final, steps
+from lib.checkpoint import claim, load_checkpoint, load_final, save_final, steps
 from lib.program import UserError
 from model import GPT, GPTConfig
 from zero import Zero
@@ -44,8 +44,8 @@ def save(out, step: int, z: Zero, **extra) -> None:
     checkpoint.save_checkpoint(str(out), step, {"model": z}, extra, config={"a": 1}, tokenizer_path=__file__)
 
 
-def load(out, z: Zero, **more):
-    return load_checkpoint(str(out), {"model": z}, **more)
+def load(out, z: Zero, same=(), bitwise=()):
+    return load_checkpoint(str(out), {"model": z}, same=dict(same), bitwise=dict(bitwise))
 
 
 def run_part(out, stage, first, last, again=""):
@@ -101,15 +101,12 @@ def test_going_on_is_bitwise_not_stopping(tmp_path, world, stage):
 
 
 def test_one_process_makes_a_model_of_two_ranks_checkpoint(tmp_path, monkeypatch):
-    """By consolidate() and by the command line: full_state_dict() of the run. A run at work is left alone."""
+    """full_state_dict() of the run, by the command line. A run at work is left alone."""
     state, folder = ranks().run(2, run_part, str(tmp_path), 3, 0, 2)[0], tmp_path / "step-00000002"
-    assert near(consolidate(str(folder)), state, 0)
     assert {"embed.weight", "head.weight", "offset"} <= state.keys()
-    with pytest.raises(UserError, match="holds model, not actor"):
-        consolidate(str(folder), "actor")
     monkeypatch.setattr("sys.argv", ["lib.checkpoint", f"{folder}/"])
     lock = claim(str(tmp_path), resume=True)
-    with pytest.raises(UserError, match=f"in use by process {os.getpid()}; choose another --out"):
+    with pytest.raises(UserError, match="in use by another run; choose another --out"):
         checkpoint.main()
     lock.close()
     checkpoint.main()
@@ -118,41 +115,35 @@ def test_one_process_makes_a_model_of_two_ranks_checkpoint(tmp_path, monkeypatch
 
 
 def test_settings_that_differ_are_named(tmp_path, capsys, monkeypatch):
-    """The run goes on, unless what it cannot do without differs. A tuple is as good as JSON's list."""
-    extra = {"--lr": 0.001, "--b": (1, 2), "tokenizer": "x", "skipped": 2}
+    """The run goes on, unless what it cannot do without differs. A flag that is new counts as well."""
+    extra = {"--lr": 0.001, "--b": [1, 2], "tokenizer": "x", "skipped": 2}
     save(tmp_path, 1, make(), **extra)
 
     def said(**more):
         load(tmp_path, make(), **more)
         return capsys.readouterr().err
 
-    assert not said(same={"tokenizer": "x"}, numbers=["skipped"], bitwise={"--lr": 1e-3, "--b": (1, 2)})
+    assert not said(same={"tokenizer": "x"}, bitwise={"--lr": 1e-3, "--b": [1, 2]})
     monkeypatch.setattr(torch, "get_num_threads", lambda: 77)
     assert said(bitwise={"--lr": 0.002}) == (
         f"warning: {tmp_path}/step-00000001: --lr was 0.001 and is 0.002, threads was 1 and is 77: going on, "
         "but not bit for bit as the unbroken run\n")
-    assert said(bitwise={"--new": 1, "--lr": 0.001}).count("it is older") == 1
-    with pytest.raises(UserError, match="of a run with another tokenizer; choose another --out"):
+    assert "--new was None and is 1, threads" in said(bitwise={"--new": 1, "--lr": 0.001})
+    with pytest.raises(UserError, match="has another tokenizer; choose another --out"):
         said(same={"tokenizer": "y"})
-    with pytest.raises(UserError, match="expected a number as beta"):
-        said(numbers=["beta"])
 
 
-@pytest.mark.parametrize("change, words", [
-    ({"n_embd": 32}, r"qkv.weight is \[48, 16\] there and \[96, 32\] here"), ({"n_layer": 2}, "None here"),
-    ({"n_layer": 4}, "blocks.3.* is None there"), ({"tie_embeddings": False}, "head.weight is None there")])
-def test_a_checkpoint_of_another_model(tmp_path, change, words):
-    """The first tensor that differs is named, with both shapes."""
+@pytest.mark.parametrize("change", [{"n_embd": 32}, {"n_layer": 2}, {"tie_embeddings": False}])
+def test_a_checkpoint_of_another_model(tmp_path, change):
     save(tmp_path, 1, make())
-    with pytest.raises(UserError, match=f"of another model: model: .*{words}.*choose another --out"):
+    with pytest.raises(UserError, match="step-00000001: has another model; choose another --out"):
         load(tmp_path, make(**change))
 
 
 def test_only_the_newest_stay(tmp_path, monkeypatch):
-    """A step that is there is not written again: nothing was trained since it was loaded. What goes is
-    renamed first, so that no half of it keeps its name."""
+    """What goes is renamed first, so that no half of it keeps its name."""
     z = make()
-    for z.updates, step in enumerate((1, 2, 3, 4, 4)):
+    for z.updates, step in enumerate((1, 2, 3, 4)):
         save(tmp_path, step, z, n=step)
     assert sorted(os.listdir(tmp_path)) == ["step-00000003", "step-00000004"]
     assert load(tmp_path, z) == (4, {"n": 4}) and z.updates == 3
@@ -165,17 +156,17 @@ def test_who_may_take_a_folder(tmp_path):
     """One run at a time; one that has begun is gone on with; a finished model alone is kept. What a killed
     save has left is cleared away, and nothing else."""
     out, first = str(tmp_path), claim(str(tmp_path), resume=False)
-    with pytest.raises(UserError, match=f"in use by process {os.getpid()};"):
+    with pytest.raises(UserError, match="in use by another run;"):
         claim(out, resume=True)
     first.close()
     for name in ("step-00000002.tmp-0123abcd", "step-00000001.tmp-gone", "final.tmp-0123abcd", "tmp-mine"):
         (tmp_path / name).mkdir()
     save_final(out, {"a": torch.zeros(3)}, {}, __file__)
     for resume in (False, True):
-        with pytest.raises(UserError, match="holds final/ but no checkpoint"):
+        with pytest.raises(UserError, match="holds a run; choose another --out"):
             claim(out, resume)
     save(out, 1, make())
-    with pytest.raises(UserError, match="holds a run; go on by --resume"):
+    with pytest.raises(UserError, match="holds a run; .* by --resume"):
         claim(out, resume=False)
     claim(out, resume=True).close()
     assert sorted(os.listdir(out)) == ["final", "lock", "step-00000001", "tmp-mine"]
@@ -273,7 +264,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(tmp_path, cap
     assert f"warning: {tmp_path}/step-00000002/{name}: " in capsys.readouterr().err
     assert sorted(path.name[:21] for path in tmp_path.iterdir()) == ["damaged-step-00000002", "step-00000001"]
     damage(tmp_path / "step-00000001" / name)
-    with pytest.raises(UserError, match=f"step-00000001/{name}.*no checkpoint in .* is whole"):
+    with pytest.raises(UserError, match="no checkpoint is whole"):
         load(tmp_path, make())
     assert (tmp_path / "step-00000001").exists()
 
@@ -297,7 +288,7 @@ def test_a_damaged_final_model_is_refused(tmp_path, damage, name):
     (tmp_path / "tokenizer.json").write_text('{"n": 1}')
     save_final(str(tmp_path), {"a": torch.ones(300)}, {"n": 1}, str(tmp_path / "tokenizer.json"))
     damage(tmp_path / "final" / name)
-    with pytest.raises(UserError, match=f"final/{name}: (is damaged|cannot be read)"):
+    with pytest.raises(UserError, match=f"final/{name}: cannot be read"):
         load_final(str(tmp_path))
 
 

@@ -17,7 +17,7 @@ from ranks import RankFailed, ranks
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from lib import collectives
-from lib.collectives import Comm, Memory, rank_and_world
+from lib.collectives import Comm, Memory
 from lib.program import UserError
 from model import GPT, GPTConfig, generate, initialise
 from zero import Unit, Zero, data_parallel_step
@@ -132,7 +132,7 @@ def one_process(kind, data, stage):
 
 def sharded(kind, data, stage, **options):
     """The same by the ranks of this job: (state_dict, on rank 0; norms). All begin with rank 0's weights."""
-    model, norms = make(kind, seed=rank_and_world()[0]), []
+    model, norms = make(kind, seed=Comm().rank), []
     zero = Zero(model, units=model.units(), stage=stage, lr=LR, weight_decay=DECAY, **options)
     for model.step, step in enumerate(data):
         for ids in step[zero.comm.rank]:
@@ -433,14 +433,14 @@ def one_rank_is_poisoned(stage, steps):
 
 def test_one_nan_makes_all_ranks_skip():
     """A NaN in one rank's gradient of one block: every rank skips, the weights stay, the next step is sound.
-    The 20th time in a row is an error that names the block, on all ranks."""
+    The 20th time in a row is an error, on all ranks."""
     for stage in (0, 1, 2, 3):
         for infos, unchanged, last in ranks().run(2, one_rank_is_poisoned, stage, 3):
             assert all(info.skipped for info in infos) and unchanged
             assert not last.skipped and math.isfinite(last.norm)
     with pytest.raises(RankFailed) as failure:
         ranks().run(2, one_rank_is_poisoned, 3, 20)
-    assert all("blocks.1" in text and "UserError: 20 steps" in text for _, text in failure.value.answers)
+    assert all("UserError: 20 steps" in text for _, text in failure.value.answers)
 
 
 # ---- bytes
@@ -530,16 +530,16 @@ def test_bytes_held_and_sent_are_the_formulas(world):
 
 
 def test_report():
-    """The bytes counted over the storages are the sum of the formula's; the bytes to send are the table's."""
-    by_table = {torch.float32: (6, 6, 6, 9), torch.bfloat16: (6, 4.5, 3, 4.5)}  # per parameter, for 4 ranks
-    for stage, dtype, frozen in itertools.product(range(4), by_table, (False, True)):
+    """The bytes held by one rank, and those that one of four sends, are the table's."""
+    holds = {torch.float32: (16, 16, 16, 16), torch.bfloat16: (18, 18, 18, 16)}  # per parameter
+    sends = {torch.float32: (6, 6, 6, 9), torch.bfloat16: (6, 4.5, 3, 4.5)}
+    for stage, dtype, frozen in itertools.product(range(4), holds, (False, True)):
         zero = Zero(GPT(LARGER), units=[], stage=stage, dtype=dtype, frozen=frozen)
-        states, formula = zero.report().split("held: ")[1].split("\n")[0].split(" MiB; by formula ")
-        expected = sum(float(kind.split()[1]) for kind in formula.split(" + "))
-        assert float(states) == pytest.approx(expected, abs=0.2), (stage, dtype, frozen)
-        zero.comm.world, psi = 4, 0 if frozen else zero.units[0].numel
-        sent = float(zero.report().split()[-2])
-        assert sent == pytest.approx(by_table[dtype][stage] * psi / 2**20, abs=0.06), (stage, dtype)
+        states, total = float(zero.report().split("held: ")[1].split()[0]), zero.units[0].numel / 2**20
+        expected = total * (dtype.itemsize if frozen else holds[dtype][stage])
+        assert states == pytest.approx(expected, abs=0.2), (stage, dtype, frozen)
+        zero.comm.world, sent = 4, 0 if frozen else total * sends[dtype][stage]
+        assert float(zero.report().split()[-2]) == pytest.approx(sent, abs=0.06), (stage, dtype)
 
 
 @pytest.mark.parametrize("recompute", [False, True])
@@ -664,7 +664,7 @@ def test_building_unit_by_unit():
 
 
 @pytest.mark.parametrize("options, words", [
-    ({"stage": 4}, "--zero 4"), ({"offload": ("disk",)}, "--offload disk"),
+    ({"offload": ("disk",)}, "--offload disk"),
     ({"offload": ("optim", "params")}, "--zero 3"), ({"stage": 3, "offload": ("params",)}, "optim")])
 def test_options_that_make_no_sense(options, words):
     """A UserError names the flag."""
