@@ -206,9 +206,10 @@ class GPT(nn.Module):
     def flops_per_token(self, T: int) -> float:
         """Floating-point operations of one training token in a row of T, forward and backward: 6 per weight
         of a matrix product, 12 C per visible key, of which there are (T + 1) / 2. (Kaplan et al. 2020.)"""
-        matrices = sum(p.numel() for block in self.blocks for p in block.parameters() if p.dim() == 2)
-        attention = self.config.n_layer * self.config.n_embd * (T + 1)
-        return 6 * (matrices + self.head.weight.numel() + attention)
+        c, outputs = self.config, self.config.vocab_size if isinstance(self.head, LMHead) else 1
+        attention = c.n_embd // c.n_head * (2 * c.n_head + 2 * c.n_kv_head) + T + 1  # all but the MLP, over C
+        mlp = c.mlp_hidden * (3 if c.mlp == "swiglu" else 2)
+        return 6 * c.n_embd * (c.n_layer * (attention + mlp) + outputs)
 
 
 def restarting_positions(segment_ids):

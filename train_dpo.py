@@ -142,7 +142,6 @@ def main(argv=None) -> int:
     if ref_tokenizer.fingerprint != tokenizer.fingerprint:
         raise UserError(f"--ref {cfg.ref}: found another tokenizer than that of --init {cfg.init}")
     cfg.fit_rows(model.config.max_seq_len)
-    flops = model.flops_per_token(cfg.seq_len)
     zero = Zero(model, units=model.units(), **cfg.zero_options(ranks))
     ref_zero = Zero(ref, units=ref.units(), frozen=True, **cfg.zero_options(ranks))
 
@@ -154,7 +153,7 @@ def main(argv=None) -> int:
     text = Rehearsal(cfg, tokenizer, ranks)  # of --ptx; without it nothing
     cfg.fit_steps(len(train))
 
-    run = Run(cfg, ranks, {"model": zero}, tokenizer, flops=flops,
+    run = Run(cfg, ranks, {"model": zero}, tokenizer,
               inputs={"data": train.fingerprint(), "ptx_data": text.fingerprint(),
                       "ref": ref_born["files"].get("model.pt", {}).get("sha256")},
               final={"head": "lm", "chat_template": CHAT_TEMPLATE})

@@ -112,13 +112,12 @@ def main(argv=None) -> int:
     # model
     model = make_model(cfg, tokenizer)
     cfg.fit_rows(model.config.max_seq_len)
-    flops = model.flops_per_token(cfg.seq_len)
     init = None if cfg.init else lambda module, prefix: initialise(module, cfg.seed, prefix)
     zero = Zero(model, units=model.units(), init=init, **cfg.zero_options(ranks))
 
     share = -(-cfg.batch_size // ranks.world)  # rows per rank and update
     micro = min(cfg.micro_batch_size or share, share)  # rows per forward
-    run = Run(cfg, ranks, {"model": zero}, tokenizer, flops=flops, inputs={"data": train_tokens.note},
+    run = Run(cfg, ranks, {"model": zero}, tokenizer, inputs={"data": train_tokens.note},
               final={"head": "lm"})
     run.say(f"{len(train_tokens):,} training and {len(val_tokens):,} validation tokens ({tokenizer.kind}, "
             f"V = {tokenizer.vocab_size}); {cfg.batch_size * cfg.seq_len:,} an update: {ranks.world} ranks x "

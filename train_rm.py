@@ -150,7 +150,6 @@ def main(argv=None) -> int:
     model, tokenizer, born = load_model(cfg.init, head="scalar", attention=cfg.attention)
     expect_chat(cfg.init, born)
     cfg.fit_rows(model.config.max_seq_len)
-    flops = model.flops_per_token(cfg.seq_len)
     zero = Zero(model, units=model.units(), **cfg.zero_options(ranks))
 
     # data
@@ -161,7 +160,7 @@ def main(argv=None) -> int:
                   for part in (ranked, held_out))
     cfg.fit_steps(len(train))
 
-    run = Run(cfg, ranks, {"model": zero}, tokenizer, inputs={"data": train.fingerprint()}, flops=flops,
+    run = Run(cfg, ranks, {"model": zero}, tokenizer, inputs={"data": train.fingerprint()},
               final={"head": "scalar", "chat_template": CHAT_TEMPLATE})
     run.say(f"training: {train.report()}\nvalidation: {val.report()}\nchat template: {CHAT_TEMPLATE}")
     micro = cfg.micro_batch_size  # groups per forward

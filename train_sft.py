@@ -69,7 +69,6 @@ def main(argv=None) -> int:
     # model
     model, tokenizer, _ = load_model(cfg.init, head="lm", attention=cfg.attention)
     cfg.fit_rows(model.config.max_seq_len)
-    flops = model.flops_per_token(cfg.seq_len)
     zero = Zero(model, units=model.units(), **cfg.zero_options(ranks))
 
     # data: read and encoded by every rank, since conversations are small
@@ -82,7 +81,7 @@ def main(argv=None) -> int:
     text = Rehearsal(cfg, tokenizer, ranks)  # of --ptx; without it nothing
     cfg.fit_steps(len(train))
 
-    run = Run(cfg, ranks, {"model": zero}, tokenizer, flops=flops,
+    run = Run(cfg, ranks, {"model": zero}, tokenizer,
               inputs={"data": train.fingerprint(), "ptx_data": text.fingerprint()},
               final={"head": "lm", "chat_template": CHAT_TEMPLATE})
     run.say(f"training: {train.report()}\nvalidation: {val.report()}\nchat template: {CHAT_TEMPLATE}")

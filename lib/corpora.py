@@ -4,8 +4,6 @@
     prepare       a corpus -> tokenizer, training and validation token files; made once, then found again
     TokenFile     a token file, memory-mapped: it opens at once and takes next to no memory, however large
 """
-from __future__ import annotations
-
 import ast
 import hashlib
 import json

@@ -7,8 +7,6 @@
 
 The keys of a record tell its form: see CHATS, PROMPTS and REPLIES. An unusable record is a UserError.
 """
-from __future__ import annotations
-
 import dataclasses
 import functools
 import gzip

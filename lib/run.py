@@ -114,17 +114,16 @@ class Run:
     models: {name: Zero}, what is trained and saved; the first one becomes final/.
     inputs: {name: fingerprint} of what was read (data, frozen models). A resumed run should find the same.
     final: what final/config.json says beside the model's shape and the flags: head, chat_template.
-    flops: floating-point operations of one training token, for MFU; 0: no MFU.
     stopped: a signal asked this run to stop. Then finish() writes no final/.
     """
 
-    def __init__(self, cfg: RunConfig, ranks, models: dict, tokenizer, *, inputs: dict, final: dict,
-                 flops: float = 0.0):
-        self.cfg, self.ranks, self.models, self.tokenizer, self.flops = cfg, ranks, models, tokenizer, flops
+    def __init__(self, cfg: RunConfig, ranks, models: dict, tokenizer, *, inputs: dict, final: dict):
+        self.cfg, self.ranks, self.models, self.tokenizer = cfg, ranks, models, tokenizer
         self.stopped, self.begun = False, set()  # begun: the files of append()
         self.lock = claim(cfg.out, cfg.resume) if ranks.is_main else None  # held as long as this object lives
         ranks.barrier()
-        shape = dataclasses.asdict(next(iter(models.values())).model.config)
+        model = next(iter(models.values())).model
+        shape = dataclasses.asdict(model.config)
         self.config = {"model": shape, **final, "run": dataclasses.asdict(cfg)}
         self.same = {"model": {**shape, "attention": ""}, "tokenizer": tokenizer.fingerprint}  # else: refused
         self.should = {**inputs, **cfg.compared()}  # else: a warning
@@ -136,11 +135,14 @@ class Run:
             raise UserError(f"--steps {cfg.steps}: {cfg.out} is already at step {self.start}; give more")
         for name, zero in models.items():
             self.say(f"{name}: {zero.report()}")
-        if flops:
+        self.flops = model.flops_per_token(cfg.seq_len) if len(models) == 1 else 0  # of several: no MFU
+        if self.flops:
             self.peak = matmul_peak(ranks.device, getattr(torch, cfg.dtype))
-            self.say(f"{flops / 1e6:.1f} MFLOP per token; {self.peak / 1e9:.0f} GFLOP/s in large products")
-        if found:
-            self.say(f"going on after step {self.start}")
+            self.say(f"{self.flops / 1e6:.1f} MFLOP a token; {self.peak / 1e9:.0f} GFLOP/s in large products")
+        if cfg.resume:
+            self.say(f"going on after step {self.start}" if found else f"--resume: {cfg.out} is empty yet")
+        if (was := saved.get("steps", cfg.steps)) != cfg.steps:
+            self.say(f"--steps was {was} and is {cfg.steps}: the learning rate follows the new schedule")
         self._restart_clock()
 
     def steps(self, evaluate: Callable[[], dict], first: bool = False) -> Iterator[int]:
@@ -160,7 +162,8 @@ class Run:
             if due and not stop:  # whoever asks to stop may not wait for an evaluation
                 self._evaluate(evaluate, step)
             if last or stop or (cfg.save_every and step % cfg.save_every == 0):
-                extra = {**self.same, **self.should, "skipped": self.skipped, "due": due and stop}
+                extra = {**self.same, **self.should, "skipped": self.skipped,
+                         "steps": cfg.steps, "due": due and stop}
                 save_checkpoint(cfg.out, step, self.models, extra, self.config, self.tokenizer.path)
                 self._restart_clock()
             if stop:
