@@ -110,9 +110,8 @@ def memory(cfg):
     unit = 4 * (gpt(12).parameter_count() - gpt(4).parameter_count())
     for n in (2, 4):  # ranks
         head(f"memory per rank, {n} ranks: growth in units of 4 bytes per parameter")
-        formulas = {"ddp": 4, "fsdp2": 4 / n, "stage 0": 4, "stage 1": 2 + 2 / n, "stage 2": 1 + 3 / n,
-                    "stage 3": 4 / n}
-        for peer, formula in formulas.items():
+        for peer, formula in (("ddp", 4), ("fsdp2", 4 / n), ("stage 0", 4), ("stage 1", 2 + 2 / n),
+                              ("stage 2", 1 + 3 / n), ("stage 3", 4 / n)):
             small, large = (on_ranks(n, count, peer, layers, 1, 4)[0] for layers in (4, 12))
             row(peer, (large - small) / unit, formula=formula)
 
