@@ -41,7 +41,8 @@ def on_ranks(world: int, function, *args):
 
 def as_rank(world: int, store: str, function, args, rank: int):
     torch.set_num_threads(max(1, os.cpu_count() // world))
-    dist.init_process_group(init_method=store, rank=rank, world_size=world)
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, init_method=store, rank=rank, world_size=world)
     return function(*args)
 
 
