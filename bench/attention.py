@@ -23,9 +23,8 @@ def attention_steps(B, H, T, D, *, G=None, Tq=None, dtype=DTYPE, grad=True, **op
     def step(attention):
         out = attention(*(x.requires_grad_(grad) for x in inputs), **options)
         return torch.autograd.grad(out, inputs, g) if grad else out
-    peers = {"sdpa": sdpa_attention, "ours": flash_attention, "naive": naive_attention}
-    if T > 4096:
-        del peers["naive"]  # its scores would fill the memory
+    naive = {"naive": naive_attention} if T <= 4096 else {}  # the scores of a longer row fill the memory
+    peers = {"sdpa": sdpa_attention, "ours": flash_attention} | naive
     return {name: partial(step, attention) for name, attention in peers.items()}
 
 
@@ -36,13 +35,11 @@ def logp_steps(M, C, V):
     weight = (torch.randn(V, C, generator=generator) * 0.02).to(DEVICE).requires_grad_()
     targets = torch.randint(0, V, (M,), generator=generator).to(DEVICE)
 
-    def untiled(hidden, weight, targets):
-        return -F.cross_entropy((hidden @ weight.T).float(), targets, reduction="none")
-
     def step(logp):
         return torch.autograd.grad(-logp(hidden, weight, targets).mean(), (hidden, weight))
-    return {"untiled": partial(step, untiled), "ours": partial(step, target_logp),
-            "equal_weights": partial(step, partial(target_logp, equal_weights=True))}
+    peers = {"untiled": lambda h, w, ids: -F.cross_entropy((h @ w.T).float(), ids, reduction="none"),
+             "ours": target_logp, "equal_weights": partial(target_logp, equal_weights=True)}
+    return {name: partial(step, logp) for name, logp in peers.items()}
 
 
 def extra_memory(steps_of, peer: str, small: tuple, shape: tuple) -> float:
@@ -52,7 +49,7 @@ def extra_memory(steps_of, peer: str, small: tuple, shape: tuple) -> float:
 
 
 def beside(what: str, steps_of, shape: tuple, turns: int, small: tuple = (), **options) -> None:
-    """Rows: all peers of steps_of(*shape) beside the first. Memory, too, if a small shape is there to begin."""
+    """Rows: all peers of steps_of(*shape) beside the first: time and, given a small shape, memory."""
     steps = steps_of(*shape, **options)
     first, *others = steps
     seconds = interleave(steps, turns)
@@ -82,9 +79,8 @@ def time_of_attention(cfg):
 def attention_by_length(cfg):
     """Time and memory as rows grow: memory should double with T, where T x T scores would need four times."""
     head(f"by length, {DTYPE}, causal, (B, H, T, D), forward + backward")
-    shortest = 256 if DEVICE == "cpu" else 1024
-    for T in [shortest << i for i in range(3 if cfg.quick else 6)]:
-        turns = cfg.repeats * max(1, min(16, 8 * shortest // T))
+    for T in (256, 512, 1024) if cfg.quick else (256, 512, 1024, 2048, 4096, 8192):
+        turns = cfg.repeats * max(1, 2048 // T)
         beside("length", attention_steps, (1, 4, T, 64), turns, small=(1, 1, 1024, 64))
 
 

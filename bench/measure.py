@@ -66,8 +66,7 @@ def in_fresh_process(function, *args):
         return pool.apply(function, args)
 
 
-def head(title: str) -> None:
-    """The head of a table (markdown)."""
+def head(title: str) -> None:  # of a markdown table
     print(f"\n{title}\n\n| what | measured | besides |\n|---|---|---|", flush=True)
 
 

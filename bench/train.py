@@ -4,7 +4,8 @@
 
 MFU: GPT.flops_per_token x tokens per second / FLOP/s of a large square matrix product, in the same turns.
 """
-import statistics
+import itertools
+from functools import partial
 
 import torch
 
@@ -19,30 +20,26 @@ def gpt(layers: int, heads: int, width: int, T: int, attention: str) -> GPT:
                          attention=attention)).to(DEVICE)
 
 
-def training_step(model: GPT, ids: torch.Tensor, compile: bool):
-    """A function that makes one update; ids: (B, T + 1)."""
-    zero = Zero(model, units=model.units(), dtype=DTYPE, compile=compile)
-
-    def step():
-        zero.backward(-model(ids[:, :-1], ids[:, 1:], equal_weights=True).sum() / ids[:, 1:].numel())
-        zero.step(1e-3, 1.0)
-    return step
-
-
 def training(cfg):
     B, T, *shape = (16, 64, 2, 4, 128) if cfg.quick else (16, 256, 6, 6, 384)
     size = 1024 if DEVICE == "cpu" else 8192
     head(f"GPT of {shape[0]} layers, width {shape[2]}, seq_len {T}, batch {B}, {DTYPE}: MFU against "
          f"8 products of {size} x {size}")
     ids = torch.randint(0, 71, (B, T + 1), generator=torch.Generator().manual_seed(0)).to(DEVICE)
-    steps = {f"{attention}{', compiled' * compile}": training_step(gpt(*shape, T, attention), ids, compile)
-             for attention in ("flash", "sdpa") for compile in (False, True)}
+
+    def step(model, zero):
+        zero.backward(-model(ids[:, :-1], ids[:, 1:], equal_weights=True).sum() / ids[:, 1:].numel())
+        zero.step(1e-3, 1.0)
     a = torch.randn(size, size, device=DEVICE, dtype=DTYPE)
-    seconds = interleave({**steps, "product": lambda: [a @ a for _ in range(8)]}, cfg.repeats)
-    flops, of_product = gpt(*shape, T, "flash").flops_per_token(T) * B * T, 8 * 2 * size**3
-    for name in steps:
-        speed = {"tokens/s": B * T / statistics.median(seconds[name])}
-        compare(f"MFU of {name}", seconds, "product", name, scale=flops / of_product, **speed)
+    steps = {"product": lambda: [a @ a for _ in range(8)]}
+    for attention, compile in itertools.product(("flash", "sdpa"), (False, True)):
+        model = gpt(*shape, T, attention)
+        scale = model.flops_per_token(T) * B * T / (8 * 2 * size**3)
+        zero = Zero(model, units=model.units(), dtype=DTYPE, compile=compile)
+        steps[f"{attention}{', compiled' * compile}"] = partial(step, model, zero)
+    seconds = interleave(steps, cfg.repeats)
+    for name in list(steps)[1:]:
+        compare("MFU", seconds, "product", name, scale=scale)
     compare("speed", seconds, "sdpa", "flash")
 
 

@@ -22,7 +22,6 @@ from model import GPT, GPTConfig, initialise
 from zero import Zero
 
 LR, CLIP = 1e-4, 1.0
-FRUGAL = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}  # what is freed is given back
 PEER = {"stage 0": "ddp", "stage 1": "ddp", "stage 2": "ddp", "stage 3": "fsdp2", "fsdp2": "ddp"}
 
 
@@ -32,16 +31,18 @@ def gpt(layers: int, width: int = 512) -> GPT:
                          tie_embeddings=True))
 
 
-def on_ranks(world: int, function, *args) -> list:
-    """[function(*args) of each rank], in fresh processes."""
+def on_ranks(world: int, function, *args):
+    """function(*args) on every rank, in fresh processes; returns the answer of rank 0."""
     with tempfile.TemporaryDirectory() as folder, \
             ProcessPoolExecutor(world, multiprocessing.get_context("spawn")) as pool:
-        return list(pool.map(partial(as_rank, world, f"file://{folder}/store", function, args), range(world)))
+        rank = partial(as_rank, world, f"file://{folder}/store", function, args)
+        return list(pool.map(rank, range(world)))[0]
 
 
 def as_rank(world: int, store: str, function, args, rank: int):
     torch.set_num_threads(max(1, os.cpu_count() // world))
-    dist.init_process_group(init_method=store, rank=rank, world_size=world)
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, init_method=store, rank=rank, world_size=world)
     return function(*args)
 
 
@@ -88,7 +89,7 @@ def step_times(repeats: int) -> dict:
 
 def time_of_step(cfg):
     for world in (2, 4):
-        seconds = on_ranks(world, step_times, cfg.repeats)[0]
+        seconds = on_ranks(world, step_times, cfg.repeats)
         head(f"time of a step, 29.1 M parameters, {world} ranks, 2 x 128 tokens each")
         for ours, peer in PEER.items():
             compare("step", seconds, ours, peer)
@@ -105,14 +106,14 @@ def count(*options, device: str = "cpu") -> tuple[int, float]:
 
 def memory(cfg):
     """Growth from 4 to 12 layers in units of 4 bytes per parameter: what does not grow with it drops out."""
-    os.environ.update(FRUGAL)  # of the ranks, which start later
+    # what a rank frees is given back at once; the ranks start later
+    os.environ.update(MALLOC_MMAP_THRESHOLD_="65536", MALLOC_TRIM_THRESHOLD_="65536")
     unit = 4 * (gpt(12).parameter_count() - gpt(4).parameter_count())
     for n in (2, 4):  # ranks
         head(f"memory per rank, {n} ranks: growth in units of 4 bytes per parameter")
-        formulas = {"ddp": 4, "fsdp2": 4 / n, "stage 0": 4, "stage 1": 2 + 2 / n, "stage 2": 1 + 3 / n,
-                    "stage 3": 4 / n}
-        for peer, formula in formulas.items():
-            small, large = (on_ranks(n, count, peer, layers, 1, 4)[0][0] for layers in (4, 12))
+        for peer, formula in (("ddp", 4), ("fsdp2", 4 / n), ("stage 0", 4), ("stage 1", 2 + 2 / n),
+                              ("stage 2", 1 + 3 / n), ("stage 3", 4 / n)):
+            small, large = (on_ranks(n, count, peer, layers, 1, 4)[0] for layers in (4, 12))
             row(peer, (large - small) / unit, formula=formula)
 
 
@@ -122,7 +123,7 @@ def one_gpu(cfg):
     head(f"one GPU, {layers} layers of width {width}, {B} x {T} tokens: peak bytes per parameter")
     offloads = (), ("acts",), ("optim",), ("optim", "params"), ("optim", "params", "acts")
     for peer, offload in [("plain", ()), ("fsdp2", ()), *(("stage 3", some) for some in offloads)]:
-        (peak, seconds), = on_ranks(1, partial(count, device="cuda"), peer, layers, B, T, width, offload)
+        peak, seconds = on_ranks(1, partial(count, device="cuda"), peer, layers, B, T, width, offload)
         row(f"{peer} {','.join(offload)}", peak / gpt(layers, width).parameter_count(), ms=1e3 * seconds)
 
 
