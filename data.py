@@ -8,8 +8,6 @@
     python data.py --show --data my.txt                     # a window: token | target | segment
     python data.py --show --stage sft --data chats.jsonl    # the first chat: token | target | trained?
 """
-from __future__ import annotations
-
 import dataclasses
 import functools
 import hashlib
@@ -242,7 +240,7 @@ class ReplyRows(NamedTuple):
     segment_ids: torch.Tensor  # (B, T)
     ends: torch.Tensor  # (2, n) row and column of each reply's last token, its end
 
-    def to(self, device) -> ReplyRows:
+    def to(self, device) -> "ReplyRows":
         return ReplyRows(*(part.to(device) if isinstance(part, torch.Tensor) else part for part in self))
 
 
@@ -299,7 +297,6 @@ class RehearsalConfig:
     # optimisation
     ptx: float = 0.0  # weight of the pretraining loss that is mixed in, against forgetting; 0: off
     ptx_data: str = ""  # its text: .txt, .json or .jsonl
-
     ptx_rows = 8  # rows of that text per update over all ranks
 
 
@@ -313,8 +310,7 @@ class Rehearsal:
         self.cfg, self.ranks, self.text = cfg, ranks, None
         if cfg.ptx:
             path, *_ = ranks.main_first(lambda: prepare(cfg.ptx_data, tokenizer=tokenizer.path))
-            tokens = TokenFile(path, tokenizer)
-            self.text = Windows(tokens, cfg.seq_len, batch_size=cfg.ptx_rows, seed=cfg.seed)
+            self.text = Windows(TokenFile(path, tokenizer), cfg.seq_len, batch_size=cfg.ptx_rows, seed=cfg.seed)
 
     def fingerprint(self) -> str:
         return self.text.tokens.note if self.text else ""

@@ -11,7 +11,6 @@ Every reply gets an end token, even one that was cut off: do not put those among
 
     python train_dpo.py --data preferences.jsonl --init out/sft --out out/dpo                     one process
     torchrun --nproc_per_node 2 train_dpo.py --data preferences.jsonl --init out/sft --zero 3 --out out/two
-    python train_dpo.py --data preferences.jsonl --init out/sft --steps 5 --out out/toy           a first try
 """
 import gc
 import math

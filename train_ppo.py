@@ -28,7 +28,6 @@ alone. It counts at the last token, and missing_eos_penalty is taken off.
 
     python train_ppo.py --data prompts.jsonl --init out/sft --reward_model out/rm --out out/ppo   one process
     torchrun --nproc_per_node 2 train_ppo.py --data prompts.jsonl --zero 3 --out out/two          two of them
-    python train_ppo.py --data prompts.jsonl --init out/sft --reward_model out/rm --steps 3       a first try
 """
 import copy
 import hashlib

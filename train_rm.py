@@ -12,7 +12,6 @@ end of the reply, since it alone has seen everything:
 
     python train_rm.py --data preferences.jsonl --init out/sft --out out/rm                       one process
     torchrun --nproc_per_node 2 train_rm.py --data preferences.jsonl --zero 3 --out out/two       two
-    python train_rm.py --data preferences.jsonl --init out/sft --steps 5 --out out/toy            a first try
 """
 import itertools
 import math

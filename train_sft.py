@@ -9,7 +9,6 @@ conversations share a row without seeing each other. With --ptx, text of pretrai
 
     python train_sft.py --data chats.jsonl --init out/pretrain --out out/sft    one process
     torchrun --nproc_per_node 2 train_sft.py --data chats.jsonl --init out/pretrain --zero 3 --out out/two
-    python train_sft.py --data chats.jsonl --init out/pretrain --steps 5 --out out/toy    a first try
 """
 import math
 from dataclasses import dataclass

@@ -34,8 +34,6 @@ One training step at stage 2, and what other stages do instead:
     update    Zero.step      One norm of all gradients, clipping, AdamW on this rank's 1/N of the masters.
               Unit.publish   Each rank sends its new weights to all others. Stages 0, 3: nothing to send.
 """
-from __future__ import annotations
-
 import contextlib
 import math
 from collections.abc import Callable
@@ -214,7 +212,7 @@ class Use(torch.autograd.Function):
     """Use of a unit's weights: forward fetches them, backward gets the gradients of all of them at once."""
 
     @staticmethod
-    def forward(ctx, unit: Unit, trigger: torch.Tensor):  # an input with a gradient makes this a graph's node
+    def forward(ctx, unit: "Unit", trigger: torch.Tensor):  # trigger: see Unit.run
         ctx.unit = unit
         ctx.set_materialize_grads(False)  # the gradient of an unused weight stays None
         views = unit.views(unit.fetch())

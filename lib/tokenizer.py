@@ -17,8 +17,6 @@ and repeat. In a tie the smaller ids win. "low" 5 times, "lower" 2, "newest" 6 a
 The six special tokens (document start, whose turn, end) have the last ids. They never come from text: whoever
 types "<|end|>" gets the ids of seven characters.
 """
-from __future__ import annotations
-
 import hashlib
 import heapq
 import json
@@ -179,7 +177,7 @@ class Tokenizer:
             temporary.write_text(json.dumps({**self.content, "fingerprint": self.fingerprint}, indent=1))
 
     @staticmethod
-    def load(path: str) -> Tokenizer:
+    def load(path: str) -> "Tokenizer":
         """Read what `save` wrote; UserError for anything else. Nothing that the file names is fetched."""
         content = load_json(read_text(path), path)
         try:
