@@ -310,7 +310,8 @@ class Rehearsal:
         self.cfg, self.ranks, self.text = cfg, ranks, None
         if cfg.ptx:
             path, *_ = ranks.main_first(lambda: prepare(cfg.ptx_data, tokenizer=tokenizer.path))
-            self.text = Windows(TokenFile(path, tokenizer), cfg.seq_len, batch_size=cfg.ptx_rows, seed=cfg.seed)
+            tokens, sampling = TokenFile(path, tokenizer), {"batch_size": cfg.ptx_rows, "seed": cfg.seed}
+            self.text = Windows(tokens, cfg.seq_len, **sampling)
 
     def fingerprint(self) -> str:
         return self.text.tokens.note if self.text else ""
@@ -337,7 +338,6 @@ class Config:
     stage: Literal["pretrain", "sft"] = "pretrain"  # pretrain: a window of the text; sft: the first chat
     tokenizer: str = "bpe"  # byte, char, bpe, a name that tiktoken knows, or a tokenizer.json; sft: byte
     vocab_size: int = 4096  # of bpe
-    seq_len: int = 64  # of the window, tokens
 
 
 def main(argv=None) -> None:
@@ -349,7 +349,7 @@ def main(argv=None) -> None:
         sample = collate(*zip(encode_chat(tokenizer, messages)))
     else:
         path, _, its = prepare(cfg.data, tokenizer=cfg.tokenizer, vocab_size=cfg.vocab_size)
-        tokenizer, sample = Tokenizer.load(its), Windows(TokenFile(path), cfg.seq_len, batch_size=1).batch(0)
+        tokenizer, sample = Tokenizer.load(its), Windows(TokenFile(path), 64, batch_size=1).batch(0)
     for i, target, segment in zip(*(part[0].tolist() for part in sample)) if cfg.show else ():
         shown, trained = (repr(tokenizer.decode([target])), "trained") if target != IGNORE else ("-", "")
         note = trained if cfg.stage == "sft" else segment

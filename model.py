@@ -208,8 +208,7 @@ class GPT(nn.Module):
         of a matrix product, 12 C per visible key, of which there are (T + 1) / 2. (Kaplan et al. 2020.)"""
         c, outputs = self.config, self.config.vocab_size if isinstance(self.head, LMHead) else 1
         attention = c.n_embd // c.n_head * (2 * c.n_head + 2 * c.n_kv_head) + T + 1  # all but the MLP, over C
-        mlp = c.mlp_hidden * (3 if c.mlp == "swiglu" else 2)
-        return 6 * c.n_embd * (c.n_layer * (attention + mlp) + outputs)
+        return 6 * c.n_embd * (c.n_layer * (attention + c.mlp_hidden * (2 + (c.mlp == "swiglu"))) + outputs)
 
 
 def restarting_positions(segment_ids):

@@ -31,6 +31,8 @@ class UserError(Exception):
 
 def start(main) -> None:
     """Run `main()` as a program. Its integer result is the exit code; a UserError is one line and code 2."""
+    for stream in (sys.stdin, sys.stdout, sys.stderr):  # a terminal that is not UTF-8 shows "?", no traceback
+        getattr(stream, "reconfigure", dict)(errors="replace")
     try:
         code = main() or 0
         sys.stdout.flush()

@@ -1,13 +1,13 @@
 """One training run: its flags, its learning rate, its folder. The loop itself stays in the script.
 
-    class Config(RunConfig): ...           a stage's own flags, and its other defaults of the shared ones
+    class Config(RunConfig): ...                  a stage's own flags, its own defaults of the shared ones
     run = Run(cfg, ranks, {"model": zero}, tokenizer, inputs={"data": fingerprint})
     for step in run.steps(evaluate):              evaluates, saves and stops between the turns
         ...                                       batch, forward, loss, zero.backward, zero.step
         run.log(step, tokens=n, loss=loss)
     return run.finish()                           writes out/final
 
-Run never sees a batch, a model's output or a loss. It calls nothing of the script but evaluate().
+Run never sees a batch, a model's output or a loss. Of the script it calls evaluate() and finish's change().
 """
 import dataclasses
 import datetime

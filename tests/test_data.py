@@ -382,10 +382,10 @@ def test_every_conversation_once_per_epoch(world):
 def test_command_shows_what_training_reads(tmp_path, capsys, monkeypatch):
     """A window: token | target | segment; a chat: token | target | trained?"""
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "a.txt").write_text("ab" * 40 + "\n<|endoftext|>\n" + "cd" * 10)
-    data.main(["--data", "a.txt", "--tokenizer", "char", "--show", "--seq_len", "90"])
+    (tmp_path / "a.txt").write_text("ab" * 20 + "\n<|endoftext|>\n" + "cd" * 20)
+    data.main(["--data", "a.txt", "--tokenizer", "char", "--show"])
     rows = capsys.readouterr().out.splitlines()
-    assert len(rows) == 90 and "'<|end|>'" in {row.split()[0] for row in rows} and rows[-1][-1] in "12"
+    assert len(rows) == 64 and "'<|end|>'" in {row.split()[0] for row in rows} and rows[-1][-1] in "12"
     (tmp_path / "a.jsonl").write_text(json.dumps({"messages": DIALOGUE[1:3]}))
     data.main(["--show", "--stage", "sft", "--data", "a.jsonl"])
     template, *rows = capsys.readouterr().out.splitlines()

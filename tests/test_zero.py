@@ -246,7 +246,7 @@ def test_compiled_blocks():
     cases = [(("untied", batches(world, 2), stage), {"compile": True, "activation_checkpointing": world == 2})
              for world, stage in ((1, 0), (2, 3))]
     answers = compiled(many, cases[:1]) + ranks().run(2, compiled, many, cases[1:])[0]
-    for ((kind, data, stage), _), (state, norms) in zip(cases, answers):
+    for ((kind, data, _), _), (state, norms) in zip(cases, answers):
         expected, expected_norms = one_process(kind, data, 2)
         assert norms == pytest.approx(expected_norms, rel=1e-6)
         torch.testing.assert_close(state, expected)
