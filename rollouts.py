@@ -64,20 +64,20 @@ def draw(prompts: list[list[int]], step: int, actor: GPT, zero, tokenizer, cfg, 
     """One reply to each prompt; ranks share the work. Reply i depends on prompt i and (cfg.seed, step, i).
 
     step: that of training, from 1; 0 for evaluation."""
-    B, R = len(prompts), cfg.max_new_tokens
+    B, longest = len(prompts), cfg.max_new_tokens
     seeds = random_bits(cfg.seed, step, SAMPLING, B).tolist()
-    tokens, sampled_logp = torch.zeros(B, R, dtype=torch.int64), torch.zeros(B, R)  # (B, R) each
+    tokens, sampled_logp = torch.zeros(B, longest, dtype=torch.int64), torch.zeros(B, longest)
     lengths = torch.zeros(B, dtype=torch.int64)
     mine = range(ranks.rank, B, ranks.world)
     with zero.gathered():  # no communication inside: each rank may take as many steps as its replies need
         drawn = generate_sorted(actor, [prompts[i] for i in mine], batch_size=AT_ONCE,
-                                seeds=[seeds[i] for i in mine], max_new_tokens=R, temperature=cfg.temperature,
-                                eos_id=tokenizer.end_id, return_logp=True)
+                                seeds=[seeds[i] for i in mine], max_new_tokens=longest,
+                                temperature=cfg.temperature, eos_id=tokenizer.end_id, return_logp=True)
     for i, (new, logp) in zip(mine, drawn):
         lengths[i] = len(new)
         tokens[i, :len(new)], sampled_logp[i, :len(new)] = torch.tensor(new), torch.tensor(logp)
     tokens, sampled_logp, lengths = (ranks.all_reduce(x) for x in (tokens, sampled_logp, lengths))
-    R = int(lengths.max())
+    R = int(lengths.max())  # slots
     replies = [row[:n] for row, n in zip(tokens.tolist(), lengths.tolist())]
     ended = [reply[-1] == tokenizer.end_id for reply in replies]
     parts = [(p, reply, [tokenizer.end_id] * (not end)) for p, reply, end in zip(prompts, replies, ended)]

@@ -2,38 +2,36 @@
 # The whole life of a language model, one printed command per stage. What exists is not made again: after a
 # failure or Ctrl-C the same command goes on. To begin anew, remove the folder under out/.
 #   bash run.sh                  in the Village, a small world with a judge who knows the truth
-#   bash run.sh --quick          every stage at its smallest, in under two minutes: does everything run here?
+#   bash run.sh --quick          every stage at its smallest; --show: print the commands and run none
 #   bash run.sh --hack           also PPO on a lesser reward model, with and without a leash: reward hacking
 #   bash run.sh my_text.txt      a text of yours (or stdlib, which comes with Python): pretraining alone
 #   bash run.sh --data-from DIR  as far as your files reach: text.txt and chats, preferences, prompts.jsonl
-#   bash run.sh --show           print the commands and run none
-#   SEED=2 bash run.sh           another world and other random numbers; OUT=out/mine: another folder
-#   NPROC=2 ZERO=3 bash run.sh   training in two processes, sharded by ZeRO stage 3
+# SEED=2: another world; OUT=out/mine: another folder; NPROC=2 ZERO=3: two processes, sharded by ZeRO stage 3
 set -euo pipefail
-v=yes own="" q="" hack="" show="" chats="" preferences="" prompts=""
-for word in "$@"; do
-    case $word in
-        --quick) q=-quick ;; --hack) hack=yes ;; --show) show=yes ;; --data-from) ;;  # DIR is the next word
-        -*) echo "error: unknown argument $word; see the first lines of run.sh" >&2; exit 2 ;;
-        *) v="" own=$word; [ ! -e "$word" ] || own=$(realpath "$word") ;;
+v=yes own="" text="" q="" hack="" show="" chats="" preferences="" prompts=""
+refuse() { echo "error: $*" >&2; exit 2; }
+while [ $# -gt 0 ]; do
+    case $1 in
+        --quick) q=-quick ;; --hack) hack=yes ;; --show) show=yes ;;
+        --data-from) [ -d "${2:-}" ] || refuse "$1 ${2:-}: no folder"; v="" own=$(realpath "$2"); shift ;;
+        -*) refuse "unknown argument $1; see the first lines of run.sh" ;;
+        *) v="" text=$1; [ ! -e "$1" ] || text=$(realpath "$1") ;;
     esac
+    shift
 done
 cd "$(dirname "$0")"
-world=data/village${SEED:+-$SEED}$q python=.venv/bin/python launch=$python zero=${ZERO:+--zero $ZERO}
-out=${OUT:-out/$(basename "${own:-village}" .txt)${SEED:+-$SEED}$q} seed=${SEED:+--seed $SEED} text=$own
-[ "${NPROC:-1}" = 1 ] || launch=".venv/bin/torchrun --standalone --nproc_per_node $NPROC"
 for file in "$own"/{text,chats,preferences,prompts}.{txt,json,jsonl}; do
     [ ! -e "$file" ] || declare "$(basename "${file%.*}")=$file"
 done
+[ "$v$text" ] && [ "$chats" -o ! "$preferences" ] || refuse "$own: needs text.txt; and chats for preferences"
+content=$({ cat "$text" "$chats" "$preferences" 2> /dev/null || true; } | cksum)  # tells own files apart
+name=${v:+village} world=data/village${SEED:+-$SEED}$q python=.venv/bin/python launch=$python
+name=${name:-$(basename "${own:-$text}" .txt)-${content%% *}} zero=${ZERO:+--zero $ZERO}
+out=${OUT:-out/${name// /_}${SEED:+-$SEED}$q} seed=${SEED:+--seed $SEED}
+[ "${NPROC:-1}" = 1 ] || launch=".venv/bin/torchrun --standalone --nproc_per_node $NPROC"
 [ ! "$v" ] || text=$world/pretrain.txt chats=$world/sft.jsonl prompts=$world/prompts.jsonl
 [ ! "$v" ] || preferences=$out/sft-ranked.jsonl
-if [ ! "$show" ] && ! cmp -s requirements.txt .venv/requirements.txt; then
-    echo "making .venv and installing requirements.txt ..."
-    "${PYTHON:-python3}" -m venv .venv
-    $python -m pip install --quiet --disable-pip-version-check -r requirements.txt
-    $python -m pip install --quiet --disable-pip-version-check matplotlib || echo "no matplotlib, no pictures"
-    cp requirements.txt .venv/
-fi
+[ "$show" ] || bash test.sh --version > /dev/null  # makes .venv, and tests nothing
 stage() {  # stage NAME FILE command ...: print the command, and run it unless FILE, which it makes, is there
     printf '\n%s\n$%s\n' "$1" "$(printf ' %q' "${@:3}" | sed 's/\\,/,/g')"
     [ ! "$show" ] || return 0

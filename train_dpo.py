@@ -10,7 +10,6 @@ y_w is the chosen reply, y_l the rejected one. log pi(y|x) is the SUM over the r
 Every reply gets an end token, even one that was cut off: do not put those among the chosen ones.
 
     python train_dpo.py --data preferences.jsonl --init out/sft --out out/dpo                     one process
-    torchrun --nproc_per_node 2 train_dpo.py --data preferences.jsonl --init out/sft --zero 3 --out out/two
 """
 import gc
 import math

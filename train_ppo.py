@@ -73,6 +73,7 @@ class Config(RunConfig, RehearsalConfig):  # the flags that all stages share are
     cliprange_value: float = 0.2  # c: how far a value may move from where it was at the rollout; 0: off
     stop_kl: float = 0.1  # approximate KL per token to the rollout's policy that ends a step early; 0: off
     lr: float = 2e-4  # peak learning rate of the actor
+    min_lr: float = 1e-5
     critic_lr: float = 0.0  # of the critic; 0: as the actor's
     warmup_steps: int = 5  # rollouts over which the rate climbs from 0
     # run
@@ -94,8 +95,7 @@ class Config(RunConfig, RehearsalConfig):  # the flags that all stages share are
             raise UserError(f"--minibatches {self.minibatches}: more than --batch_size {self.batch_size}")
 
 
-# ---- the algorithm -----------------------------------------------------------------------------------------
-# B replies of R slots. Losses are sums: the caller divides by the number of tokens of all ranks.
+# ---- the algorithm: B replies of R slots. Losses are sums; the caller divides by the tokens of all ranks.
 
 def kl_penalty(logp, ref_logp):
     """log pi - log ref of each token, any shape. Its mean over the policy's own samples is the KL (k1 of
@@ -157,24 +157,22 @@ def ppo_value_loss(values, old_values, returns, mask, clip):
 def add_gradients(rollout: Rollout, chosen: list[int], advantages, returns, models: Models, actor: Zero,
                   critic: Zero, cfg: Config, ranks) -> dict[str, float]:
     """Gradients of both losses of a minibatch, as means over its tokens. Returns sums over its tokens."""
-    n = int(rollout.mask[chosen].sum())  # ONE denominator, however micro-batches and ranks split them
+    n_tokens = int(rollout.mask[chosen].sum())  # ONE denominator, however micro-batches and ranks split them
     sums = dict.fromkeys(("policy", "value", "approxkl", "clipfrac", "ratio", "value_clipfrac"), 0.0)
     for which, ids, targets, segment_ids in micro_batches(rollout, chosen, cfg, ranks):
         mask = rollout.mask[which]  # (n, R)
         logp = models.actor(ids, targets, segment_ids=segment_ids, temperature=cfg.temperature)  # (b, T)
         policy_loss, policy_sums = ppo_policy_loss(in_slots(logp, targets, mask), rollout.logp[which],
                                                    advantages[which], mask, cfg.cliprange)
-        actor.backward(policy_loss / n)
+        actor.backward(policy_loss / n_tokens)
         values = in_slots(models.critic(ids, segment_ids=segment_ids), targets, mask)  # (n, R)
         value_loss, value_sums = ppo_value_loss(values, rollout.values[which], returns[which], mask,
                                                 cfg.cliprange_value or math.inf)
-        critic.backward(value_loss / n)
+        critic.backward(value_loss / n_tokens)
         for name, x in {"policy": policy_loss, "value": value_loss, **policy_sums, **value_sums}.items():
             sums[name] += x.detach()
-    return {"tokens": n, **dict(zip(sums, ranks.sum(*sums.values())))}
+    return {"tokens": n_tokens, **dict(zip(sums, ranks.sum(*sums.values())))}
 
-
-# ---- models, prompts, figures ------------------------------------------------------------------------------
 
 def load_models(cfg: Config) -> tuple[Models, Tokenizer, list]:
     """(actor, critic, reference, reward model; their tokenizer; checksums of the frozen two)."""
@@ -197,9 +195,8 @@ def load_prompts(cfg: Config, tokenizer) -> tuple[list, list, str]:
     """Pairs (record, ids) to train on and to validate with, and a line that says how many.
 
     A prompt must leave room for the longest reply and its end. One that is trained on does not validate."""
-    records, val_records = read_prompts(cfg.data), read_prompts(cfg.val_data) if cfg.val_data else None
-    if val_records is None:
-        records, val_records = split_records(records, cfg.val_fraction)
+    records, val_records = split_records(read_prompts(cfg.data), cfg.val_fraction,
+                                         read_prompts(cfg.val_data) if cfg.val_data else None)
     longest = cfg.seq_len - cfg.max_new_tokens - 1
     train, val = (encode_prompts(tokenizer, part, longest) for part in (records, val_records))
     dropped = len(records) + len(val_records) - len(train) - len(val)

@@ -11,7 +11,6 @@ end of the reply, since it alone has seen everything:
     reward                  r
 
     python train_rm.py --data preferences.jsonl --init out/sft --out out/rm                       one process
-    torchrun --nproc_per_node 2 train_rm.py --data preferences.jsonl --zero 3 --out out/two       two
 """
 import itertools
 import math

@@ -8,7 +8,6 @@ conversations share a row without seeing each other. With --ptx, text of pretrai
 (ibid., equation 2): a small model soon forgets what it knows and is not asked about.
 
     python train_sft.py --data chats.jsonl --init out/pretrain --out out/sft    one process
-    torchrun --nproc_per_node 2 train_sft.py --data chats.jsonl --init out/pretrain --zero 3 --out out/two
 """
 import math
 from dataclasses import dataclass
@@ -71,9 +70,8 @@ def main(argv=None) -> int:
     zero = Zero(model, units=model.units(), **cfg.zero_options(ranks))
 
     # data: read and encoded by every rank, since conversations are small
-    records, val_records = read_chats(cfg.data), read_chats(cfg.val_data) if cfg.val_data else None
-    if val_records is None:
-        records, val_records = split_records(records, cfg.val_fraction)
+    records, val_records = split_records(read_chats(cfg.data), cfg.val_fraction,
+                                         read_chats(cfg.val_data) if cfg.val_data else None)
     sampling = {"batch_size": cfg.batch_size, "seed": cfg.seed}
     train = Conversations(records, tokenizer, cfg.seq_len, turns=cfg.turns, **sampling)
     val = Conversations(val_records, tokenizer, cfg.seq_len, **sampling)

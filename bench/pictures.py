@@ -73,7 +73,10 @@ def scorecard(figure, life: Path) -> bool:
 
 def main(argv=None) -> None:
     cfg = parse(Config, argv, __doc__)
-    import matplotlib.pyplot as plt  # here: all else works without it
+    try:
+        import matplotlib.pyplot as plt
+    except ImportError:
+        raise UserError("matplotlib: found none, which pictures need; pip install matplotlib") from None
     plt.switch_backend("Agg")  # into files: it needs no screen
     Path(cfg.out).mkdir(parents=True, exist_ok=True)
     with plt.style.context(["tableau-colorblind10", STYLE]):

@@ -165,7 +165,7 @@ def final_folder(folder: str) -> str:
 def load_final(folder: str) -> tuple[dict, dict[str, torch.Tensor]]:
     """(config, {name: tensor}) of a finished model, given its folder or the run's. UserError if damaged."""
     folder = Path(final_folder(folder))
-    return _examine(folder, "config.json"), _load_tensors(folder / "model.pt")
+    return {"files": {}, **_examine(folder, "config.json")}, _load_tensors(folder / "model.pt")
 
 
 def _write(folder: Path, contents: dict) -> dict[str, dict]:

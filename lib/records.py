@@ -195,8 +195,10 @@ read_prompts = functools.partial(read, record_of=prompt_of)
 read_preferences = functools.partial(read, record_of=preference_of)
 
 
-def split_records(records: list, val_fraction: float) -> tuple[list, list]:
-    """(training, validation): validation is the last val_fraction of the records."""
+def split_records(records: list, val_fraction: float, val_records: list | None = None) -> tuple[list, list]:
+    """(training, validation): validation is val_records, or else the last val_fraction of the records."""
+    if val_records is not None:
+        return records, val_records
     n = round(len(records) * (1 - val_fraction))
     if not 0 < n < len(records):
         raise UserError(f"--val_fraction {val_fraction}: {len(records)} records cannot be split like that")

@@ -62,7 +62,7 @@ class RunConfig:
     compile: bool = False  # torch.compile each block
 
     betas, eps = (0.9, 0.95), 1e-8  # AdamW's, the same in most papers; no flags
-    # A resumed run may change these. All other flags should be as they were, or its curve bends.
+    # A resumed run may change these. All others should be as they were. Of a file its content is compared.
     may_change: ClassVar[set[str]] = {
         "out", "init", "resume", "data", "val_data", "ptx_data", "steps", "epochs", "eval_every",
         "eval_prompts", "save_every", "log_every", "device", "zero", "offload", "activation_checkpointing"}

@@ -145,7 +145,7 @@ BUGS = {  # what stands there, the bug, and who must notice it
                      test_the_bandit_reaches_the_gibbs_policy, 0.5),
     "shift by one": ("read_logps", "rows.targets, seg", "rows.targets.roll(1, 1), seg", ALONE, 0),
     "neighbours are seen": ("read_logps", "targets, segment_ids=rows.segment_ids", "targets", ALONE, 0),
-    "another pair's reference": ("main", "train_ref[chosen]", "train_ref[sorted(chosen)]",
+    "another pair's reference": ("main", "train_ref[batch]", "train_ref[sorted(batch)]",
                                  test_a_run_begins_at_the_reference_and_learns),
     "the last batch decides": ("reference_logps", "in reversed(range(", "in (range(",
                                test_the_reference_is_read_once),

@@ -2,7 +2,6 @@
 
     python -m village.scorecard --model out/dpo --village data/village --against out/sft
     python -m village.scorecard --model out/sft --village data/village --rm out/rm --best_of 16
-    python -m village.scorecard --model out/pretrain --village data/village  facts that a base model completes
     python -m village.scorecard --village data/village --rollouts out/ppo/samples.jsonl  PPO step by step
     python -m village.scorecard --cards out/sft,out/ppo,out/dpo  scorecards side by side
 
@@ -20,9 +19,9 @@ from evaluate import Reply, draw, perplexity, save_figures, score
 from lib.corpora import read_corpus
 from lib.program import Progress, UserError, parse, require_positive, start
 from lib.ranks import setup
-from lib.records import load_json, read_prompts, read_records, read_text
+from lib.records import load_json, prompt_of, read_prompts, read_records, read_text
 from model import LMHead, load_model
-from village import truth, words, world
+from village import truth, world
 
 
 @dataclass
@@ -134,30 +133,14 @@ def best_of(model, tokenizer, people, records, rm, cfg: Config) -> list[dict]:
     return rows
 
 
-def completions(model, tokenizer, people, cfg: Config) -> dict:
-    """For a model that cannot answer yet: how many percent of the sentences that end with a fact it completes
-    rightly, greedily: "Lucy Reed works as" -> " a baker."."""
-    asked = [(kind, world.fill(form[: form.rindex(" {")], person), world.fill(form, person, value))
-             for person, facts in people.items() for kind, value in facts.items()
-             for form in words.STATEMENTS[kind] if form.endswith(("{v}.", "{a}."))]
-    prompts = [[tokenizer.bos_id, *tokenizer.encode(begin)] for _, begin, _ in asked]
-    said = draw(model, tokenizer, prompts, range(len(asked)), batch_size=8 * cfg.batch_size, temperature=0,
-                max_new_tokens=16, progress=Progress("sentences"))
-    kinds = Counter(kind for kind, *_ in asked)
-    right = Counter(kind for (kind, begin, whole), reply in zip(asked, said)
-                    if (begin + reply.text).startswith(whole))
-    return {"model": cfg.model, "village": cfg.village, "facts": len(asked),
-            "completed": 100 * right.total() / len(asked),
-            **{f"completed_{kind}": 100 * right[kind] / n for kind, n in kinds.items()}}
-
-
 def judge_rollouts(people: dict, path: str) -> list[dict]:
     """Per step of a PPO run, means over its replies: the reward model's score, the truth, and the KL."""
     steps = defaultdict(list)
     for where, line in read_records(path):
         if not {"step", "prompt", "responses", "ended", "reward", "kl"} <= line.keys():
             raise UserError(f"{where}: found {list(line)}, expected rollouts as train_ppo.py writes them")
-        golds = [truth.gold(people, line["prompt"], *reply)["score"]
+        messages = prompt_of(line, where).messages
+        golds = [truth.gold(people, messages, *reply)["score"]
                  for reply in zip(line["responses"], line["ended"])]
         steps[line["step"]] += zip(line["reward"], golds, line["kl"])
     return [{"step": step, **dict(zip(("reward", "gold", "kl"), np.mean(rows, axis=0).tolist()))}
@@ -170,7 +153,7 @@ def side_by_side(folders: list[str]) -> dict[str, dict]:
     for folder in folders:
         path, name = Path(folder) / "scorecard.json", Path(folder).name
         card = load_json(read_text(path), path)
-        if "sampled" not in card:
+        if not {"sampled", "prompts"} <= card.keys():
             raise UserError(f"{path}: found no scorecard of replies; python -m village.scorecard writes one")
         found[name] = {"prompts": sum(card["prompts"].values()), "kl": card.get("kl", "-")} | card["sampled"]
         row = card.get("best_of", [{}])[-1]
@@ -200,14 +183,10 @@ def main(argv=None) -> None:
         return save_figures(Path(cfg.rollouts).with_name("rollouts.json"), rows)
     model, tokenizer, config = load_model(cfg.model, head="lm")
     model.to(setup(cfg.device, catch_signals=False).device)
-    if "chat_template" in config:
-        expect_chat(cfg.model, config)
-        card = scorecard(model, tokenizer, people, cfg)
-        besides = {name: card.get(name, "-") for name in ("biographies_loss", "kl")}
-        show({"T = 1": card["sampled"] | besides, "greedy": card["greedy"]})
-    else:
-        card = completions(model, tokenizer, people, cfg)
-        show({"percent": {name: number for name, number in card.items() if "completed" in name}})
+    expect_chat(cfg.model, config)
+    card = scorecard(model, tokenizer, people, cfg)
+    besides = {name: card.get(name, "-") for name in ("biographies_loss", "kl")}
+    show({"sampled": card["sampled"] | besides, "greedy": card["greedy"]})
     save_figures(Path(cfg.model) / "scorecard.json", card)
 
 

@@ -4,6 +4,7 @@ import re
 import unicodedata
 from pathlib import Path
 
+from lib.program import UserError
 from lib.records import load_json, read_text
 from village.words import ASKED, COURTESY, DECLINE, MEN, SURNAMES, TOLD, UNKNOWN, UNTOLD, VILLAGES, WOMEN
 
@@ -90,7 +91,9 @@ POINTS = {
 def load(folder) -> dict[str, dict[str, str]]:
     """{person: {kind: value}}, the truth about the inhabitants, from the facts.json of a world."""
     path = Path(folder) / "facts.json"
-    return load_json(read_text(path), path)["people"]
+    if not (people := load_json(read_text(path), path).get("people")):
+        raise UserError(f"{path}: found no people; python -m village.world --out {folder} writes some")
+    return people
 
 
 def tag_of(people: dict, person: str, kind: str) -> str:
