@@ -62,7 +62,6 @@ def random_bits(seed: int, step: int, use: int, n: int) -> np.ndarray:
 
 def draw(prompts: list[list[int]], step: int, actor: GPT, zero, tokenizer, cfg, ranks) -> Rollout:
     """One reply to each prompt; ranks share the work. Reply i depends on prompt i and (cfg.seed, step, i).
-
     step: that of training, from 1; 0 for evaluation."""
     B, longest = len(prompts), cfg.max_new_tokens
     seeds = random_bits(cfg.seed, step, SAMPLING, B).tolist()
@@ -97,7 +96,6 @@ def minibatches(n: int, cfg, step: int, epoch: int) -> list[list[int]]:
 
 def micro_batches(rollout: Rollout, chosen: list[int], cfg, ranks) -> Iterator[list[torch.Tensor]]:
     """The chosen replies laid into packed rows, of which this rank reads rows rank::world, some at a time.
-
     Yields (which, ids, targets, segment_ids): the replies in these rows, one after the other, (n,); the rest
     (b, T). All ranks get the same number of rows: rows of padding, which hold no reply, fill up.
     """
@@ -115,7 +113,6 @@ def micro_batches(rollout: Rollout, chosen: list[int], cfg, ranks) -> Iterator[l
 
 def in_slots(x, targets, mask):
     """What stands at the trained positions of packed rows, x (b, T), moved to slots of replies, mask (n, R).
-
     Rows and slots are both read reply by reply and token by token, so in the same order."""
     return torch.zeros_like(mask, dtype=x.dtype).masked_scatter(mask, x[targets >= 0])  # (n, R)
 
@@ -123,7 +120,6 @@ def in_slots(x, targets, mask):
 @torch.no_grad()
 def score(rollout: Rollout, batches: list[list[int]], models: Models, cfg, ranks) -> None:
     """Fill in logp, ref_logp, values and scores.
-
     batches: lists of replies that are read together. If the first epoch of training has the same batches, its
     log-probabilities are the same to the last bit, and the ratio pi / pi_old begins at exactly 1.
     """

@@ -7,7 +7,7 @@ if ! cmp -s requirements.txt .venv/requirements.txt; then  # once, and after a c
     echo "making .venv and installing requirements.txt ..." >&2
     "${PYTHON:-python3}" -m venv .venv
     .venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
-    .venv/bin/python -m pip install --quiet --disable-pip-version-check matplotlib || echo "no matplotlib, no pictures" >&2
+    .venv/bin/python -m pip install --quiet matplotlib || echo "no matplotlib, no pictures" >&2
     cp requirements.txt .venv/
 fi
 exec .venv/bin/python -m pytest -q tests "$@"

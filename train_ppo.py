@@ -132,7 +132,6 @@ def whiten(x, mask):
 
 def ppo_policy_loss(logp, old_logp, advantages, mask, clip):
     """Sum over tokens of max(-A rho, -A clip(rho, 1 - clip, 1 + clip)), rho = pi / pi_old; all (B, R).
-
     Schulman et al. 2017, eq. 7. The maximum is a pessimistic bound: to move beyond clip gains nothing, but a
     move in the wrong direction costs in full. Returns (loss, sums to be logged)."""
     log_ratio = masked(logp - old_logp, mask)
@@ -145,7 +144,6 @@ def ppo_policy_loss(logp, old_logp, advantages, mask, clip):
 
 def ppo_value_loss(values, old_values, returns, mask, clip):
     """Sum over tokens of 1/2 max((V - return)^2, (V_old + clip(V - V_old, -clip, clip) - return)^2); (B, R).
-
     Again the larger of two: a value gains nothing by moving further than clip. Returns (loss, sums)."""
     free = masked(values - returns, mask) ** 2
     moved = masked(values - old_values, mask).clamp(-clip, clip)
@@ -193,7 +191,6 @@ def load_models(cfg: Config) -> tuple[Models, Tokenizer, list]:
 
 def load_prompts(cfg: Config, tokenizer) -> tuple[list, list, str]:
     """Pairs (record, ids) to train on and to validate with, and a line that says how many.
-
     A prompt must leave room for the longest reply and its end. One that is trained on does not validate."""
     records, val_records = split_records(read_prompts(cfg.data), cfg.val_fraction,
                                          read_prompts(cfg.val_data) if cfg.val_data else None)

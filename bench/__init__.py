@@ -1,1 +1,0 @@
-"""Speed and memory beside the peers, and the pictures."""

@@ -1,1 +1,0 @@
-"""The machinery under every script: flags, ranks, checkpoints, files. Nothing here is an experiment."""

@@ -65,7 +65,7 @@ def test_shown_commands_have_flags_that_exist(path):
 
 
 def test_commands_are_found_and_wrong_flags_noticed():
-    assert len(shown_in(ROOT / "README.md")) >= 5 and len(shown_in(ROOT / "village" / "scorecard.py")) == 5
+    assert len(shown_in(ROOT / "README.md")) >= 5 and len(shown_in(ROOT / "village" / "scorecard.py")) == 4
     for command in ("torchrun --nproc_per_node 2 train_sft.py --step 3", "python -m village.world --step 3"):
         assert COMMAND.fullmatch(command)
         with pytest.raises(Exception, match="unknown argument --step"):
@@ -156,6 +156,7 @@ def test_what_is_done_is_skipped_and_a_failure_ends_the_life(tmp_path):
     """run.sh with a python that does nothing: the second start runs what is left."""
     (tmp_path / ".venv" / "bin").mkdir(parents=True)
     shutil.copy(ROOT / "run.sh", tmp_path)
+    (tmp_path / "test.sh").write_text("")  # it would make the environment
     for name, text in (("requirements.txt", ""), (".venv/requirements.txt", ""), (".venv/bin/python", FAKE),
                        ("fail.txt", "train_sft.py"), ("text.txt", "a text"), ("chats.json", "[]")):
         (tmp_path / name).write_text(text)

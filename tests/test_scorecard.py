@@ -130,7 +130,7 @@ def test_every_figure_of_known_replies(folder, monkeypatch, capsys):
         logp = model(ids[None, :-1])[0].log_softmax(-1).gather(-1, ids[1:, None])
         total, count = total - logp.double().sum().item(), count + len(logp)
     assert card["biographies_loss"] == pytest.approx(total / count, rel=1e-4)
-    assert card["prompts"] == dict.fromkeys(world.SHARES, 6) and "T = 1" in capsys.readouterr().out
+    assert card["prompts"] == dict.fromkeys(world.SHARES, 6) and "sampled" in capsys.readouterr().out
 
 
 def test_one_reply_to_every_question(folder, monkeypatch):
@@ -200,19 +200,6 @@ def test_rollouts_step_by_step(folder, tmp_path):
     (tmp_path / "s.jsonl").write_text(json.dumps({"prompt": record.messages, "responses": ["a"]}) + "\n")
     with pytest.raises(UserError, match="s.jsonl:1"):
         scorecard.main(flags)
-
-
-def test_a_model_that_cannot_answer_completes_sentences(folder, monkeypatch):
-    """One that always goes on with a town: exactly the towns that are this one are right."""
-    people, asked = truth.load(folder / "village"), []
-    towns = [facts["town"] for facts in people.values() if "town" in facts]
-    reply = TOKENIZER.encode(f" {towns[0]}.")
-    monkeypatch.setattr(evaluate, "generate_sorted", lambda model, prompts, **_: [
-        asked.append(TOKENIZER.decode(prompt[1:])) or reply for prompt in prompts])
-    card = run(folder, model="base")
-    assert card["completed_town"] == pytest.approx(100 * towns.count(towns[0]) / len(towns))
-    assert card["completed_job"] == 0 and card["facts"] == len(asked)
-    assert any(text.endswith(" works as") for text in asked) and not any(text.endswith(" ") for text in asked)
 
 
 @pytest.mark.parametrize("flags, named", [

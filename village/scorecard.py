@@ -21,7 +21,7 @@ from lib.program import Progress, UserError, parse, require_positive, start
 from lib.ranks import setup
 from lib.records import load_json, prompt_of, read_prompts, read_records, read_text
 from model import LMHead, load_model
-from village import truth, world
+from village import truth, words, world
 
 
 @dataclass
@@ -153,7 +153,7 @@ def side_by_side(folders: list[str]) -> dict[str, dict]:
     for folder in folders:
         path, name = Path(folder) / "scorecard.json", Path(folder).name
         card = load_json(read_text(path), path)
-        if not {"sampled", "prompts"} <= card.keys():
+        if not (isinstance(card, dict) and {"sampled", "prompts"} <= card.keys()):
             raise UserError(f"{path}: found no scorecard of replies; python -m village.scorecard writes one")
         found[name] = {"prompts": sum(card["prompts"].values()), "kl": card.get("kl", "-")} | card["sampled"]
         row = card.get("best_of", [{}])[-1]
