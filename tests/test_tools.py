@@ -102,11 +102,11 @@ def test_figures_of_a_text(finished, tmp_path, capsys):
 
 def test_figures_of_conversations(finished, tmp_path, capsys, monkeypatch):
     """Loss and first guesses are those of one forward per conversation, exact match and ended of the greedy
-    reply."""
+    reply. One that says the right thing without an end is no match."""
     model = finished[1]
     first = encode_prompt(TOKENIZER, asked("ab"))
     monkeypatch.setattr(evaluate, "generate_sorted", lambda model, prompts, **_: [
-        [*b"cd", END] if prompt == first else [120] * 12 for prompt in prompts])
+        [*b"cd", END] if prompt == first else [*"你".encode()] for prompt in prompts])
     chats = [asked("left", "out"), asked("ab", "cd"), asked("x", "y", "z", "你")]
     write(tmp_path / "c.jsonl", [{"messages": messages} for messages in chats])
     evaluate.main(["--model", str(finished[0]), "--device", "cpu", "--chats", str(tmp_path / "c.jsonl"),
