@@ -83,7 +83,7 @@ def sdpa_attention(q, k, v, *, causal=True, segment_ids=None, kv_segment_ids=Non
 #
 # Kept for backward: the output O and L = m + log2(l), one number a row. The scores are made again. With dO,
 # the gradient of O, and s = 1/sqrt(D) (FlashAttention, algorithm 4; FlashAttention-2, Dao 2023):
-#     P = 2^(S - L)    dV = P^T dO    dP = dO V^T    dS = P * (dP - delta)    dQ = s dS K    dK = s dS^T Q
+#     P = 2^(S - L)    dv = P^T dO    dP = dO v^T    dS = P * (dP - delta)    dq = s dS k    dk = s dS^T q
 #     delta_i = sum_j P_ij dP_ij = dO_i . O_i     (the one term of softmax's gradient that needs a whole row)
 
 def flash_attention(q, k, v, *, causal=True, segment_ids=None, kv_segment_ids=None, block=None):

@@ -1,6 +1,6 @@
 """The model: a GPT that is LLaMA-shaped by default and becomes GPT-2 one switch at a time.
 
-B batch, T time, C width, H query heads, G key/value heads, D head width, V vocabulary.
+B batch (b: a part of it), T time, C width, H query heads, G key/value heads, D head width, V vocabulary.
 
     model = GPT(GPTConfig(vocab_size=4096))
     logp = model(ids, targets)            # (B, T) log-probability of each target; every loss is made of these

@@ -69,7 +69,7 @@ class Config(RunConfig, RehearsalConfig):  # the flags that all stages share are
     ppo_epochs: int = 2  # times each rollout is seen
     minibatches: int = 4  # updates per epoch
     micro_batch_size: int = 0  # packed rows per rank and forward; 0: the rank's share of a minibatch
-    cliprange: float = 0.2  # eps of the ratio
+    cliprange: float = 0.2  # eps: a ratio further than this from 1 has no gradient
     cliprange_value: float = 0.2  # c: how far a value may move from where it was at the rollout; 0: off
     stop_kl: float = 0.1  # approximate KL per token to the rollout's policy that ends a step early; 0: off
     lr: float = 2e-4  # peak learning rate of the actor
@@ -84,7 +84,7 @@ class Config(RunConfig, RehearsalConfig):  # the flags that all stages share are
     save_every: int = 50
     log_every: int = 1
 
-    ptx_rows, eps, gamma = 4, 1e-5, 1.0  # no flags: rows of text rehearsed, AdamW's, discount per token
+    ptx_rows, adam_eps, gamma = 4, 1e-5, 1.0  # no flags: rows of text rehearsed, AdamW's, discount per token
     may_change = RunConfig.may_change | {"reward_model"}
 
     def __post_init__(self):

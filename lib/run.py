@@ -61,7 +61,7 @@ class RunConfig:
     activation_checkpointing: bool = False  # recompute each block in backward, keep no activations
     compile: bool = False  # torch.compile each block
 
-    betas, eps = (0.9, 0.95), 1e-8  # AdamW's, the same in most papers; no flags
+    betas, adam_eps = (0.9, 0.95), 1e-8  # AdamW's, the same in most papers; no flags
     # A resumed run may change these. All others should be as they were. Of a file its content is compared.
     may_change: ClassVar[set[str]] = {
         "out", "init", "resume", "data", "val_data", "ptx_data", "steps", "epochs", "eval_every",
@@ -91,7 +91,7 @@ class RunConfig:
     def zero_options(self, ranks) -> dict:
         """What Zero() takes of these flags."""
         return {"stage": self.zero, "device": ranks.device, "dtype": getattr(torch, self.dtype),
-                "lr": self.lr, "weight_decay": self.weight_decay, "betas": self.betas, "eps": self.eps,
+                "lr": self.lr, "weight_decay": self.weight_decay, "betas": self.betas, "eps": self.adam_eps,
                 "offload": tuple(filter(None, self.offload.split(","))),
                 "activation_checkpointing": self.activation_checkpointing, "compile": self.compile}
 

@@ -58,7 +58,7 @@ def train(name, files, out, *more) -> list[dict]:
     with as_torchrun() if torch.distributed.is_initialized() else pytest.MonkeyPatch.context() as patch:
         patch.chdir(files)
         patch.setattr(lib.run, "matmul_peak", lambda *_: 1e10)
-        patch.setattr(SCRIPTS[name].Config, "eps", 1e-4)  # AdamW would else make much of rounding
+        patch.setattr(SCRIPTS[name].Config, "adam_eps", 1e-4)  # AdamW would else make much of rounding
         assert SCRIPTS[name].main(arguments(name, files, out, *more)) == 0
     return logged(out)
 

@@ -119,7 +119,7 @@ def test_one_update_equals_adamw_by_hand():
     """Loshchilov & Hutter 2019, algorithm 2, in float64: two clipped updates, weight decay on matrices alone.
 
     (To 1e-7: Adam divides gradients of 1e-9, which are differences of larger numbers, by their own size.)"""
-    betas, eps = RunConfig.betas, RunConfig.eps
+    betas, eps = RunConfig.betas, RunConfig.adam_eps
     shape = GPTConfig(vocab_size=11, n_layer=1, n_head=2, n_embd=8, max_seq_len=6)
     model, twin, ids = GPT(shape).double(), GPT(shape).double(), torch.arange(12).view(2, 6) % 11
     zero = Zero(model, units=model.units(), dtype=torch.float64, weight_decay=0.2, betas=betas, eps=eps)
