@@ -285,13 +285,14 @@ def main(argv=None) -> int:
             batch = (step - 1) * cfg.ppo_epochs * cfg.minibatches + updates
             ptx, _ = text.backward(models.actor, actor, batch)  # PPO-ptx (Ouyang et al. 2022, eq. 2)
             infos = actor.step(lr, cfg.clip), critic.step(critic_lr, cfg.clip)
-            totals.update(sums)
+            totals.update(sums | {name: sums["tokens"] * mean for name, mean in ptx.items()})
             updates, skipped = updates + 1, skipped + sum(info.skipped for info in infos)
             if cfg.stop_kl and sums["approxkl"] / sums["tokens"] > cfg.stop_kl:  # on all ranks alike
                 break
         run.log(step, tokens=sum(map(len, rollout.sequences)), skipped=skipped,
-                **metrics_of(rollout, scores, returns, totals), **ptx, lr=lr, episode=step * B,
-                updates=updates, **{"grad_norm/actor": infos[0].norm, "grad_norm/critic": infos[1].norm})
+                **metrics_of(rollout, scores, returns, totals), lr=lr, episode=step * B, updates=updates,
+                **{name: totals[name] / totals["tokens"] for name in ptx},
+                **{"grad_norm/actor": infos[0].norm, "grad_norm/critic": infos[1].norm})
     return run.finish()
 
 

@@ -11,7 +11,7 @@ import lib.run
 import train_dpo
 import train_ppo
 import train_rm
-from data import Replies, Windows
+from data import Rehearsal, Replies, Windows
 from lib.checkpoint import load_final
 from lib.program import UserError
 from lib.records import Record, random_negatives, split_prompts
@@ -199,11 +199,15 @@ def test_every_flag_does_something(files, references, tmp_path, name, more):
 def test_text_is_rehearsed(files, tmp_path, monkeypatch, name, updates):
     """--ptx: each update has windows of the text of its own, also where PPO stops a step early. With a large
     weight the text becomes likelier than with a small one."""
-    windows = calls_of(monkeypatch, Windows, "batch")
+    windows, means, backward = calls_of(monkeypatch, Windows, "batch"), [], Rehearsal.backward
+    monkeypatch.setattr(Rehearsal, "backward", lambda *args: means.append(backward(*args)) or means[-1])
     runs = [[event for event in train(name, files, tmp_path / ptx, "--lr", "2e-2", "--ptx_data", "text.txt",
                                       "--ptx", ptx) if "loss/ptx_avg" in event] for ptx in ("0.01", "1")]
     assert [batch for _, batch, *_ in windows] == [updates * (event["step"] - 1) + n for run in runs
                                                    for event in run for n in range(event.get("updates", 1))]
+    for event in (event for run in runs for event in run):  # the mean over a step's updates, not the last one
+        losses = [means.pop(0)[0]["loss/ptx_avg"] for _ in range(event.get("updates", 1))]
+        assert len(losses) == 1 or min(losses) < event["loss/ptx_avg"] < max(losses)
     (*_, low), (first, *_, high) = ([event["loss/ptx_avg"] for event in run] for run in runs)
     assert high < min(first, low) - 0.3
 
