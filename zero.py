@@ -30,8 +30,8 @@ size. For many micro-batches choose stage 1: it sends as much as for one.
 
 One training step at stage 2, and what other stages do instead:
     forward   Use, fetch     All weights are at hand. Stage 3: they are gathered for as long as the unit runs.
-    backward  Use, reduce    Each rank sums 1/N of a unit's gradients over ranks. Stages 0, 1: it only adds them
-                             up, and Unit.finish_gradients sums them over ranks at the end.
+    backward  Use, reduce    Each rank sums 1/N of a unit's gradients over ranks. Stages 0, 1: only at
+                             the end, in Unit.finish_gradients; until then they add up.
     update    Zero.step      One norm of all gradients, clipping, AdamW on this rank's 1/N of the masters.
               Unit.publish   Each rank sends its new weights to all others. Stages 0, 3: nothing to send.
 """
