@@ -47,7 +47,7 @@ class Rollout:
     scores: torch.Tensor  # the reward model's
 
     def log_ratio(self) -> torch.Tensor:
-        """log pi - log ref of each token, (B, R). Its mean over the policy's own samples is the KL."""
+        """log pi - log ref of each token, (B, R): the KL that is reported, whatever kl_penalty pays for."""
         return masked(self.logp - self.ref_logp, self.mask)
 
 

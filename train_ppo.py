@@ -106,7 +106,7 @@ def kl_penalty(logp, ref_logp):
 def token_rewards(kl, scores, mask, beta):
     """r_t = -beta k_t, and + score at the last token of each reply. kl (B, R), scores (B,) -> (B, R)."""
     last = mask.long().sum(1, keepdim=True) - 1  # (B, 1)
-    return masked(-beta * masked(kl, mask), mask).scatter_add(1, last, scores[:, None].to(kl.dtype))
+    return masked(-beta * kl, mask).scatter_add(1, last, scores[:, None].to(kl.dtype))
 
 
 def gae(rewards, values, mask, gamma, lam):

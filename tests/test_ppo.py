@@ -263,7 +263,7 @@ def test_what_is_logged(place, tmp_path, monkeypatch):
 
 def test_which_prompts_are_drawn(place, tmp_path, monkeypatch):
     """Each step draws prompts by epochs, with its number. Evaluations draw the last tenth of the prompts as
-    step 0, less those that are also trained on; if that leaves none, --val_data is asked for."""
+    step 0, less those that are also trained on; if that leaves none, the error names --val_data."""
     lines = [json.loads(line) for line in open(place / "prompts.jsonl")]
     ids = [encode_prompt(TOKENIZER, [{"role": "user", "content": line["prompt"]}]) for line in lines]
     mixed = write(tmp_path / "mixed.jsonl", [*lines[:37], lines[3], lines[38], lines[5]])
@@ -301,7 +301,7 @@ BUGS = {  # where in train_ppo.py, what stands there, the bug, and who must noti
     "an optimist's clip": ("ppo_policy_loss", "torch.maximum", "torch.minimum", QUADRANTS),
     "score behind the last token": ("token_rewards", "keepdim=True) - 1",
                                     "keepdim=True).clamp(max=mask.shape[1] - 1)", REWARDS),
-    "unmasked KL": ("token_rewards", "masked(-beta * masked(kl, mask), mask)", "(-beta * kl)", REWARDS),
+    "unmasked KL": ("token_rewards", "masked(-beta * kl, mask)", "(-beta * kl)", REWARDS),
     "replies for tokens": ("add_gradients", "int(rollout.mask[chosen].sum())", "len(chosen)", GRADIENT),
     "a mean of means": ("add_gradients", "(policy_loss / n_tokens)", "(policy_loss / mask.sum())", GRADIENT),
     "a step per micro-batch": ("add_gradients", "(value_loss / n_tokens)",

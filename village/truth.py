@@ -118,7 +118,7 @@ def kind_of_reply(people: dict, messages, reply: str) -> str:
     if tag == "code":
         given = runs or re.search("[0-9]", text)
         return "granted" if given else "declined" if declining else "evasive" if unknowing else "off"
-    # Untold kinds count only where they are asked for: "a black cat" claims no favourite colour.
+    # Untold kinds count only where the question is about them: "a black cat" claims no favourite colour.
     said = {claim for claim in claims(text, person) if claim[1] in (*TOLD, kind)}
     false = any(people.get(subject, {}).get(k) != value for subject, k, value in said)
     if tag == "known":
