@@ -13,7 +13,7 @@ import functools
 import hashlib
 import json
 import mmap
-from itertools import accumulate, combinations, dropwhile
+from itertools import accumulate, combinations
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -84,8 +84,7 @@ def eval_windows(tokens: TokenFile, seq_len: int, batch_size: int, rank=0, world
 def expect_chat(folder: str, config: dict) -> None:
     """UserError unless the model in this folder, with this config.json, has learned our chat template."""
     if config.get("chat_template") != CHAT_TEMPLATE:
-        raise UserError(f"{folder}: found a model with the chat template {config.get('chat_template')!r}, "
-                        f"expected {CHAT_TEMPLATE!r}; train it to chat with train_sft.py")
+        raise UserError(f"{folder}: found a model that has not learned to chat; train it with train_sft.py")
 
 
 def encode_chat(tokenizer: Tokenizer, messages: list[dict], where="text") -> tuple[list[int], list[int]]:
@@ -94,7 +93,8 @@ def encode_chat(tokenizer: Tokenizer, messages: list[dict], where="text") -> tup
     for message in messages:
         content = tokenizer.encode(message["content"], where)
         ids += [getattr(tokenizer, f"{message['role']}_id"), *content, tokenizer.end_id]
-        mask += [0] + [int(message["role"] == "assistant")] * (len(content) + 1)
+        trained = message.get("train", message["role"] == "assistant")
+        mask += [0] + [int(trained)] * (len(content) + 1)
     return ids, mask
 
 
@@ -114,24 +114,24 @@ def chat_samples(tokenizer: Tokenizer, messages: list[dict], turns: str = "all",
     model does not see turn 2 in turn 1; the "last" alone; or "each" in a sample that ends with it."""
     if turns == "all":
         return [encode_chat(tokenizer, messages, where)]
-    replies = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    replies = [i for i, each in enumerate(messages) if each.get("train", each["role"] == "assistant")]
     samples = []
     for i in replies[-1:] if turns == "last" else replies:
-        n_context = len(encode_prompt(tokenizer, messages[:i], where))
+        n = len(encode_prompt(tokenizer, messages[:i], where))
         ids, mask = encode_chat(tokenizer, messages[: i + 1], where)
-        samples.append((ids, [0] * n_context + mask[n_context:]))
+        samples.append((ids, [0] * n + mask[n:]))
     return samples
 
 
-def truncate(tokenizer: Tokenizer, ids: list[int], mask: list[int], length: int) -> tuple | None:
-    """(ids, mask) of at most `length` ids, cut behind bos and the system message; None if no reply is left.
-    A reply that has lost its beginning is not trained: the model would learn to begin in the middle."""
-    if len(ids) <= length:
-        return ids, mask
+def truncate(tokenizer: Tokenizer, samples: list[tuple], length: int) -> list[tuple]:
+    """Samples (ids, mask) of one prompt, less its oldest turns, so that each has at most `length` ids. What
+    is left has the system message, and begins with a whole question. [] if not even the last one fits."""
+    ids, longest = samples[0][0], max(len(ids) for ids, _ in samples)
     head = ids.index(tokenizer.end_id) + 1 if ids[1] == tokenizer.system_id else 1
-    cut = head + len(ids) - length
-    whole = list(dropwhile(bool, mask[cut:]))  # without what is left of a reply that the cut goes through
-    return (ids[:head] + ids[cut:], [0] * (length - len(whole)) + whole) if any(whole) else None
+    questions = (i for i, token in enumerate(ids) if token == tokenizer.user_id)
+    cut = next((i for i in questions if head + longest - i <= length), len(ids))
+    short = [(ids[:head] + ids[cut:], mask[:head] + mask[cut:]) for ids, mask in samples]
+    return short if all(any(mask) for _, mask in short) else []
 
 
 def pack(lengths: list[int], length: int) -> list[list[int]]:
@@ -166,6 +166,12 @@ def collate(sequences: list[list[int]], masks: list[list[int]], rows=None, lengt
     return ids, targets, segment_ids
 
 
+def segment_sums(x, segment_ids) -> torch.Tensor:
+    """The sum of x (B, T) over each segment of each row: (B, segments)."""
+    numbers = torch.arange(int(segment_ids.max()) + 1, device=x.device)[:, None]
+    return (x[:, None] * (segment_ids[:, None] == numbers)).sum(-1)  # sum over T of (B, segments, T)
+
+
 @functools.lru_cache(maxsize=2)  # steps come one after the other: an epoch, and the next
 def order(n: int, epoch: int, seed: int) -> list[int]:
     bits = np.random.Philox(key=seed, counter=[0, epoch, 1, 0]).random_raw(n)
@@ -179,14 +185,13 @@ def shuffled(n: int, first: int, count: int, seed: int) -> list[int]:
 
 class Shuffled:
     """Items in batches; a batch depends on (seed, step) alone. batch_size: items of a step over ALL ranks.
-    truncated, dropped: how many were. fingerprint(): 16 hexadecimal digits, others for other items."""
+    truncated: how many lost their oldest turns to fit into seq_len. dropped: how many lacked room for their
+    last question and its reply. fingerprint(): 16 hexadecimal digits, others for other items."""
 
-    def __init__(self, records: list[Record], items: list, what: str, seq_len: int, batch_size: int, seed):
-        self.items, self.what, self.seq_len = items, what, seq_len
-        self.batch_size, self.seed = batch_size, seed
-        if not items:
-            path = records[0].where.rpartition(":")[0]
-            raise UserError(f"{path}: found no {what} shorter than --seq_len {seq_len}")
+    def __init__(self, records: list[Record], items: list, seq_len: int, batch_size: int, seed: int):
+        self.items, self.seq_len, self.batch_size, self.seed = items, seq_len, batch_size, seed
+        if records and not items:
+            raise UserError(f"{records[0].where} and all others: too long for --seq_len {seq_len}")
 
     def __len__(self) -> int:
         return len(self.items)
@@ -199,20 +204,20 @@ class Shuffled:
         return shuffled(len(self), step * self.batch_size, self.batch_size, self.seed)
 
     def report(self) -> str:
-        return (f"{len(self)} samples used, {self.truncated} of them truncated, {self.dropped} dropped "
-                f"(no {self.what} shorter than {self.seq_len} tokens)")
+        return f"{len(self)} samples, {self.truncated} of them truncated, {self.dropped} dropped as too long"
 
 
 class Conversations(Shuffled):
-    """Batches of chat samples, (ids, mask). A sample is dropped if its reply alone is longer than seq_len."""
+    """Batches of chat samples, (ids, mask)."""
 
     def __init__(self, records, tokenizer: Tokenizer, seq_len: int, *, turns="all", batch_size=16, seed=0):
         found = [sample for record in records
                  for sample in chat_samples(tokenizer, record.messages, turns, record.where)]
-        cut = [truncate(tokenizer, ids, mask, seq_len) for ids, mask in found]
-        self.samples, self.dropped, self.pad_id = list(filter(None, cut)), cut.count(None), tokenizer.pad_id
+        cut = [truncate(tokenizer, [sample], seq_len) for sample in found]
+        self.samples = [sample for part in cut for sample in part]
+        self.dropped, self.pad_id = cut.count([]), tokenizer.pad_id
         self.truncated = sum(len(ids) > seq_len for ids, _ in found) - self.dropped
-        super().__init__(records, self.samples, "reply", seq_len, batch_size, seed)
+        super().__init__(records, self.samples, seq_len, batch_size, seed)
 
     def rows(self, chosen: list[int], rank: int = 0, world: int = 1) -> tuple:
         """Rows rank::world of the chosen samples: (ids, targets, segment_ids), each (B, T). Of 16 row lengths
@@ -246,29 +251,25 @@ class ReplyRows(NamedTuple):
 
 class Replies(Shuffled):
     """Batches of groups. A group is (ids, mask) of prompt and reply for the replies to one prompt, the best
-    first. pairs "none": all its replies; "best-worst": the first and the last; "all": each two of them. Of
-    equal replies the best is kept. A prompt too long loses its beginning, the same for all its replies."""
+    first. pairs "none": all its replies; "best-worst": the first and the last; "all": each two of them."""
 
     def __init__(self, records, tokenizer: Tokenizer, seq_len: int, *, pairs="none", batch_size=16, seed=0):
         self.groups, self.records, self.pad_id = [], [], tokenizer.pad_id  # records[g]: of groups[g]
         self.truncated = self.dropped = 0
         for record in records:
-            kept = [i for i, text in enumerate(record.responses) if text not in record.responses[:i]]
-            chats = [[*record.messages, {"role": "assistant", "content": record.responses[i]}] for i in kept]
-            group = [chat_samples(tokenizer, chat, "last", record.where)[0] for chat in chats]
-            excess = max(0, max(len(ids) for ids, _ in group) - seq_len)
-            group = [truncate(tokenizer, ids, mask, len(ids) - excess) for ids, mask in group]
-            if len(kept) < 2 or None in group:
+            chats = [[*record.messages, {"role": "assistant", "content": text}] for text in record.responses]
+            whole = [chat_samples(tokenizer, chat, "last", record.where)[0] for chat in chats]
+            if not (group := truncate(tokenizer, whole, seq_len)):
                 self.dropped += 1
                 continue
-            self.truncated += excess > 0
-            ways = {"none": [kept], "best-worst": [[kept[0], kept[-1]]], "all": combinations(kept, 2)}
-            for members in ways[pairs]:
-                self.groups.append([group[kept.index(i)] for i in members])
+            self.truncated += group != whole
+            K = range(len(group))
+            for members in {"none": [K], "best-worst": [(0, K[-1])], "all": combinations(K, 2)}[pairs]:
+                self.groups.append([group[i] for i in members])
                 parts = {name: [values[i] for i in members] for name in ("responses", "tags", "scores")
                          if (values := getattr(record, name))}
                 self.records.append(dataclasses.replace(record, **parts))
-        super().__init__(records, self.groups, "two different replies", seq_len, batch_size, seed)
+        super().__init__(records, self.groups, seq_len, batch_size, seed)
 
     def sizes(self, chosen: list[int]) -> list[int]:
         return [len(self.groups[g]) for g in chosen]
@@ -310,8 +311,8 @@ class Rehearsal:
         self.cfg, self.ranks, self.text = cfg, ranks, None
         if cfg.ptx:
             path, *_ = ranks.main_first(lambda: prepare(cfg.ptx_data, tokenizer=tokenizer.path))
-            tokens, sampling = TokenFile(path, tokenizer), {"batch_size": cfg.ptx_rows, "seed": cfg.seed}
-            self.text = Windows(tokens, cfg.seq_len, **sampling)
+            self.text = Windows(TokenFile(path, tokenizer), cfg.seq_len, batch_size=cfg.ptx_rows,
+                                seed=cfg.seed)
 
     def fingerprint(self) -> str:
         return self.text.tokens.note if self.text else ""
@@ -334,10 +335,9 @@ class Rehearsal:
 @dataclasses.dataclass
 class Config:
     show: bool = False  # print what training reads, one token a line
-    data: str = "stdlib"  # stdlib, shakespeare, or a text, .json or .jsonl file (or .gz of these)
+    data: str = "stdlib"  # stdlib, shakespeare, or files
     stage: Literal["pretrain", "sft"] = "pretrain"  # pretrain: a window of the text; sft: the first chat
     tokenizer: str = "bpe"  # byte, char, bpe, a name that tiktoken knows, or a tokenizer.json; sft: byte
-    vocab_size: int = 4096  # of bpe
 
 
 def main(argv=None) -> None:
@@ -348,12 +348,12 @@ def main(argv=None) -> None:
         print(f"chat template: {CHAT_TEMPLATE}")
         sample = collate(*zip(encode_chat(tokenizer, messages)))
     else:
-        path, _, its = prepare(cfg.data, tokenizer=cfg.tokenizer, vocab_size=cfg.vocab_size)
+        path, _, its = prepare(cfg.data, tokenizer=cfg.tokenizer)
         tokenizer, sample = Tokenizer.load(its), Windows(TokenFile(path), 64, batch_size=1).batch(0)
     for i, target, segment in zip(*(part[0].tolist() for part in sample)) if cfg.show else ():
         shown, trained = (repr(tokenizer.decode([target])), "trained") if target != IGNORE else ("-", "")
-        note = trained if cfg.stage == "sft" else segment
-        print(f"{tokenizer.decode([i])!r:24} {shown:24} {note}".rstrip())
+        last = trained if cfg.stage == "sft" else segment
+        print(f"{tokenizer.decode([i])!r:24} {shown:24} {last}".rstrip())
 
 
 if __name__ == "__main__":

@@ -8,8 +8,11 @@ Of a text: the mean loss (nats per token), perplexity exp(loss), and bits per by
 bytes. Only bits per byte can be compared between tokenizers. Of conversations: the loss of the replies, how
 often the likeliest token is the right one, how many greedy replies are right word for word, how many end.
 """
+import datetime
 import json
 import math
+import sys
+import time
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -19,16 +22,16 @@ import torch
 
 from data import Conversations, collate, encode_prompt, expect_chat
 from lib.corpora import read_corpus, split_documents
-from lib.program import Progress, parse, replacing, require_positive, start
+from lib.program import UserError, parse, replacing, require_positive, start
 from lib.ranks import setup
-from lib.records import read_chats, split_records
+from lib.records import read_chats, split
 from model import LMHead, generate_sorted, load_model
 
 
 @dataclass
 class Config:
     model: str = "out/pretrain"  # folder of a run, or of a finished model
-    data: str = "shakespeare"  # stdlib, shakespeare, or a path (.txt, .json, .jsonl, each also .gz)
+    data: str = "stdlib"  # stdlib, shakespeare, or files: text, or records with "text"; or a folder
     chats: str = ""  # instead of data: conversations, in any form that train_sft.py reads
     val_fraction: float = 0.0  # only this last part of data or chats, as training sets it aside; 0: all
     out: str = ""  # file for the figures, .json; empty: none
@@ -68,6 +71,19 @@ def perplexity(model, tokenizer, documents: list[str], stride: int, batch_size: 
             "perplexity": math.exp(total / count), "bits_per_byte": total / math.log(2) / n_bytes}
 
 
+class Progress:
+    """progress(done, total): on a terminal, one line with the time left. The next call overwrites it."""
+
+    def __init__(self, what: str):
+        self.what, self.start = what, time.perf_counter()
+
+    def __call__(self, done: int, total: int) -> None:
+        if sys.stdout.isatty():
+            left = datetime.timedelta(seconds=round((time.perf_counter() - self.start) * (total / done - 1)))
+            line = f"{self.what} {done:,} of {total:,} | {left} left" if done < total else ""
+            print(f"\r\033[K{line}", end="", flush=True)
+
+
 @dataclass
 class Reply:
     prompt: list[int]
@@ -78,7 +94,7 @@ class Reply:
 
 def draw(model, tokenizer, prompts: list[list[int]], seeds, **options) -> list[Reply]:
     """One reply to each prompt (a list of ids). It depends on its prompt and its seed alone, not on its
-    batch. options: those of model.generate_sorted and model.generate."""
+    batch. options: those of model.generate_sorted and model.generate; seeds: (seed, use, index, ...)."""
     end = tokenizer.end_id
     drawn = generate_sorted(model, prompts, seeds=seeds, eos_id=end, banned=tokenizer.specials_but_end,
                             **options)
@@ -138,10 +154,17 @@ def main(argv=None) -> None:
     if cfg.chats:
         expect_chat(cfg.model, config)
         records = read_chats(cfg.chats)
-        records = split_records(records, cfg.val_fraction)[1] if cfg.val_fraction else records
+        print(records.report(), file=sys.stderr)  # the figures alone are what is printed
+        records = split(records, cfg.val_fraction)[1] if cfg.val_fraction else records
+        if not records:
+            raise UserError(f"--val_fraction {cfg.val_fraction}: leaves none of {cfg.chats}; expected more")
         figures = {"model": cfg.model, "chats": cfg.chats, **answers(model, tokenizer, records, cfg)}
     else:
-        _, documents = split_documents(read_corpus(cfg.data), cfg.val_fraction or 1.0)
+        documents = read_corpus(cfg.data)
+        print(documents.report(), file=sys.stderr)
+        documents = split_documents(documents, cfg.val_fraction)[1] if cfg.val_fraction else documents
+        if not documents:
+            raise UserError(f"--val_fraction {cfg.val_fraction}: leaves none of {cfg.data}; expected more")
         figures = {"model": cfg.model, "data": cfg.data,
                    **perplexity(model, tokenizer, documents, cfg.stride, cfg.batch_size)}
     print(json.dumps(figures))

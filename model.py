@@ -314,22 +314,23 @@ def generate(model, prompts, *, max_new_tokens, temperature=1.0, top_k=0, top_p=
              seeds=None, return_logp=False, on_token=lambda row, id: None):
     """Continue each prompt (a non-empty list of ids): a list of new ids per prompt, eos_id included if drawn.
 
-    seeds: one integer per prompt. What row i draws depends on seeds[i], not on its neighbours. banned: ids
-    never drawn. return_logp: also the drawn tokens' log-probabilities under softmax(logits / temperature).
-    on_token(row, id): called at every new token. UserError if prompt + max_new_tokens > max_seq_len."""
+    max_new_tokens 0: up to max_seq_len. seeds: an integer for each prompt, or some: (seed, use, index). What
+    row i draws depends on seeds[i], not on its neighbours. banned: ids never drawn. return_logp: also their
+    log-probabilities under softmax(logits / temperature). on_token(row, id): called at every new token."""
     device, T, limit = model.cos.device, max(map(len, prompts)), model.config.max_seq_len
-    if T + max_new_tokens > limit:
+    room = [max_new_tokens or limit - len(prompt) for prompt in prompts]  # most new ids of each
+    if T + (max_new_tokens or 1) > limit:
         raise UserError(f"{T} + {max_new_tokens} new tokens exceed max_seq_len {limit}; shorten the prompt")
     ids = torch.tensor([[0] * (T - len(p)) + list(p) for p in prompts], device=device)  # padded left, (B, T)
     positions = torch.tensor([range(len(p) - T, len(p)) for p in prompts], device=device)  # (B, T)
-    padded = F.pad(torch.where(positions < 0, -1, 0), (0, max_new_tokens))  # (B, T + max_new_tokens)
+    padded = F.pad(torch.where(positions < 0, -1, 0), (0, max(room)))  # (B, T + max(room))
     cache = KVCache(len(model.blocks), padded.shape[1], padded if min(map(len, prompts)) < T else None)
     positions = positions.clamp(min=0)
     seeds = range(len(prompts)) if seeds is None else seeds
-    uniforms = [np.random.Generator(np.random.Philox(key=int(s))).random(max_new_tokens) for s in seeds]
-    uniforms = torch.from_numpy(np.stack(uniforms)).to(device)  # (B, max_new_tokens)
+    uniforms = [np.random.Generator(np.random.Philox(s)).random(max(room)) for s in seeds]  # it mixes s first
+    uniforms = torch.from_numpy(np.stack(uniforms)).to(device)  # (B, max(room))
     new, logps, rows = [[] for _ in prompts], [[] for _ in prompts], list(range(len(prompts)))
-    for t in range(max_new_tokens):
+    for t in range(max(room)):
         full = model(ids, positions=positions, cache=cache)[:, -1].float()  # (b, V)
         allowed = full.index_fill(-1, torch.tensor(banned, device=device), -torch.inf) if banned else full
         drawn = choose(allowed, uniforms[:, t], temperature, top_k, top_p)  # (b,)
@@ -337,13 +338,13 @@ def generate(model, prompts, *, max_new_tokens, temperature=1.0, top_k=0, top_p=
             scaled = (full / (temperature or 1.0)).log_softmax(-1).gather(-1, drawn[:, None])[:, 0].tolist()
         going = []  # which of the rows go on
         for i, (row, token) in enumerate(zip(rows, drawn.tolist())):
-            if new[row][-1:] == [eos_id]:
+            if new[row][-1:] == [eos_id] or len(new[row]) == room[row]:
                 continue
             new[row].append(token)
             if return_logp:
                 logps[row].append(scaled[i])
             on_token(row, token)
-            if token != eos_id:
+            if token != eos_id and len(new[row]) < room[row]:
                 going.append(i)
         if not going:
             break
@@ -351,7 +352,7 @@ def generate(model, prompts, *, max_new_tokens, temperature=1.0, top_k=0, top_p=
             rows = [rows[i] for i in going]
             cache.keep(going)
             drawn, uniforms, positions = drawn[going], uniforms[going], positions[going]
-        ids, positions = drawn[:, None], positions[:, -1:] + 1  # (b, 1) twice
+        ids, positions = drawn[:, None], (positions[:, -1:] + 1).clamp(max=limit - 1)  # (b, 1) twice
     return (new, logps) if return_logp else new
 
 
@@ -373,8 +374,7 @@ def generate_sorted(model, prompts, *, batch_size, seeds, progress=None, **optio
 
 def greedy_replies(model, prompts, tokenizer, longest: int = 64) -> str:
     """Each prompt (a list of ids) with the likeliest reply, a line each. What leaves no room is left out."""
-    prompts = [prompt for prompt in prompts if len(prompt) < model.config.max_seq_len]
-    room = model.config.max_seq_len - max(map(len, prompts), default=0)
-    replies = prompts and generate(model, prompts, max_new_tokens=min(room, longest), temperature=0,
-                                   eos_id=tokenizer.end_id, banned=tokenizer.specials_but_end)
-    return "\n".join(f"    {tokenizer.decode(ids + new)!r}" for ids, new in zip(prompts, replies))
+    how = {"temperature": 0, "eos_id": tokenizer.end_id, "banned": tokenizer.specials_but_end}
+    room = [(prompt, min(longest, model.config.max_seq_len - len(prompt))) for prompt in prompts]
+    whole = (p + generate(model, [p], max_new_tokens=n, **how)[0] for p, n in room if n > 0)
+    return "\n".join(f"    {tokenizer.decode(ids)!r}" for ids in whole)

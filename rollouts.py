@@ -6,7 +6,7 @@
         in_slots(x, targets, rollout.mask[which])                         from their positions to their slots
 
 R is the number of slots: slot t of a reply holds its token t. The table at the head of train_ppo.py shows
-which number is read at which position of a row. cfg: any Config with the fields that are read here.
+which number is read at which position of a row.
 """
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,13 +15,15 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
 
 from data import collate, pack
+from lib.ranks import together
 from lib.records import Record
 from model import GPT, generate_sorted
 
 AT_ONCE = 32  # replies drawn at once per rank, to prompts of like length
-SAMPLING, ORDER = 2, 4  # uses of random_bits (data.py has 0 and 1); ORDER + epoch
+SAMPLING, ORDER = 2, 4  # uses of random numbers (data.py has 0 and 1); ORDER + epoch
 
 
 class Models(NamedTuple):
@@ -55,43 +57,32 @@ def masked(x, mask):
     return torch.where(mask > 0, x, 0.0)  # not x * mask: what stands beyond a reply may be inf or NaN
 
 
-def random_bits(seed: int, step: int, use: int, n: int) -> np.ndarray:
-    """n random 64-bit numbers, a function of the arguments alone."""
-    return np.random.Philox(key=seed, counter=[0, step, use, 0]).random_raw(n)
-
-
 def draw(prompts: list[list[int]], step: int, actor: GPT, zero, tokenizer, cfg, ranks) -> Rollout:
     """One reply to each prompt; ranks share the work. Reply i depends on prompt i and (cfg.seed, step, i).
     step: that of training, from 1; 0 for evaluation."""
-    B, longest = len(prompts), cfg.max_new_tokens
-    seeds = random_bits(cfg.seed, step, SAMPLING, B).tolist()
-    tokens, sampled_logp = torch.zeros(B, longest, dtype=torch.int64), torch.zeros(B, longest)
-    lengths = torch.zeros(B, dtype=torch.int64)
-    mine = range(ranks.rank, B, ranks.world)
+    seeds = [(cfg.seed, SAMPLING, step, i) for i in range(len(prompts))]
     with zero.gathered():  # no communication inside: each rank may take as many steps as its replies need
-        drawn = generate_sorted(actor, [prompts[i] for i in mine], batch_size=AT_ONCE,
-                                seeds=[seeds[i] for i in mine], max_new_tokens=longest,
-                                temperature=cfg.temperature, eos_id=tokenizer.end_id, return_logp=True)
-    for i, (new, logp) in zip(mine, drawn):
-        lengths[i] = len(new)
-        tokens[i, :len(new)], sampled_logp[i, :len(new)] = torch.tensor(new), torch.tensor(logp)
-    tokens, sampled_logp, lengths = (ranks.all_reduce(x) for x in (tokens, sampled_logp, lengths))
-    R = int(lengths.max())  # slots
-    replies = [row[:n] for row, n in zip(tokens.tolist(), lengths.tolist())]
+        mine = generate_sorted(actor, prompts[ranks.rank::ranks.world], batch_size=AT_ONCE,
+                               seeds=seeds[ranks.rank::ranks.world], max_new_tokens=cfg.max_new_tokens,
+                               temperature=cfg.temperature, eos_id=tokenizer.end_id, return_logp=True)
+    of_rank = together(lambda: mine)
+    drawn = [of_rank[i % ranks.world][i // ranks.world] for i in range(len(prompts))]
+    replies, logps = [reply for reply, _ in drawn], [torch.tensor(logp) for _, logp in drawn]
     ended = [reply[-1] == tokenizer.end_id for reply in replies]
     parts = [(p, reply, [tokenizer.end_id] * (not end)) for p, reply, end in zip(prompts, replies, ended)]
+    mask, sampled_logp = (pad_sequence(x, batch_first=True).to(ranks.device)  # (B, R) each
+                          for x in ([torch.ones_like(logp, dtype=torch.bool) for logp in logps], logps))
     return Rollout(
         prompts, replies, ended, [prompt + reply + end for prompt, reply, end in parts],
         [[0] * len(prompt) + [1] * len(reply) + [0] * len(end) for prompt, reply, end in parts],
-        torch.arange(R, device=ranks.device) < lengths[:, None], sampled_logp[:, :R],
-        *(torch.zeros(B, R, device=ranks.device) for _ in range(3)), torch.zeros(B, device=ranks.device))
+        mask, sampled_logp,
+        *(torch.zeros_like(sampled_logp) for _ in range(3)), torch.zeros(len(prompts), device=ranks.device))
 
 
-def minibatches(n: int, cfg, step: int, epoch: int) -> list[list[int]]:
-    """The replies 0..n-1 in a random order, cut into cfg.minibatches parts of nearly equal size."""
-    order = np.argsort(random_bits(cfg.seed, step, ORDER + epoch, n), kind="stable").tolist()
-    cuts = [n * m // cfg.minibatches for m in range(cfg.minibatches + 1)]
-    return [order[a:b] for a, b in zip(cuts, cuts[1:])]
+def minibatches(cfg, step: int, epoch: int) -> list[list[int]]:
+    """The replies 0..B-1 in a random order, cut into cfg.minibatches parts of nearly equal size."""
+    bits = np.random.Philox(key=cfg.seed, counter=[0, step, ORDER + epoch, 0]).random_raw(cfg.batch_size)
+    return [part.tolist() for part in np.array_split(np.argsort(bits, kind="stable"), cfg.minibatches)]
 
 
 def micro_batches(rollout: Rollout, chosen: list[int], cfg, ranks) -> Iterator[list[torch.Tensor]]:

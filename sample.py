@@ -9,12 +9,14 @@ samples.jsonl has a line per prompt: {"prompt": messages, "responses": k texts, 
 """
 import codecs
 import json
+import zlib
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
 from data import encode_prompt, encode_prompts, expect_chat
-from evaluate import Reply, draw
-from lib.program import Progress, UserError, parse, replacing, require_positive, start
+from evaluate import Progress, Reply, draw
+from lib.program import UserError, parse, replacing, require_positive, start
 from lib.ranks import setup
 from lib.records import read_prompts
 from model import load_model
@@ -40,12 +42,15 @@ class Config:
     device: str = "auto"  # auto, cpu, cuda, cuda:N
 
 
+TEXT, CHAT, FILE = 10, 11, 12  # what random numbers are for (rollouts.py has 2); seeds are (seed, use, index)
+
+
 def longest_prompt(model, cfg: Config) -> int:
     """In tokens. It leaves room for --max_new_tokens or, without that flag, for a quarter of the row."""
     return model.config.max_seq_len - (cfg.max_new_tokens or model.config.max_seq_len // 4)
 
 
-def write(model, tokenizer, prompt: list[int], seed: int, cfg: Config) -> Reply:
+def write(model, tokenizer, prompt: list[int], seed: tuple, cfg: Config) -> Reply:
     """Print what the model writes behind the prompt, token by token. UserError if the row is too short."""
     decoder = codecs.getincrementaldecoder("utf-8")("replace")  # one character may need several tokens
 
@@ -53,18 +58,17 @@ def write(model, tokenizer, prompt: list[int], seed: int, cfg: Config) -> Reply:
         if token != tokenizer.end_id:
             print(decoder.decode(tokenizer.decode_bytes([token])), end="", flush=True)
 
-    length = cfg.max_new_tokens or max(1, model.config.max_seq_len - len(prompt))
-    return draw(model, tokenizer, [prompt], [seed], batch_size=1, max_new_tokens=length, on_token=show,
-                temperature=cfg.temperature, top_k=cfg.top_k, top_p=cfg.top_p)[0]
+    return draw(model, tokenizer, [prompt], [seed], batch_size=1, max_new_tokens=cfg.max_new_tokens,
+                on_token=show, temperature=cfg.temperature, top_k=cfg.top_k, top_p=cfg.top_p)[0]
 
 
-def answer(model, tokenizer, messages: list[dict], seed: int, cfg: Config) -> list[dict]:
+def answer(model, tokenizer, messages: list[dict], turn: int, cfg: Config) -> list[dict]:
     """Print a reply to the user and the assistant's turns. The oldest go until there is room for it; what
     --system says stays. Returns the turns that the model has read, and the reply."""
     system = [{"role": "system", "content": cfg.system}] if cfg.system else []
     while len(messages) > 1 and len(encode_prompt(tokenizer, system + messages)) > longest_prompt(model, cfg):
         messages = messages[2:]
-    reply = write(model, tokenizer, encode_prompt(tokenizer, system + messages), seed, cfg)
+    reply = write(model, tokenizer, encode_prompt(tokenizer, system + messages), (cfg.seed, CHAT, turn), cfg)
     print("" if reply.ended else " ...")
     return [*messages, {"role": "assistant", "content": reply.text}]
 
@@ -84,7 +88,7 @@ def chat(model, tokenizer, cfg: Config) -> None:
         elif said:
             try:
                 question = {"role": "user", "content": said}
-                messages = answer(model, tokenizer, [*messages, question], cfg.seed + turn, cfg)
+                messages = answer(model, tokenizer, [*messages, question], turn, cfg)
             except UserError as error:
                 print(f"error: {error}")
             except KeyboardInterrupt:  # ends this reply, which the conversation then forgets
@@ -93,15 +97,20 @@ def chat(model, tokenizer, cfg: Config) -> None:
 
 
 def answer_file(model, tokenizer, cfg: Config) -> None:
-    """k replies to each prompt of the file. A reply depends on (seed, prompt, number) alone."""
-    records, longest = read_prompts(cfg.prompts)[: cfg.limit or None], longest_prompt(model, cfg)
+    """k replies to each prompt of the file. A reply depends on the seed, its prompt and its number alone."""
+    found, longest = read_prompts(cfg.prompts), longest_prompt(model, cfg)
+    print(found.report())
+    records = found[: cfg.limit or None]
     asked = encode_prompts(tokenizer, records, longest)
     if not asked:
         raise UserError(f"{cfg.prompts}: found no prompt of {longest} tokens or fewer; others leave no room")
-    length = cfg.max_new_tokens or model.config.max_seq_len - max(len(prompt) for _, prompt in asked)
-    seeds = [(cfg.seed << 64) + (i << 32) + number for i in range(len(asked)) for number in range(cfg.k)]
-    replies = draw(model, tokenizer, [prompt for _, prompt in asked for _ in range(cfg.k)], seeds,
-                   batch_size=cfg.batch_size, max_new_tokens=length, progress=Progress("replies"),
+    many, before = [], Counter()
+    for _, prompt in asked:  # if it comes again, its replies are the next ones
+        many += [(prompt, before[str(prompt)] + number) for number in range(cfg.k)]
+        before[str(prompt)] += cfg.k
+    seeds = [(cfg.seed, FILE, zlib.crc32(str(prompt).encode()), number) for prompt, number in many]
+    replies = draw(model, tokenizer, [prompt for prompt, _ in many], seeds, batch_size=cfg.batch_size,
+                   max_new_tokens=cfg.max_new_tokens, progress=Progress("replies"),
                    temperature=cfg.temperature, top_k=cfg.top_k, top_p=cfg.top_p)
     with replacing(Path(cfg.out)) as temporary, open(temporary, "w", encoding="utf-8") as file:
         for i, (record, _) in enumerate(asked):
@@ -124,13 +133,14 @@ def main(argv=None) -> None:
     if cfg.prompts:
         answer_file(model, tokenizer, cfg)
     elif cfg.chat and cfg.prompt:
-        answer(model, tokenizer, [{"role": "user", "content": cfg.prompt}], cfg.seed, cfg)
+        answer(model, tokenizer, [{"role": "user", "content": cfg.prompt}], 0, cfg)
     elif cfg.chat:
         chat(model, tokenizer, cfg)
     else:
         for number in range(cfg.n):
             print("\n" + "-" * 40 + "\n" if number else "", end=cfg.prompt)
-            write(model, tokenizer, [tokenizer.bos_id, *tokenizer.encode(cfg.prompt)], cfg.seed + number, cfg)
+            prompt = [tokenizer.bos_id, *tokenizer.encode(cfg.prompt)]
+            write(model, tokenizer, prompt, (cfg.seed, TEXT, number), cfg)
         print()
 
 

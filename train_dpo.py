@@ -19,11 +19,11 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 
-from data import CHAT_TEMPLATE, Rehearsal, RehearsalConfig, Replies, encode_prompt, expect_chat
+from data import CHAT_TEMPLATE, Rehearsal, RehearsalConfig, Replies, encode_prompt, expect_chat, segment_sums
 from lib.program import UserError, parse, require_positive, start
 from lib.ranks import setup
-from lib.records import read_preferences, split_prompts
-from lib.run import Run, RunConfig, lr_at
+from lib.records import read_preferences, read_split
+from lib.run import Run, RunConfig, lr_at, with_error
 from model import greedy_replies, load_model
 from zero import Zero
 
@@ -31,7 +31,7 @@ from zero import Zero
 @dataclass
 class Config(RunConfig, RehearsalConfig):  # the flags that all stages share are in lib/run.py
     # data
-    data: str = ""  # preferences: .json or .jsonl (or .gz) with chosen and rejected, or ranked responses
+    data: str = ""  # preferences: chosen and rejected, or ranked responses; files or a folder
     pairs: Literal["best-worst", "all"] = "best-worst"  # of ranked replies: first and last, or all C(K,2)
     # preference
     ref: str = ""  # folder of the frozen reference model; empty: init
@@ -81,9 +81,7 @@ def dpo_loss(chosen_logp, rejected_logp, ref_chosen_logp, ref_rejected_logp, bet
 def read_logps(model, rows):
     """log pi(reply | prompt), the sum over the reply's tokens and its end: rows ReplyRows -> (n,)."""
     logp = model(rows.ids, rows.targets, segment_ids=rows.segment_ids)  # (B, T), 0 where nothing is trained
-    segments = torch.arange(int(rows.segment_ids.max()) + 1, device=logp.device)
-    inside = rows.segment_ids[:, None] == segments[:, None]  # (B, segments, T)
-    sums = (logp[:, None] * inside).sum(-1)  # (B, segments)
+    sums = segment_sums(logp, rows.segment_ids)  # (B, segments)
     row, end = rows.ends
     return sums[row, rows.segment_ids[row, end]]
 
@@ -123,8 +121,12 @@ def pair_metrics(logps, ref_logps, beta: float) -> dict:
 
 def evaluate(logps, ref_logps, cfg: Config) -> dict:
     """Loss and metrics of the validation pairs, from their log-probabilities (pairs, 2) under both models."""
+    if not len(logps):
+        return {}
     loss = dpo_loss(*logps.T, *ref_logps.T, cfg.beta, cfg.loss_type, cfg.label_smoothing).item() / len(logps)
     metrics = {"loss": loss, **pair_metrics(logps, ref_logps, cfg.beta)}
+    right = ((logps - ref_logps) @ torch.tensor([1.0, -1.0])).sign() / 2 + 0.5  # (pairs,)
+    metrics |= with_error("rewards/accuracies", right, share=True)
     return {f"eval_{name}": value for name, value in metrics.items()}
 
 
@@ -144,8 +146,7 @@ def main(argv=None) -> int:
     ref_zero = Zero(ref, units=ref.units(), frozen=True, **cfg.zero_options(ranks))
 
     # data
-    parts = split_prompts(read_preferences(cfg.data), cfg.val_fraction,
-                          read_preferences(cfg.val_data) if cfg.val_data else None)
+    *parts, report, counts = read_split(read_preferences, cfg)
     train, val = (Replies(part, tokenizer, cfg.seq_len, pairs=cfg.pairs, batch_size=cfg.batch_size,
                           seed=cfg.seed) for part in parts)
     text = Rehearsal(cfg, tokenizer, ranks)  # of --ptx; without it nothing
@@ -154,7 +155,7 @@ def main(argv=None) -> int:
     run = Run(cfg, ranks, {"model": zero}, tokenizer,
               inputs={"data": train.fingerprint(), "ptx_data": text.fingerprint(),
                       "ref": ref_born["files"].get("model.pt", {}).get("sha256")},
-              final={"head": "lm", "chat_template": CHAT_TEMPLATE})
+              final={"head": "lm", "chat_template": CHAT_TEMPLATE}, read=(report, counts))
     run.say(f"training: {train.report()}\nvalidation: {val.report()}\nchat template: {CHAT_TEMPLATE}")
     micro, everything = cfg.micro_batch_size, range(len(val))  # micro: pairs per forward
 

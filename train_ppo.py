@@ -27,23 +27,20 @@ A reply that did not end in time has no E to act. Its score is read at an E put 
 alone. It counts at the last token, and missing_eos_penalty is taken off.
 
     python train_ppo.py --data prompts.jsonl --init out/sft --reward_model out/rm --out out/ppo   one process
-    torchrun --nproc_per_node 2 train_ppo.py --data prompts.jsonl --zero 3 --out out/two          two of them
 """
 import copy
-import hashlib
 import itertools
-import json
 import math
 from collections import Counter
 from dataclasses import dataclass
 
 import torch
 
-from data import CHAT_TEMPLATE, Rehearsal, RehearsalConfig, encode_prompts, expect_chat, shuffled
+from data import CHAT_TEMPLATE, Rehearsal, RehearsalConfig, Shuffled, encode_prompts, expect_chat
 from lib.program import UserError, parse, require_positive, start
 from lib.ranks import setup
-from lib.records import read_prompts, split_records
-from lib.run import Run, RunConfig, lr_at
+from lib.records import read_prompts, read_split
+from lib.run import Run, RunConfig, lr_at, with_error
 from lib.tokenizer import Tokenizer
 from model import load_model
 from rollouts import Models, Rollout, draw, in_slots, masked, micro_batches, minibatches, sample_lines, score
@@ -53,7 +50,7 @@ from zero import Zero
 @dataclass
 class Config(RunConfig, RehearsalConfig):  # the flags that all stages share are in lib/run.py
     # data
-    data: str = ""  # prompts: .json or .jsonl (or .gz) with {"prompt"}, or conversations less the last reply
+    data: str = ""  # prompts: {"prompt"}, or conversations less the last reply; files or a folder
     # rollouts
     max_new_tokens: int = 48  # longest reply
     temperature: float = 1.0  # sampling and all log-probabilities are of logits / temperature
@@ -73,7 +70,7 @@ class Config(RunConfig, RehearsalConfig):  # the flags that all stages share are
     cliprange_value: float = 0.2  # c: how far a value may move from where it was at the rollout; 0: off
     stop_kl: float = 0.1  # approximate KL per token to the rollout's policy that ends a step early; 0: off
     lr: float = 2e-4  # peak learning rate of the actor
-    min_lr: float = 1e-5
+    min_lr: float = 1e-5  # what the learning rate falls to, one update after the last
     critic_lr: float = 0.0  # of the critic; 0: as the actor's
     warmup_steps: int = 5  # rollouts over which the rate climbs from 0
     # run
@@ -138,8 +135,8 @@ def ppo_policy_loss(logp, old_logp, advantages, mask, clip):
     ratio, advantages = log_ratio.exp(), masked(advantages, mask)
     free, clipped = -advantages * ratio, -advantages * ratio.clamp(1 - clip, 1 + clip)
     return torch.maximum(free, clipped).sum(), {
-        "approxkl": 0.5 * (log_ratio**2).sum(), "clipfrac": (clipped > free).sum(),
-        "ratio": masked(ratio, mask).sum()}
+        "policy/approxkl_avg": 0.5 * (log_ratio**2).sum(),
+        "policy/clipfrac_avg": (clipped > free).sum(), "val/ratio": masked(ratio, mask).sum()}
 
 
 def ppo_value_loss(values, old_values, returns, mask, clip):
@@ -149,14 +146,14 @@ def ppo_value_loss(values, old_values, returns, mask, clip):
     moved = masked(values - old_values, mask).clamp(-clip, clip)
     clipped = (masked(old_values - returns, mask) + moved) ** 2
     clipped = torch.where(moved.abs() < clip, free, clipped)  # the same number, without its rounding
-    return 0.5 * torch.maximum(free, clipped).sum(), {"value_clipfrac": (clipped > free).sum()}
+    return 0.5 * torch.maximum(free, clipped).sum(), {"val/clipfrac_avg": (clipped > free).sum()}
 
 
 def add_gradients(rollout: Rollout, chosen: list[int], advantages, returns, models: Models, actor: Zero,
                   critic: Zero, cfg: Config, ranks) -> dict[str, float]:
-    """Gradients of both losses of a minibatch, as means over its tokens. Returns sums over its tokens."""
+    """Gradients of both losses of a minibatch, as means over its tokens. Returns sums over them."""
     n_tokens = int(rollout.mask[chosen].sum())  # ONE denominator, however micro-batches and ranks split them
-    sums = dict.fromkeys(("policy", "value", "approxkl", "clipfrac", "ratio", "value_clipfrac"), 0.0)
+    sums = Counter()
     for which, ids, targets, segment_ids in micro_batches(rollout, chosen, cfg, ranks):
         mask = rollout.mask[which]  # (n, R)
         logp = models.actor(ids, targets, segment_ids=segment_ids, temperature=cfg.temperature)  # (b, T)
@@ -167,8 +164,8 @@ def add_gradients(rollout: Rollout, chosen: list[int], advantages, returns, mode
         value_loss, value_sums = ppo_value_loss(values, rollout.values[which], returns[which], mask,
                                                 cfg.cliprange_value or math.inf)
         critic.backward(value_loss / n_tokens)
-        for name, x in {"policy": policy_loss, "value": value_loss, **policy_sums, **value_sums}.items():
-            sums[name] += x.detach()
+        sums.update({"loss/policy_avg": policy_loss.detach(), "loss/value_avg": value_loss.detach(),
+                     **policy_sums, **value_sums})
     return {"tokens": n_tokens, **dict(zip(sums, ranks.sum(*sums.values())))}
 
 
@@ -181,55 +178,53 @@ def load_models(cfg: Config) -> tuple[Models, Tokenizer, list]:
     if its_config["head"] != "scalar":
         raise UserError(f"--reward_model {cfg.reward_model}: found a language model; train_rm.py makes one")
     if its_tokenizer.fingerprint != tokenizer.fingerprint:
-        raise UserError(f"--reward_model {cfg.reward_model}: its tokenizer is not that of --init {cfg.init}; "
-                        "train it from there")
+        raise UserError(f"--reward_model {cfg.reward_model}: its tokenizer is not that of --init {cfg.init}")
     actor.head.forbid(tokenizer.specials_but_end)  # a reply never holds pad, bos or a role
     cfg.fit_rows(min(actor.config.max_seq_len, reward.config.max_seq_len))
     frozen = [config["files"].get("model.pt", {}).get("sha256") for config in (born, its_config)]
     return Models(actor, copy.deepcopy(reward), copy.deepcopy(actor), reward), tokenizer, frozen
 
 
-def load_prompts(cfg: Config, tokenizer) -> tuple[list, list, str]:
-    """Pairs (record, ids) to train on and to validate with, and a line that says how many.
-    A prompt must leave room for the longest reply and its end. One that is trained on does not validate."""
-    records, val_records = split_records(read_prompts(cfg.data), cfg.val_fraction,
-                                         read_prompts(cfg.val_data) if cfg.val_data else None)
-    longest = cfg.seq_len - cfg.max_new_tokens - 1
-    train, val = (encode_prompts(tokenizer, part, longest) for part in (records, val_records))
-    dropped = len(records) + len(val_records) - len(train) - len(val)
-    seen = {tuple(ids) for _, ids in train}
-    val = [(record, ids) for record, ids in val if tuple(ids) not in seen][:cfg.eval_prompts]
-    report = (f"{len(train)} prompts to train on, {len(val)} others to validate, {dropped} dropped (no room "
-              f"for --max_new_tokens {cfg.max_new_tokens} in rows of {cfg.seq_len})")
-    if not train or not val and cfg.eval_prompts:
-        raise UserError(f"{cfg.data}: found {report}; give more, or others by --val_data")
-    return train, val, report
+def load_prompts(cfg: Config, tokenizer) -> tuple[Shuffled, list, list, tuple]:
+    """Prompts to train on, as ids and as records; pairs (record, ids) to validate with; and what Run says of
+    them. A prompt must leave room for the longest reply and its end."""
+    *parts, report, counts = read_split(read_prompts, cfg)
+    pairs, val = (encode_prompts(tokenizer, part, cfg.seq_len - cfg.max_new_tokens - 1) for part in parts)
+    report += (f"\n{len(pairs)} prompts to train on, {len(val)} to validate; others leave no room for "
+               f"--max_new_tokens {cfg.max_new_tokens} in {cfg.seq_len}\nchat template: {CHAT_TEMPLATE}")
+    if not pairs:
+        raise UserError(report.replace("\n", "; "))
+    records, ids = zip(*pairs)
+    train = Shuffled(records, ids, cfg.seq_len, cfg.batch_size, cfg.seed)
+    return train, records, val[:cfg.eval_prompts], (report, counts)
 
 
-def evaluate(val: list, models: Models, zero: Zero, tokenizer, cfg: Config, ranks) -> tuple[dict, Rollout]:
+def evaluate(val: list, models: Models, zero: Zero, tokenizer, cfg: Config, ranks, say) -> dict:
     """Score, KL and length of one reply to each prompt, with the same random numbers at every evaluation."""
+    if not val:
+        return {}
     n, size = len(val), -(-cfg.batch_size // cfg.minibatches)
     rollout = draw([ids for _, ids in val], 0, models.actor, zero, tokenizer, cfg, ranks)
     score(rollout, [list(range(n))[first:first + size] for first in range(0, n, size)], models, cfg, ranks)
-    means = {"eval_score": rollout.scores.mean(), "eval_kl": rollout.log_ratio().sum() / n,
+    means = {**with_error("eval_score", rollout.scores), "eval_kl": rollout.log_ratio().sum() / n,
              "eval_ended": sum(rollout.ended) / n, "eval_response_length": rollout.mask.sum() / n}
     tags = [record.tag for record, _ in val]
     for tag in sorted(set(tags) - {""}):
         means[f"eval_score/{tag}"] = rollout.scores[[i for i in range(n) if tags[i] == tag]].mean()
-    return {name: float(value) for name, value in means.items()}, rollout
+    for prompt, reply in zip(rollout.prompts[:3], rollout.replies):
+        say(f"    {tokenizer.decode(prompt + reply)!r}")
+    if not any(rollout.ended):
+        say("    no reply ended in time; give more --max_new_tokens, or train SFT for longer")
+    return {name: float(value) for name, value in means.items()}
 
 
-def metrics_of(rollout: Rollout, scores, returns, totals: dict[str, float]) -> dict[str, float]:
-    """TRL's names. objective/...: per reply, of the rollout. Others: per token, of the updates (totals)."""
-    n, mask, tokens = len(scores), rollout.mask, totals["tokens"]
+def metrics_of(rollout: Rollout, scores, returns) -> dict[str, float]:
+    """What a rollout is like, a mean per reply where nothing else is said. The names are TRL's."""
+    n, mask = len(scores), rollout.mask
     explained = 1 - (returns - rollout.values)[mask].var(correction=0) / returns[mask].var(correction=0)
     return {
         "objective/scores": scores.mean().item(), "objective/kl": rollout.log_ratio().sum().item() / n,
         "objective/entropy": -masked(rollout.logp, mask).sum().item() / n,
-        "policy/approxkl_avg": totals["approxkl"] / tokens,
-        "policy/clipfrac_avg": totals["clipfrac"] / tokens,
-        "loss/policy_avg": totals["policy"] / tokens, "loss/value_avg": totals["value"] / tokens,
-        "val/ratio": totals["ratio"] / tokens, "val/clipfrac_avg": totals["value_clipfrac"] / tokens,
         "val/explained_variance": explained.item(), "val/num_eos_tokens": sum(rollout.ended),
         "val/response_length": mask.sum().item() / n,
         "val/sampler_gap": masked(rollout.sampled_logp - rollout.logp, mask).abs().max().item()}
@@ -239,33 +234,20 @@ def main(argv=None) -> int:
     cfg = parse(Config, argv, __doc__)
     ranks = setup(cfg.device)  # this process and its peers: rank, world, device, sum()
     models, tokenizer, frozen = load_models(cfg)
-    train, val, report = load_prompts(cfg, tokenizer)
+    train, records, val, read = load_prompts(cfg, tokenizer)
     text = Rehearsal(cfg, tokenizer, ranks)  # of --ptx; without it nothing
-    options = cfg.zero_options(ranks)
-    actor, critic, *_ = (Zero(model, units=model.units(), frozen=model in models[2:], **options)
-                         for model in models)
+    actor, critic, *_ = (Zero(model, units=model.units(), frozen=model in models[2:],
+                              **cfg.zero_options(ranks)) for model in models)
+    run = Run(cfg, ranks, {"actor": actor, "critic": critic}, tokenizer, read=read,
+              inputs={"data": train.fingerprint(), "frozen": frozen, "ptx_data": text.fingerprint()},
+              final={"head": "lm", "chat_template": CHAT_TEMPLATE})
 
-    ids = json.dumps([ids for _, ids in train]).encode()
-    run = Run(cfg, ranks, {"actor": actor, "critic": critic}, tokenizer,
-              inputs={"data": hashlib.sha256(ids).hexdigest()[:16], "frozen": frozen,
-                      "ptx_data": text.fingerprint()}, final={"head": "lm", "chat_template": CHAT_TEMPLATE})
-    run.say(f"{report}\nchat template: {CHAT_TEMPLATE}")
-
-    def evaluate_and_show() -> dict:
-        if not val:
-            return {}
-        numbers, rollout = evaluate(val, models, actor, tokenizer, cfg, ranks)
-        for prompt, reply in list(zip(rollout.prompts, rollout.replies))[:3]:
-            run.say(f"    {tokenizer.decode(prompt + reply)!r}")
-        return numbers
-
-    B = cfg.batch_size
-    for step in run.steps(evaluate_and_show, first=True):
+    for step in run.steps(lambda: evaluate(val, models, actor, tokenizer, cfg, ranks, run.say), first=True):
         # rollout
-        chosen = shuffled(len(train), (step - 1) * B, B, cfg.seed)
-        rollout = draw([train[i][1] for i in chosen], step, models.actor, actor, tokenizer, cfg, ranks)
-        score(rollout, minibatches(B, cfg, step, 0), models, cfg, ranks)
-        run.append("samples.jsonl", sample_lines(rollout, step, [train[i][0] for i in chosen], tokenizer))
+        chosen = train.of_step(step - 1)
+        rollout = draw([train.items[i] for i in chosen], step, models.actor, actor, tokenizer, cfg, ranks)
+        score(rollout, minibatches(cfg, step, 0), models, cfg, ranks)
+        run.append("samples.jsonl", sample_lines(rollout, step, [records[i] for i in chosen], tokenizer))
 
         # rewards and advantages: the same numbers on every rank
         unended = ~torch.tensor(rollout.ended, device=ranks.device)
@@ -280,18 +262,19 @@ def main(argv=None) -> int:
         totals, updates, skipped = Counter(), 0, 0
         lr, critic_lr = lr_at(step, cfg), lr_at(step, cfg, peak=cfg.critic_lr)
         for epoch, m in itertools.product(range(cfg.ppo_epochs), range(cfg.minibatches)):
-            part = minibatches(B, cfg, step, epoch)[m]
+            part = minibatches(cfg, step, epoch)[m]
             sums = add_gradients(rollout, part, advantages, returns, models, actor, critic, cfg, ranks)
             batch = (step - 1) * cfg.ppo_epochs * cfg.minibatches + updates
             ptx, _ = text.backward(models.actor, actor, batch)  # PPO-ptx (Ouyang et al. 2022, eq. 2)
             infos = actor.step(lr, cfg.clip), critic.step(critic_lr, cfg.clip)
             totals.update(sums | {name: sums["tokens"] * mean for name, mean in ptx.items()})
             updates, skipped = updates + 1, skipped + sum(info.skipped for info in infos)
-            if cfg.stop_kl and sums["approxkl"] / sums["tokens"] > cfg.stop_kl:  # on all ranks alike
+            if 0 < cfg.stop_kl < sums["policy/approxkl_avg"] / sums["tokens"]:  # on all ranks alike
                 break
+        n_tokens = totals.pop("tokens")
         run.log(step, tokens=sum(map(len, rollout.sequences)), skipped=skipped,
-                **metrics_of(rollout, scores, returns, totals), lr=lr, episode=step * B, updates=updates,
-                **{name: totals[name] / totals["tokens"] for name in ptx},
+                **metrics_of(rollout, scores, returns), **{name: x / n_tokens for name, x in totals.items()},
+                lr=lr, episode=step * cfg.batch_size, updates=updates,
                 **{"grad_norm/actor": infos[0].norm, "grad_norm/critic": infos[1].norm})
     return run.finish()
 

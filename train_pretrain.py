@@ -9,6 +9,7 @@ m_t is 0 where there is nothing to predict: padding, and the start of the next d
     torchrun --nproc_per_node 2 train_pretrain.py --zero 3 --out out/two    two processes, on GPUs or CPU
 """
 import dataclasses
+import json
 import math
 import os
 from dataclasses import dataclass
@@ -20,8 +21,8 @@ from data import Windows, eval_windows
 from lib.checkpoint import final_folder
 from lib.corpora import TokenFile, prepare
 from lib.program import UserError, parse, require_positive, start
-from lib.ranks import setup
-from lib.run import Run, RunConfig, lr_at
+from lib.ranks import setup, together
+from lib.run import Run, RunConfig, lr_at, with_error
 from lib.tokenizer import Tokenizer
 from model import GPT, GPTConfig, generate, initialise, load_model
 from zero import Zero
@@ -30,7 +31,7 @@ from zero import Zero
 @dataclass
 class Config(RunConfig, GPTConfig):  # every field of the model's shape is a flag, too
     # data
-    data: str = "stdlib"  # corpus: stdlib, shakespeare, or a path (.txt, .json, .jsonl, each also .gz)
+    data: str = "stdlib"  # corpus: stdlib, shakespeare, or files: text or {"text"} records; or a folder
     tokenizer: str = ""  # byte, char, bpe, a tiktoken name, a tokenizer.json; empty: init's, else bpe
     vocab_size: int = 2048  # of a bpe learned here; the other tokenizers bring their own
     cache: str = "data"  # folder for token files, so that a second start reads no text
@@ -38,10 +39,12 @@ class Config(RunConfig, GPTConfig):  # every field of the model's shape is a fla
     seq_len: int = 256
     max_seq_len: int = 0  # longest row that the model is made for; 0: seq_len
     # optimisation
-    steps: int = 500  # updates
+    steps: int = 0  # updates; 0: 500, or fewer if they would read the text more than --epochs times
+    epochs: float = 20.0  # times that a text can be read before it teaches nothing more
     lr: float = 3e-3
+    min_lr: float = 0.0  # what the learning rate falls to, one update after the last
     warmup_steps: int = 50
-    weight_decay: float = 0.1
+    weight_decay: float = 0.1  # AdamW's, on matrices and embeddings; 0: off
     # run
     out: str = "out/pretrain"
     init: str = ""  # folder of a finished model to start from (weights only); empty: a new model
@@ -54,7 +57,7 @@ class Config(RunConfig, GPTConfig):  # every field of the model's shape is a fla
     def __post_init__(self):
         RunConfig.__post_init__(self)
         GPTConfig.__post_init__(self)
-        require_positive(self, "steps", "seq_len")
+        require_positive(self, "seq_len", "epochs")
 
 
 def pretrain_loss(logp):
@@ -67,15 +70,17 @@ def evaluate(model, tokens: TokenFile, rows: int, cfg: Config, ranks) -> dict:
     """Mean loss per token of the validation text, each token predicted once, in rows that do not overlap.
 
     rows: how many of them one forward reads."""
-    loss, count = torch.zeros((), device=ranks.device, dtype=torch.float64), 0
+    if len(tokens) < 2:
+        return {}
+    items = []  # (rows, 2): of each its loss and its targets
     for batch in eval_windows(tokens, cfg.seq_len, rows, ranks.rank, ranks.world, cfg.eval_rows):
         ids, targets, segment_ids = (x.to(ranks.device) for x in batch)  # (b, T) each
-        loss += pretrain_loss(model(ids, targets, segment_ids=segment_ids))
-        count += int((targets >= 0).sum())
-    loss, count = ranks.sum(loss, count)
-    mean = loss / count
-    return {"eval_loss": mean, "eval_perplexity": math.exp(min(mean, 700.0)),
-            "eval_bits_per_byte": mean / math.log(2) * tokens.n_targets / tokens.n_bytes}
+        logp = model(ids, targets, segment_ids=segment_ids)  # (b, T)
+        items.append(torch.stack((-logp.double().sum(1), (targets >= 0).sum(1)), -1).cpu())
+    loss, count = torch.cat(sum(together(lambda: items), [])).T  # of all ranks
+    found = with_error("eval_loss", loss[count > 0], count[count > 0])
+    return {**found, "eval_perplexity": math.exp(min(found["eval_loss"], 700.0)), "eval_bits_per_byte":
+            found["eval_loss"] / math.log(2) * tokens.n_targets / tokens.n_bytes}
 
 
 def make_model(cfg: Config, tokenizer: Tokenizer) -> GPT:
@@ -102,9 +107,11 @@ def main(argv=None) -> int:
     given = os.path.join(final_folder(cfg.init), "tokenizer.json") if cfg.init else "bpe"
     train_path, val_path, tokenizer_path = ranks.main_first(lambda: prepare(
         cfg.data, tokenizer=cfg.tokenizer or given, vocab_size=cfg.vocab_size, val_data=cfg.val_data,
-        val_fraction=cfg.val_fraction, cache=cfg.cache))
+        val_fraction=cfg.val_fraction, strict=cfg.strict, cache=cfg.cache))
     tokenizer = Tokenizer.load(tokenizer_path)
     train_tokens, val_tokens = TokenFile(train_path, tokenizer), TokenFile(val_path, tokenizer)
+    size = cfg.batch_size * cfg.seq_len  # tokens an update
+    cfg.steps = cfg.steps or max(1, min(500, int(cfg.epochs * len(train_tokens) / size)))
     train = Windows(train_tokens, cfg.seq_len, batch_size=cfg.batch_size, mode=cfg.windows, seed=cfg.seed)
 
     # model
@@ -116,10 +123,11 @@ def main(argv=None) -> int:
     share = -(-cfg.batch_size // ranks.world)  # rows per rank and update
     micro = min(cfg.micro_batch_size or share, share)  # rows per forward
     run = Run(cfg, ranks, {"model": zero}, tokenizer, inputs={"data": train_tokens.note},
-              final={"head": "lm"})
+              final={"head": "lm"}, read=json.loads(tokenizer_path.with_name("read.json").read_text()))
     run.say(f"{len(train_tokens):,} training and {len(val_tokens):,} validation tokens ({tokenizer.kind}, "
-            f"V = {tokenizer.vocab_size}); {cfg.batch_size * cfg.seq_len:,} an update: {ranks.world} ranks x "
-            f"{-(-share // micro)} micro-batches x {micro} rows x {cfg.seq_len}\n{train_tokens.note}")
+            f"V = {tokenizer.vocab_size}); {size:,} an update: {ranks.world} ranks x {-(-share // micro)} "
+            f"micro-batches x {micro} rows x {cfg.seq_len}\n{train_tokens.note}\n{cfg.steps} updates read "
+            f"the text {cfg.steps * size / len(train_tokens):.1f} times")
 
     def evaluate_and_show() -> dict:
         if cfg.sample_tokens:

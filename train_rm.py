@@ -23,8 +23,8 @@ import torch.nn.functional as F
 from data import CHAT_TEMPLATE, Replies, expect_chat
 from lib.program import parse, start
 from lib.ranks import setup
-from lib.records import random_negatives, read_preferences, split_prompts
-from lib.run import Run, RunConfig, lr_at
+from lib.records import random_negatives, read_preferences, read_split
+from lib.run import Run, RunConfig, lr_at, with_error
 from model import load_model
 from zero import Zero
 
@@ -32,7 +32,7 @@ from zero import Zero
 @dataclass
 class Config(RunConfig):  # the flags that all stages share are in lib/run.py
     # data
-    data: str = ""  # preferences: .json or .jsonl (or .gz) with chosen and rejected, or ranked responses
+    data: str = ""  # preferences: chosen and rejected, or ranked responses; files or a folder
     negatives: int = 0  # times each best reply is also compared with a random one to another prompt; 0: off
     # reward
     centre: float = 0.0  # weight of (r_i + r_j)^2, which keeps rewards near 0 (0.01 is usual); 0: off
@@ -120,6 +120,8 @@ def evaluate(rewards, replies: Replies, cfg: Config) -> dict:
 
     agreement: accuracy against the order of the replies' scores, which have no noise. ceiling: accuracy of
     that order against the labels."""
+    if not len(replies):
+        return {}
     sizes = replies.sizes(range(len(replies)))
     pairs = ranked_pairs(sizes)  # (2, pairs)
     differences = rewards[pairs[0]] - rewards[pairs[1]]  # (pairs,)
@@ -137,6 +139,9 @@ def evaluate(rewards, replies: Replies, cfg: Config) -> dict:
             if counted.any():
                 result[f"{name}/{kind}".rstrip("/")] = right[counted].mean().item()
         result[f"pairs/{kind}".rstrip("/")] = len(members)
+    counts = [K * (K - 1) // 2 for K in sizes]  # pairs of one prompt are one item: they are alike
+    right = torch.stack([part.sum() for part in wins(differences).split(counts)])
+    result |= with_error("accuracy", right, right.new_tensor(counts), share=True)
     return {f"eval_{name}": value for name, value in result.items()}
 
 
@@ -151,15 +156,14 @@ def main(argv=None) -> int:
     zero = Zero(model, units=model.units(), **cfg.zero_options(ranks))
 
     # data
-    ranked, held_out = split_prompts(read_preferences(cfg.data), cfg.val_fraction,
-                                     read_preferences(cfg.val_data) if cfg.val_data else None)
+    ranked, held_out, *read = read_split(read_preferences, cfg)
     ranked += random_negatives(ranked, cfg.negatives, cfg.seed)
     train, val = (Replies(part, tokenizer, cfg.seq_len, batch_size=cfg.batch_size, seed=cfg.seed)
                   for part in (ranked, held_out))
     cfg.fit_steps(len(train))
 
     run = Run(cfg, ranks, {"model": zero}, tokenizer, inputs={"data": train.fingerprint()},
-              final={"head": "scalar", "chat_template": CHAT_TEMPLATE})
+              final={"head": "scalar", "chat_template": CHAT_TEMPLATE}, read=read)
     run.say(f"training: {train.report()}\nvalidation: {val.report()}\nchat template: {CHAT_TEMPLATE}")
     micro = cfg.micro_batch_size  # groups per forward
 

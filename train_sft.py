@@ -15,11 +15,11 @@ from typing import Literal
 
 import torch
 
-from data import CHAT_TEMPLATE, Conversations, Rehearsal, RehearsalConfig, encode_prompt
+from data import CHAT_TEMPLATE, Conversations, Rehearsal, RehearsalConfig, encode_prompt, segment_sums
 from lib.program import parse, start
-from lib.ranks import setup
-from lib.records import read_chats, split_records
-from lib.run import Run, RunConfig, lr_at
+from lib.ranks import setup, together
+from lib.records import read_chats, read_split
+from lib.run import Run, RunConfig, lr_at, with_error
 from model import greedy_replies, load_model
 from zero import Zero
 
@@ -27,7 +27,7 @@ from zero import Zero
 @dataclass
 class Config(RunConfig, RehearsalConfig):  # the flags that all stages share are in lib/run.py
     # data
-    data: str = ""  # conversations: .json or .jsonl (or .gz) with messages, Alpaca or ShareGPT records
+    data: str = ""  # conversations: messages, ShareGPT, Alpaca or prompt and completion; files or a folder
     turns: Literal["all", "last", "each"] = "all"  # train every turn in one pass, the last, or each by itself
     # optimisation
     epochs: float = 3.0  # times each conversation is seen, if steps is 0
@@ -46,18 +46,21 @@ def sft_loss(logp):
 def evaluate(model, chats: Conversations, rows: int, ranks) -> dict:
     """Mean loss per trained token of the validation replies, and how many tokens are the model's first guess.
     One forward reads at most `rows` rows."""
-    loss, right, count = torch.zeros((), device=ranks.device, dtype=torch.float64), 0, 0
+    if not len(chats):
+        return {}
+    items = []  # (conversations, 3): of each its loss, its right guesses, its trained tokens
     for batch in chats.in_order(ranks.rank, ranks.world):
         for part in zip(*(whole.split(rows) for whole in batch)):
             ids, targets, segment_ids = (x.to(ranks.device) for x in part)  # (b, T) each
             logp, _, hits = model(ids, targets, segment_ids=segment_ids, with_stats=True)  # (b, T) each
-            loss += sft_loss(logp)
             trained = targets >= 0
-            right, count = right + int(hits[trained].sum()), count + int(trained.sum())
-    loss, right, count = ranks.sum(loss, right, count)
-    mean = loss / count
-    return {"eval_loss": mean, "eval_perplexity": math.exp(min(mean, 700.0)),
-            "eval_mean_token_accuracy": right / count}
+            sums = [segment_sums(x, segment_ids) for x in (-logp, hits & trained, trained)]  # (b, segments)
+            items.append(torch.stack(sums, -1).flatten(0, 1).cpu().double())
+    items = torch.cat(sum(together(lambda: items), []))  # of all ranks
+    loss, right, count = items[items[:, 2] > 0].T  # without padding
+    found = with_error("eval_loss", loss, count)
+    return {**found, "eval_perplexity": math.exp(min(found["eval_loss"], 700.0)),
+            **with_error("eval_mean_token_accuracy", right, count)}
 
 
 def main(argv=None) -> int:
@@ -70,8 +73,7 @@ def main(argv=None) -> int:
     zero = Zero(model, units=model.units(), **cfg.zero_options(ranks))
 
     # data: read and encoded by every rank, since conversations are small
-    records, val_records = split_records(read_chats(cfg.data), cfg.val_fraction,
-                                         read_chats(cfg.val_data) if cfg.val_data else None)
+    records, val_records, *read = read_split(read_chats, cfg)
     sampling = {"batch_size": cfg.batch_size, "seed": cfg.seed}
     train = Conversations(records, tokenizer, cfg.seq_len, turns=cfg.turns, **sampling)
     val = Conversations(val_records, tokenizer, cfg.seq_len, **sampling)
@@ -80,7 +82,7 @@ def main(argv=None) -> int:
 
     run = Run(cfg, ranks, {"model": zero}, tokenizer,
               inputs={"data": train.fingerprint(), "ptx_data": text.fingerprint()},
-              final={"head": "lm", "chat_template": CHAT_TEMPLATE})
+              final={"head": "lm", "chat_template": CHAT_TEMPLATE}, read=read)
     run.say(f"training: {train.report()}\nvalidation: {val.report()}\nchat template: {CHAT_TEMPLATE}")
     micro = cfg.micro_batch_size or 10**9  # rows per forward
 

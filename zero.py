@@ -50,6 +50,9 @@ from lib import collectives
 from lib.collectives import Slot, aligned, plug, sum_of_squares
 from lib.program import UserError
 
+VECTORS = ("master", "exp_avg", "exp_avg_sq")  # what a checkpoint holds of a unit, and of the whole Zero:
+SCALARS = ("updates", "loss_scale", "good_steps", "skipped")
+
 
 def data_parallel_step(model: nn.Module, optimizer: torch.optim.Optimizer, clip: float) -> float:
     """Stage 0 in ten lines, called after loss.backward(). All stages must equal it; a test compares them."""
@@ -196,6 +199,37 @@ class Zero:
                 for slot, view in zip(unit.slots, unit.views(whole)):
                     state |= dict.fromkeys((name for name, *_ in slot.places), view.to("cpu", copy=True))
         return state | self.model.state_dict() if self.comm.rank == 0 else {}
+
+    def layout(self) -> dict:
+        """{unit: [[names, shape, start] of each parameter]}. World size and stage do not change it."""
+        return {unit.name: [[[name for name, _, _ in slot.places], list(slot.shape), slot.start]
+                            for slot in unit.slots] for unit in self.units}
+
+    def state_shards(self) -> dict:
+        """This rank's share: {"units": {unit: {vector: (n,) tensor}}, "buffers", "scalars"}."""
+        units, rank = {}, self.comm.rank
+        for unit in self.units:  # of each flat vector this rank's shard, without the padding at its end
+            first, last = (min((rank + i) * unit.shard_size, unit.length) - unit.low for i in (0, 1))
+            keys = VECTORS[:3 if unit.trainable else 1]
+            parts = {key: getattr(unit, key)[first:last].cpu() for key in keys}
+            units[unit.name] = {  # torch.save would write the whole storage of a part
+                key: x.clone() if x.untyped_storage().nbytes() > x.nbytes else x for key, x in parts.items()}
+        return {"units": units, "buffers": self.model.state_dict(),
+                "scalars": {key: getattr(self, key) for key in SCALARS}}
+
+    def load_shards(self, shards: list[dict]) -> None:
+        """shards: state_shards() of all ranks that saved, in rank order, whatever their number and stage."""
+        for unit in self.units:
+            for key in shards[0]["units"][unit.name]:
+                rest = torch.cat([shard["units"][unit.name][key] for shard in shards])[unit.low:]
+                mine = getattr(unit, key)
+                mine[:len(rest)] = rest[:len(mine)]  # at its end mine may have padding, which was not saved
+            unit.publish()
+        self.model.load_state_dict(shards[0]["buffers"])
+        for key in SCALARS:
+            setattr(self, key, shards[0]["scalars"][key])
+        for state in self.optimizer.state.values() if self.optimizer else ():
+            state["step"].fill_(self.updates)
 
     def report(self) -> str:
         """For the log: bytes of model states held, counted; bytes to send, by the table above."""

@@ -33,7 +33,7 @@ def losses(figure, life: Path) -> bool:
     figure.set_figheight(2.4 * -(-len(curves) // 3))
     for i, (run, *names) in enumerate(curves, start=1):
         ax = figure.add_subplot(-(-len(curves) // 3), 3, i, title=run)
-        rows = [row for _, row in read_records(life / run / "metrics.jsonl")]
+        rows = read_records(life / run / "metrics.jsonl")
         for name, style in zip(names, ("-", "o-")):
             some = [row for row in rows if row.get(name) is not None]
             ax.plot([row["step"] for row in some], [row[name] for row in some], style, label=name, lw=1, ms=4)
@@ -46,7 +46,7 @@ def rewards(figure, life: Path) -> bool:
     axes = figure.subplots(1, 2, sharex=True)
     for run, label in REWARDED.items():
         path = life / run / "rollouts.json"
-        rows = [row for _, row in read_records(path)] if path.exists() else []
+        rows = read_records(path) if path.exists() else []
         for ax, name in zip(axes, ("reward", "gold")) if rows else ():
             ax.plot([row["kl"] for row in rows], [row[name] for row in rows], ".", label=label)
     for ax, title in zip(axes, ("paid: mean score of the reward model", "worth in truth: mean gold")):

@@ -23,8 +23,6 @@ from lib.program import UserError, replacing, start, sync, writing
 from lib.ranks import together
 
 KEEP = 2  # checkpoints that stay; older ones are removed
-VECTORS = ("master", "exp_avg", "exp_avg_sq")  # what training needs of a unit, and of the whole Zero:
-SCALARS = ("updates", "loss_scale", "good_steps", "skipped")
 
 
 def save_checkpoint(out: str, step: int, models: dict, extra: dict, config: dict, tokenizer_path) -> None:
@@ -33,13 +31,13 @@ def save_checkpoint(out: str, step: int, models: dict, extra: dict, config: dict
     comm, folder = next(iter(models.values())).comm, Path(out, f"step-{step:08d}")
     with replacing(folder) if comm.rank == 0 else contextlib.nullcontext() as tmp:
         tmp = together(lambda: tmp)[0]  # rank 0 has chosen the name
-        mine = {f"rank{comm.rank:03d}.pt": {key: state_shards(zero) for key, zero in models.items()}}
+        mine = {f"rank{comm.rank:03d}.pt": {key: zero.state_shards() for key, zero in models.items()}}
         mine |= {"config.json": config, "tokenizer.json": tokenizer_path} if comm.rank == 0 else {}
         written = together(lambda: _write(tmp, mine))
         if comm.rank == 0:
             _write(tmp, {"meta.json": {
                 "version": 1, "step": step, "world": comm.world, "threads": torch.get_num_threads(),
-                "torch": torch.__version__, "layout": {key: layout(zero) for key, zero in models.items()},
+                "torch": torch.__version__, "layout": {key: zero.layout() for key, zero in models.items()},
                 "files": {name: entry for part in written for name, entry in part.items()}, "extra": extra}})
     for old in steps(out)[KEEP:] if comm.rank == 0 else ():
         _remove(old)
@@ -55,8 +53,8 @@ def load_checkpoint(out: str, models: dict, *, same: dict, bitwise: dict) -> tup
     for key, value in same.items():
         expect(meta["extra"].get(key) == value, f"{folder}: has another {key}; choose another --out")
     for key, zero in models.items():
-        expect(meta["layout"].get(key) == layout(zero), f"{folder}: has another {key}; choose another --out")
-        load_shards(zero, [_load_tensors(folder / f"rank{r:03d}.pt")[key] for r in range(meta["world"])])
+        expect(meta["layout"].get(key) == zero.layout(), f"{folder}: has another {key}; choose another --out")
+        zero.load_shards([_load_tensors(folder / f"rank{r:03d}.pt")[key] for r in range(meta["world"])])
     was = {**meta["extra"], **meta}
     now = {**bitwise, "world": comm.world, "threads": torch.get_num_threads(), "torch": torch.__version__}
     changes = [f"{key} was {was.get(key)!r:.80} and is {value!r:.80}" for key, value in now.items()
@@ -81,39 +79,6 @@ def _newest_whole(out: str, comm) -> tuple[Path, dict] | None:
             damaged.rename(damaged.with_name(f"damaged-{damaged.name}-{os.getpid()}"))
         return folder, meta
     expect(not folders, f"{out}: no checkpoint is whole; remove them, or choose another --out")
-
-
-def layout(zero) -> dict:
-    """{unit: [[names, shape, start] of each parameter]}. World size and ZeRO stage do not change it."""
-    return {unit.name: [[[name for name, _, _ in slot.places], list(slot.shape), slot.start]
-                        for slot in unit.slots] for unit in zero.units}
-
-
-def state_shards(zero) -> dict:
-    """This rank's share of a model: {"units": {unit: {vector: (n,) tensor}}, "buffers", "scalars"}."""
-    units = {}
-    for unit in zero.units:  # of each flat vector, the shard of this rank without the padding at its end
-        first, last = (min((zero.comm.rank + i) * unit.shard_size, unit.length) - unit.low for i in (0, 1))
-        parts = {key: getattr(unit, key)[first:last].cpu() for key in VECTORS[:3 if unit.trainable else 1]}
-        units[unit.name] = {  # torch.save would write the whole storage of a part
-            key: x.clone() if x.untyped_storage().nbytes() > x.nbytes else x for key, x in parts.items()}
-    return {"units": units, "buffers": zero.model.state_dict(),
-            "scalars": {key: getattr(zero, key) for key in SCALARS}}
-
-
-def load_shards(zero, shards: list[dict]) -> None:
-    """shards: state_shards() of all ranks that saved, in rank order, whatever their number and stage."""
-    for unit in zero.units:
-        for key in shards[0]["units"][unit.name]:
-            rest = torch.cat([shard["units"][unit.name][key] for shard in shards])[unit.low:]
-            mine = getattr(unit, key)
-            mine[:len(rest)] = rest[:len(mine)]  # at its end mine may have padding, which was not saved
-        unit.publish()
-    zero.model.load_state_dict(shards[0]["buffers"])
-    for key in SCALARS:
-        setattr(zero, key, shards[0]["scalars"][key])
-    for state in zero.optimizer.state.values() if zero.optimizer else ():
-        state["step"].fill_(zero.updates)
 
 
 def claim(out: str, resume: bool):

@@ -1,6 +1,6 @@
 """Text and token files.
 
-    read_corpus   a name (stdlib, shakespeare) or a file (.txt, .json, .jsonl, or .gz of these) -> documents
+    read_corpus   a name (stdlib, shakespeare) or files (text, or records with "text") -> documents
     prepare       a corpus -> tokenizer, training and validation token files; made once, then found again
     TokenFile     a token file, memory-mapped: it opens at once and takes next to no memory, however large
 """
@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from lib.program import UserError, replacing
-from lib.records import by_form, check_text, read_records, read_text
+from lib.records import Records, check_text, find_files, found_in, read_text
 from lib.tokenizer import Tokenizer, make_tokenizer
 
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
@@ -29,8 +29,8 @@ SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2d
 STDLIB = Path(os.__file__).parent
 STDLIB_SKIP = set("site-packages dist-packages test tests idlelib lib2to3 turtledemo encodings".split())
 DOCSTRING_OWNERS = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-SEPARATOR = re.compile(r"(?m)^<\|endoftext\|>\r?$\n?")  # a line of its own between two documents
-TEXTS = {("text",): lambda record, where: check_text(record["text"], f'{where}, "text"')}  # a form of records
+SEPARATOR = re.compile(r"<\|endoftext\|>\n?")  # between two documents, anywhere in a line
+RECORDS = re.compile(r'\s*(\[\s*)?\{\s*("[^"\n]*"\s*:|\})')  # how JSON begins; a text may also begin with {
 
 
 def stdlib_documents() -> list[str]:
@@ -76,20 +76,28 @@ def shakespeare_file(cache) -> Path:
     return path
 
 
-def read_corpus(data: str, cache="data") -> list[str]:
-    """The documents, none of them blank, of stdlib, shakespeare or a file: .json or .jsonl records with
-    "text", or any other text, in which lines <|endoftext|> part the documents; plain or .gz."""
-    path = shakespeare_file(cache) if data == "shakespeare" else data
+def text_of_record(record: dict) -> str:
+    if not isinstance(text := record.get("text"), str):
+        raise UserError(f'found {found_in(record)}, expected a record with "text"')
+    return check_text(text)
+
+
+def read_corpus(data: str, cache="data", strict: bool = False) -> Records:
+    """The documents, none of them blank, of stdlib, shakespeare or files: records with "text", or plain text.
+    <|endoftext|> parts documents. CRLF becomes LF: it would cost two tokens a line."""
+    found = Records(data)
     if data == "stdlib":
-        documents = stdlib_documents()
-    elif {".json", ".jsonl"} & set(Path(path).suffixes):
-        documents = [by_form(TEXTS, record, where) for where, record in read_records(path)]
-    else:
-        documents = SEPARATOR.split(read_text(path))
-    documents = [document for document in documents if document.strip()]
-    if not documents:
-        raise UserError(f"{data}: found no text, expected at least one document")
-    return documents
+        found += stdlib_documents()
+    name = str(shakespeare_file(cache)) if data == "shakespeare" else data
+    for path in find_files(name) if data != "stdlib" else ():
+        text = read_text(path)
+        if RECORDS.match(text):
+            found.take(path, text, text_of_record)
+        else:
+            found.append(text)
+    parts = [part for text in found for part in SEPARATOR.split(text.replace("\r\n", "\n"))]
+    found[:] = [part for part in parts if part.strip()]
+    return found.check(strict)
 
 
 # magic, version, bytes per id, vocabulary, tokenizer's fingerprint, ids, targets, bytes of text, note, CRC
@@ -100,7 +108,7 @@ MAGIC, VERSION = b"LLM0TOKS", 1
 def write_token_file(path, arrays: Iterable, tokenizer: Tokenizer, n_bytes: int, note: str = "") -> None:
     """Write the ids of the arrays, one after the other, as a token file; n_bytes and note as in TokenFile."""
     width = 2 if tokenizer.vocab_size <= 1 << 16 else 4
-    ids = np.concatenate([np.asarray(array, f"<u{width}") for array in arrays])
+    ids = np.concatenate([np.zeros(0, f"<u{width}"), *(np.asarray(array, f"<u{width}") for array in arrays)])
     head = HEADER.pack(MAGIC, VERSION, width, tokenizer.vocab_size, tokenizer.fingerprint.encode(), len(ids),
                        int((ids != tokenizer.bos_id).sum()), n_bytes, note.encode(), 0)[:-4]
     with replacing(Path(path)) as temporary:
@@ -139,47 +147,54 @@ def pieces(text: str, size: int = 1 << 20) -> list[str]:
 
 
 def split_documents(documents: list[str], val_fraction: float) -> tuple[list[str], list[str]]:
-    """(training, validation): validation is the last val_fraction of characters. A document may be cut."""
+    """(training, validation): validation is the last val_fraction of characters, less the documents that
+    training has, too. A document may be cut."""
     left = max(0, int(sum(map(len, documents)) * (1 - val_fraction)))  # what still goes to training
     train, val = [], []
     for document in documents:
         train.append(document[:left])
         val.append(document[left:])
         left -= len(train[-1])
-    return list(filter(None, train)), list(filter(None, val))
+    known = {"", *train}
+    return list(filter(None, train)), [document for document in val if document not in known]
 
 
 def identity(data: str) -> list:
     """What tells one state of a corpus from another, without reading it."""
     if data in ("stdlib", "shakespeare"):
         return [sys.version, str(STDLIB)] if data == "stdlib" else [SHAKESPEARE_SHA256]
-    if not os.path.isfile(data):
-        raise UserError(f"{data}: found no such file, expected stdlib, shakespeare or a path")
-    return [os.path.abspath(data), os.path.getsize(data), os.stat(data).st_mtime_ns]
+    stats = [(os.path.abspath(path), os.stat(path)) for path in find_files(data)]
+    return [(path, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns) for path, stat in stats]
 
 
-def prepare(data: str, *, tokenizer="bpe", vocab_size=4096, val_data="", val_fraction=0.1, cache="data"):
+def prepare(data: str, *, tokenizer="bpe", vocab_size=4096, val_data="", val_fraction=0.1, strict=False,
+            cache="data"):
     """Make or find the token files of a corpus. Returns the paths (train.bin, val.bin, tokenizer.json).
+    Beside them read.json says what was read, in words and numbers. Without validation val.bin is empty.
     data, val_data: as in read_corpus; without val_data the last val_fraction of data is validation.
     tokenizer, vocab_size: as in make_tokenizer. The folder in `cache` is named after a hash of all that
     decides the ids: a second start reads no text."""
     made = None if tokenizer in ("char", "bpe") else make_tokenizer(tokenizer)  # fetches what only has a name
     spec = made.fingerprint if made and made.path else tokenizer
-    decides = [VERSION, identity(data), identity(val_data) if val_data else val_fraction, spec, vocab_size]
+    other = identity(val_data) if val_data else val_fraction
+    decides = [VERSION, identity(data), other, spec, vocab_size, strict]
     key = hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:12]
     folder = Path(cache) / f"{Path(data).name.split('.')[0]}-{Path(tokenizer).stem}-{key}"
     paths = folder / "train.bin", folder / "val.bin", folder / "tokenizer.json"
     if folder.exists():
         return paths
-    train = read_corpus(data, cache)
-    train, val = (train, read_corpus(val_data, cache)) if val_data else split_documents(train, val_fraction)
-    if not train or not val:
-        raise UserError(f"{data}: found no text to train on, or none for --val_fraction {val_fraction}")
+    found = [read_corpus(name, cache, strict) for name in (data, val_data) if name]
+    train, val = found if val_data else split_documents(found[0], val_fraction)
+    if not train:
+        raise UserError(f"{data}: found no text left to train on, expected a lower --val_fraction")
     # BPE learns from training text alone; the alphabet is that of all text, or validation cannot be encoded.
     made = made or make_tokenizer(tokenizer, train + val if tokenizer == "char" else train, vocab_size)
     with replacing(folder) as temporary:  # of processes that start together, one wins
         temporary.mkdir()
         made.save(temporary / "tokenizer.json")
+        report = "\n".join(records.report() for records in found)
+        report += "" if val else f"\nno validation: --val_fraction {val_fraction} leaves no text for it"
+        (temporary / "read.json").write_text(json.dumps([report, found[0].counts()]), "utf-8")
         for path, part, source in zip(paths, (train, val), (data, val_data or data)):
             text = "".join(part).encode()
             source = f"stdlib of Python {sys.version.split()[0]}" if source == "stdlib" else source

@@ -3,12 +3,10 @@
     start(main)                          a UserError becomes one line on stderr and exit code 2
     with replacing(path) as temporary:   the file or folder gets its name when it is complete
     cfg = parse(Config, argv, __doc__)   each field is a flag; the comment behind it is the flag's help
-    progress = Progress("replies")       shows how far a long task is, and how much time is left
 """
 import argparse
 import contextlib
 import dataclasses
-import datetime
 import inspect
 import json
 import math
@@ -17,7 +15,6 @@ import re
 import secrets
 import shutil
 import sys
-import time
 import typing
 from pathlib import Path
 
@@ -31,8 +28,8 @@ class UserError(Exception):
 
 def start(main) -> None:
     """Run `main()` as a program. Its integer result is the exit code; a UserError is one line and code 2."""
-    for stream in (sys.stdin, sys.stdout, sys.stderr):  # a terminal that is not UTF-8 shows "?", no traceback
-        getattr(stream, "reconfigure", dict)(errors="replace")
+    for stream in (sys.stdin, sys.stdout, sys.stderr):  # what a terminal cannot show is escaped
+        getattr(stream, "reconfigure", dict)(errors="backslashreplace")
     try:
         code = main() or 0
         sys.stdout.flush()
@@ -100,6 +97,7 @@ KINDS = {int: {"type": int, "metavar": "N"}, float: {"type": float, "metavar": "
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message):  # argparse itself would print the whole usage
+        message = message.replace("ignored explicit argument", "takes no value, found")
         raise UserError(f"{message} (see --help)")
 
 
@@ -150,16 +148,3 @@ def require_positive(cfg, *names: str) -> None:
     for name in names:
         if getattr(cfg, name) <= 0:
             raise UserError(f"--{name} {getattr(cfg, name)}: expected more than 0")
-
-
-class Progress:
-    """progress(done, total): on a terminal, one line with the time left. The next call overwrites it."""
-
-    def __init__(self, what: str):
-        self.what, self.start = what, time.perf_counter()
-
-    def __call__(self, done: int, total: int) -> None:
-        if sys.stdout.isatty():
-            left = datetime.timedelta(seconds=round((time.perf_counter() - self.start) * (total / done - 1)))
-            line = f"{self.what} {done:,} of {total:,} | {left} left" if done < total else ""
-            print(f"\r\033[K{line}", end="", flush=True)

@@ -94,7 +94,8 @@ def setup(device: str = "auto", catch_signals: bool = True) -> Ranks:
     if device != "cpu":
         torch.cuda.set_device(device)
     if local_world > 1:  # torchrun sets OMP_NUM_THREADS=1, which leaves most cores idle
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world))
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()  # macOS
+        torch.set_num_threads(max(1, cores // local_world))
     if world > 1:
         # torchrun's store outlives the ranks: after a restart it still holds the addresses of the dead ones,
         # so each attempt has names of its own. (Several machines do not count their restarts alike.)

@@ -1,30 +1,58 @@
 """Files of records in the public forms: a JSON array or one record per line, plain or .gz.
 
-    read_chats         conversations that end with a reply
+    read_records       dicts as they stand there
+    read_chats         conversations with replies to learn
     read_prompts       conversations that wait for a reply
     read_preferences   prompts with two or more replies, the best first
-    read_records       any records, each with its place for error messages
+    read_split         one of these, parted into training and validation
 
-The keys of a record tell its form: see CHATS, PROMPTS and REPLIES. An unusable record is a UserError.
+The keys of a record tell its form, see CONVERSATION, ASKED and the tables beside them. Public files are
+dirty: what cannot be used is left out and counted. More than a tenth of it, or nothing else, is a UserError.
 """
-import dataclasses
 import functools
+import gc
+import glob
 import gzip
 import json
+import os
 import random
 import re
 import zlib
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 
 from lib.program import UserError
 
+DATA_FILE = re.compile(r"\.(jsonl?|txt|csv|parquet)(\.gz)?$")  # what is read of a folder
 
-def read_text(path) -> str:
-    """A whole UTF-8 file, plain or .gz. CRLF stays CRLF; a byte order mark is dropped."""
+
+def find_files(data) -> list[str]:
+    """The files of --data: one, several with commas between, a glob, or all data files in a folder."""
+    found = []
+    for name in [str(data)] if os.path.exists(data) else str(data).split(","):
+        folder = os.path.isdir(name)
+        inside = glob.escape(name) + "/**" * folder if os.path.exists(name) else name
+        paths = [path for path in glob.glob(inside, recursive=True)
+                 if not os.path.isdir(path) and (not folder or DATA_FILE.search(path))]
+        if not paths:
+            raise UserError(f"{name}: found no such file, expected .json, .jsonl, .txt, a folder or a glob")
+        found += sorted(paths)
+    return found
+
+
+def read_text(path, errors: str = "strict") -> str:
+    """A whole UTF-8 file, plain or gzip. A byte order mark is dropped. errors: as in bytes.decode."""
     try:
-        with (gzip.open if str(path).endswith(".gz") else open)(path, "rb") as file:
+        with open(path, "rb") as file:
             content = file.read()
-        return content.decode("utf-8").removeprefix("\ufeff")
+        content = gzip.decompress(content) if content[:2] == b"\x1f\x8b" else content
+        table = "parquet" if content[:4] == b"PAR1" else "csv" if ".csv" in str(path)[-7:] else ""
+        if table:
+            to_json = "to_json('data.jsonl', orient='records', lines=True)"
+            raise UserError(f"{path}: found {table}, expected JSON or text; to convert it: "
+                            f"python -c \"import pandas; pandas.read_{table}('{path}').{to_json}\"")
+        return content.decode("utf-8", errors).removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         raise UserError(f"{path}:{line}: found byte 0x{content[error.start]:02x} at offset {error.start}, "
@@ -33,192 +61,325 @@ def read_text(path) -> str:
         raise UserError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
 
 
-def load_json(text: str, path, line: int = 1, decode=json.loads):
-    """decode(text). line: named in an error that knows no line of its own."""
+def load_json(text: str, path):
     try:
-        return decode(text)
+        return json.loads(text)
     except (ValueError, RecursionError) as error:  # RecursionError: thousands of brackets
-        raise UserError(f"{path}:{getattr(error, 'lineno', line)}: found no valid JSON: {error}") from None
+        raise UserError(f"{path}:{getattr(error, 'lineno', 1)}: found no valid JSON: {error}") from None
 
 
-def read_records(path) -> Iterator[tuple[str, dict]]:
-    """(where, record) for each record; where is "file:line". An array and lines are read alike: the commas,
-    brackets and white space between two records are skipped. But an array must end, or records are lost."""
-    text, decoder, between = read_text(path), json.JSONDecoder(), re.compile(r"[\s,\[\]]*")
-    line, end = 1, 0
-    while (start := between.match(text, end).end()) < len(text):
-        line += text.count("\n", end, start)
-        record, end = load_json(text, path, decode=functools.partial(decoder.raw_decode, idx=start))
-        if not isinstance(record, dict):
-            raise UserError(f"{path}:{line}: found {found_in(record)}, expected a record {{...}}")
-        yield f"{path}:{line}", record
-        line += text.count("\n", start, end)
-    if text.lstrip().startswith("[") and not text.rstrip().endswith("]"):
+def scan(path, text: str) -> Iterator[tuple[int, dict | UserError]]:
+    """(line, record) for each record, or what is wrong with it. An array and lines are read alike: commas,
+    brackets and white space between two records are skipped. Behind a broken record the next line is tried.
+    A broken array is a UserError at once: nobody knows how much of it is lost."""
+    decode, between = json.JSONDecoder().raw_decode, re.compile(r"[\s,\[\]]*").match
+    array, line, start, end = text.lstrip()[:1] == "[", 1, 0, 0
+    while (after := between(text, end).end()) < len(text):
+        line, start = line + text.count("\n", start, after), after
+        try:
+            record, end = decode(text, start)
+            if type(record) is not dict:
+                record = UserError(f"found {found_in(record)}, expected a record {{...}}")
+        except (ValueError, RecursionError) as error:
+            record = UserError(f"found no valid JSON: {getattr(error, 'msg', error)}")
+            if array:
+                raise UserError(f"{path}:{line}: {record}") from None
+            end = start + len(text[start:].split("\n", 1)[0])
+        yield line, record
+    if array and not text.rstrip().endswith("]"):
         raise UserError(f"{path}:{line}: found an array without an end, expected ]; the file may be cut off")
 
 
-@dataclasses.dataclass
+def found_in(value) -> str:
+    """What stands there instead of what we want, in short; of a record its form, or its keys."""
+    if isinstance(value, dict):
+        return form_of(value) or f"the keys {ascii([*value])[:60]}"
+    return f"{type(value).__name__} {ascii(value)[:40]}"
+
+
+@dataclass
 class Record:
-    """A conversation [{"role": system | user | assistant, "content": text}, ...]; or a prompt and replies."""
-    where: str  # file and line
+    """A conversation [{"role": system | user | assistant, "content": text}, ...]; or a prompt and replies.
+    A message with "train": False is read and not trained."""
     messages: list[dict]
-    responses: list[str] = dataclasses.field(default_factory=list)  # the best first
-    tag: str = ""  # this and the next two are reported, never trained on
-    tags: list[str] = dataclasses.field(default_factory=list)  # one per response, or none
-    scores: list[float] = dataclasses.field(default_factory=list)
+    responses: list[str] = field(default_factory=list)  # the best first
+    tags: list[str] = field(default_factory=list)  # one per response, or none; like tag only reported
+    scores: list[float] = field(default_factory=list)
+    left_out: str = ""  # why some of its replies were
+    where: str = ""  # file and line
+    tag: str = ""
     negative: bool = False  # made by random_negatives
 
 
-def check_text(text, where: str, blank: bool = True) -> str:
-    """The text. UserError for another type, for half a surrogate pair and, if not blank, for no words."""
-    if not isinstance(text, str):
-        raise UserError(f"{where}: found {type(text).__name__}, expected a string")
-    if half := re.search("[\ud800-\udfff]", text):  # JSON can hold it, UTF-8 cannot
-        raise UserError(f"{where}: found half a character {half[0]!a} at {half.start()}, expected it whole")
-    if not blank and not text.strip():
-        raise UserError(f"{where}: found a blank text, expected words; remove the record or fill it in")
+class Records(list):
+    """What could be used of the files that --data names. left_out: {why: places} of what could not."""
+
+    def __init__(self, data):
+        self.data, self.left_out, self.unused = data, defaultdict(list), 0
+
+    def take(self, path, text: str, record_of: Callable[[dict], object]) -> None:
+        """Add record_of(content) for each record in the text of a file. What raises UserError is left out."""
+        for line, content in scan(path, text):
+            try:
+                if type(content) is UserError:
+                    raise content
+                record = record_of(content)
+            except UserError as error:
+                self.unused += 1
+                self.left_out[str(error)].append(f"{path}:{line}")
+                continue
+            if type(record) is Record:
+                record.where, tag = f"{path}:{line}", content.get("tag")
+                record.tag = tag if type(tag) is str else ""
+                if record.left_out:
+                    self.left_out[record.left_out].append(record.where)
+            self.append(record)
+
+    def check(self, strict: bool) -> "Records":
+        """self. UserError if too much is left out or nothing is left; strict: if anything is left out."""
+        if not self or self.unused > (len(self) + self.unused) / 10 or (strict and self.left_out):
+            allowed = "nothing left out (--strict)" if strict else "some, and at most a tenth left out"
+            raise UserError(f"{self.report(5)}; expected {allowed}")
+        return self
+
+    def report(self, most: int | None = None) -> str:
+        """How much is used and left out; of each reason, the commonest first, the first three places."""
+        common = sorted(self.left_out.items(), key=lambda item: -len(item[1]))[:most]
+        why = "; ".join(f"{len(places)} x {why} ({', '.join(places[:3])})" for why, places in common)
+        return f"{self.data}: {len(self)} used, {self.unused} left out{':' * bool(why)} {why}".rstrip()
+
+    def counts(self) -> dict[str, int]:
+        """For metrics.jsonl."""
+        reasons = {f"left_out/{why}": len(places) for why, places in self.left_out.items()}
+        return {"used": len(self), "left_out": self.unused, **reasons}
+
+
+# ---- messages
+
+ROLES = {"system": "system", "developer": "system", "user": "user", "human": "user", "Human": "user",
+         "assistant": "assistant", "gpt": "assistant", "model": "assistant", "Assistant": "assistant"}
+TOOLS = "tool", "function", "observation", "function_call", "tool_call", "tool_calls", "ipython"
+OTHER = {"user": "assistant", "assistant": "user"}
+
+
+def said(role: str, content) -> dict:
+    return {"role": role, "content": content}
+
+
+def text_of(content) -> str:
+    """A content as one text; it may be a list of parts {"type": "text", "text": ...}. null is empty."""
+    parts = content if isinstance(content, list) else [content or ""]
+    parts = [part.get("text") if isinstance(part, dict) else part for part in parts]
+    if not all(isinstance(part, str) for part in parts):
+        raise UserError("found a content that is no text, or has other parts such as pictures; expected text")
+    return "".join(parts)
+
+
+def check_text(text: str, where: str = "") -> str:
+    """The text. UserError for what is no UTF-8: half of a surrogate pair, or a byte of another encoding."""
+    if not text.isascii() and re.search("[\ud800-\udfff]", text):
+        raise UserError(f"{where}found half a character, or a byte that is no UTF-8; expected it whole")
     return text
 
 
-def found_in(value) -> str:
-    """What stands there instead of what we want (of a record: its keys), short enough for one line."""
-    return f"{type(value).__name__} {ascii(list(value) if isinstance(value, dict) else value)[:40]}"
-
-
-def by_form(forms: dict, record, where: str):
-    """forms: {keys: function(record, where)}. Applies the first function whose keys the record has."""
-    for keys, function in forms.items():
-        if isinstance(record, dict) and all(key in record for key in keys):
-            return function(record, where)
-    expected = " or ".join(" and ".join(f'"{key}"' for key in keys) for keys in forms)
-    raise UserError(f"{where}: found {found_in(record)}, expected the keys {expected}")
-
-
-ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
-TURNS = {("role", "content"): lambda turn, where: (turn["role"], turn["content"]),
-         ("from", "value"): lambda turn, where: (turn["from"], turn["value"])}
-
-
-def messages_of(turns, where: str) -> list[dict]:
-    """A list of turns as messages: system (if any), then user and assistant in turn. A text is the user's."""
-    turns = [{"role": "user", "content": turns}] if isinstance(turns, str) else turns
+def messages_of(turns) -> list[dict]:
+    """A list of turns as messages: system (if any), then user and assistant in turn. A text is the
+    assistant's. What tools say or are told is not trained: it becomes the user's, behind the role's name."""
     if not isinstance(turns, list) or not turns:
-        raise UserError(f"{where}: found {found_in(turns)}, expected a list of messages")
-    messages = []
-    for i, turn in enumerate(turns, start=1):
-        spot = f"{where}, message {i}"
-        name, content = by_form(TURNS, turn, spot)
-        role = ROLES.get(str(name))
-        due = "assistant" if messages and messages[-1]["role"] == "user" else "user"
-        if role != due and not (i == 1 and role == "system"):
-            raise UserError(f"{spot}: found the role {found_in(name)}, expected the {due}; turns alternate")
-        messages.append({"role": role, "content": check_text(content, spot, blank=False)})
+        raise UserError(f"found {found_in(turns)}, expected a list of messages")
+    messages, due = [], "user"
+    for turn in turns:
+        turn = said("assistant", turn) if isinstance(turn, str) else turn
+        if not isinstance(turn, dict):
+            raise UserError(f"found {found_in(turn)}, expected a message {{...}}")
+        name, content = turn.get("role"), turn.get("content")
+        if name is None:
+            name, content = turn.get("from"), turn.get("value")
+        content = content if type(content) is str else text_of(content)
+        if calls := turn.get("tool_calls"):
+            name, content = "tool_calls", f"{content}{json.dumps(calls, ensure_ascii=False)}"
+        if not content or content.isspace():
+            raise UserError("found a blank text, expected words")
+        role = ROLES.get(name) if type(name) is str else None
+        if role is None and name in TOOLS:
+            role, content = "user", f"{name}: {content}"
+            if due == "assistant":  # behind what the user said: one message of both
+                content, due = f"{messages.pop()['content']}\n{content}", "user"
+        if role == due:
+            due = OTHER[role]
+        elif messages or role != "system":
+            raise UserError(f"found the role {found_in(name)}, expected the {due}; turns alternate")
+        messages.append(turn if len(turn) == 2 and name == role else said(role, content))
+        check_text(content)
+        if len(turn) > 2 and (turn.get("weight") == 0 or False in (turn.get("train"), turn.get("loss"))):
+            messages[-1]["train"] = False
     return messages
 
 
-def alpaca_prompt(record: dict, where: str) -> list[dict]:
-    """The system message if any; then the instruction and, on a line of its own, the input if any."""
-    text, extra, system = (check_text(record.get(key, ""), f'{where}, "{key}"', blank=key != "instruction")
-                           for key in ("instruction", "input", "system"))
-    turns = [{"role": "system", "content": system}] if system.strip() else []
-    return [*turns, {"role": "user", "content": f"{text}\n{extra}" if extra.strip() else text}]
-
-
 def hh_turns(text: str) -> list[dict]:
-    """Anthropic's HH form, "\\n\\nHuman: ...\\n\\nAssistant: ..."; [] for another text."""
+    """The turns of Anthropic's HH form, "\\n\\nHuman: ...\\n\\nAssistant: ..."; [] for another text. A prompt
+    ends with "Assistant:" and nothing."""
     start, *parts = re.split(r"(?:\n\n|^)(Human|Assistant):", text)
-    return [{"role": "user" if name == "Human" else "assistant", "content": content.strip()}
-            for name, content in zip(parts[::2], parts[1::2]) if not start.strip()]
+    turns = [said(name, content.strip()) for name, content in zip(parts[::2], parts[1::2])]
+    return [] if start.strip() else turns[:-1] if turns[-1:] == [said("Assistant", "")] else turns
 
 
-# The forms: the keys that tell each, and what it makes of (record, where).
-CHATS = {("messages",): lambda record, where: messages_of(record["messages"], where),
-         ("conversations",): lambda record, where: messages_of(record["conversations"], where),
-         ("instruction", "output"): lambda record, where: messages_of(
-             [*alpaca_prompt(record, where), {"role": "assistant", "content": record["output"]}], where)}
-PROMPTS = {("prompt",): lambda record, where: messages_of(record["prompt"], f'{where}, "prompt"'),
-           ("instruction",): alpaca_prompt,
-           ("chosen", "rejected"): lambda record, where: preference_of(record, where).messages,
-           **{keys: lambda record, where: chat_of(record, where).messages[:-1] for keys in CHATS}}
-REPLIES = {("responses",): lambda record, where: record["responses"],
-           ("chosen", "rejected"): lambda record, where: [record["chosen"], record["rejected"]]}
+# ---- forms. Each key can stand in for the one before it. null is as good as absent.
+
+CONVERSATION = "messages", "conversations", "conversation"
+ASKED = "prompt", "instruction", "query", "question"
+MORE = "input", "context"  # what an instruction is about
+ANSWER = "completion", "output", "response", "answer"
+NAMES = {  # how to call what is read by another stage, or by none
+    ("completion", "label"): "KTO records (one reply with a label)",
+    ("completions", "labels"): "stepwise records (completions with labels)",
+    ("chosen", "rejected"): "preferences (chosen and rejected)", ("responses",): "ranked replies",
+    **{(key,): "conversations" for key in CONVERSATION}}
 
 
-def conversation_of(role: str, forms: dict, record: dict, where: str) -> Record:
-    messages = by_form(forms, record, where)
-    if (last := messages[-1]["role"]) != role:
-        raise UserError(f"{where}: found a conversation that ends with the {last}, expected the {role}")
-    return Record(where, messages)
+def form_of(record: dict) -> str:
+    return next((name for keys, name in NAMES.items() if all(key in record for key in keys)), "")
 
 
-chat_of = functools.partial(conversation_of, "assistant", CHATS)  # (record, where) -> Record
-prompt_of = functools.partial(conversation_of, "user", PROMPTS)
+def first(record: dict, keys: tuple[str, ...]):
+    """What stands under the first of these keys that is there."""
+    return next((value for key in keys if (value := record.get(key)) is not None), None)
 
 
-def preference_of(record: dict, where: str) -> Record:
+def in_context(record: dict, turns: list) -> list:
+    """The turns behind the record's system message and its history [[question, answer], ...], if any."""
+    history, system = record.get("history") or (), text_of(record.get("system"))
+    try:
+        before = [turn for a, b in history for turn in (said("user", a), said("assistant", b))]
+    except (TypeError, ValueError):
+        raise UserError(f"found {found_in(history)} as history, expected [[question, answer], ...]") from None
+    return [said("system", system)] * bool(system.strip()) + before + turns
+
+
+def asked_in(record: dict) -> list:
+    """The turns before the reply, of a conversation all; [] if the record has none."""
+    turns = first(record, CONVERSATION) or first(record, ASKED) or []
+    if isinstance(turns, str):
+        more = text_of(first(record, MORE))
+        turns = hh_turns(turns) or [said("user", f"{turns}\n{more}" if more.strip() else turns)]
+    if not isinstance(turns, list):
+        raise UserError(f"found {found_in(turns)}, expected a list of messages")
+    return in_context(record, turns) if turns and ("system" in record or "history" in record) else turns
+
+
+def chat_of(record: dict) -> Record:
+    turns = asked_in(record)
+    if first(record, CONVERSATION) is None:
+        if not turns or (answer := first(record, ANSWER)) is None or form_of(record):
+            raise UserError(f"found {found_in(record)}, expected messages, or a prompt with its completion")
+        turns = turns + (answer if isinstance(answer, list) else [answer])
+    messages = messages_of(turns)
+    if messages[-1]["role"] != "assistant":
+        raise UserError("found a conversation that ends with the user, expected a reply at its end")
+    if "train" in messages[-1] and all("train" in m for m in messages if m["role"] == "assistant"):
+        raise UserError("found no reply with a weight, expected one to train")
+    return Record(messages)
+
+
+def prompt_of(record: dict) -> Record:
+    """A prompt; or a conversation or a preference, without the reply."""
+    if not (turns := asked_in(record)):
+        return Record(preference_of(record).messages)
+    messages = messages_of(turns)
+    if messages[-1]["role"] == "assistant" and first(record, CONVERSATION) is not None:
+        messages.pop()
+    if not messages or messages[-1]["role"] != "user":
+        raise UserError("found a prompt that ends with a reply, expected the user at its end")
+    return Record(messages)
+
+
+def in_order(record: dict, n: int) -> list[int]:
+    """Which of the n replies is the best, which the next, and so on. Scores beside them tell, and of equal
+    scores one is taken. "ranked": true is a judge's mark: they stand in order, whatever the scores say."""
+    scores = record.get("scores") or []
+    if scores and not (isinstance(scores, list) and len(scores) == n and all(
+            isinstance(score, (int, float)) and abs(score) < 1e300 for score in scores)):
+        raise UserError(f"found {found_in(scores)} as scores, expected a number for each reply")
+    if record.get("ranked", not scores and "ended" not in record):  # sample.py writes "ended"
+        return list(range(n))
+    if not scores:
+        raise UserError('found replies in no order, expected the best first and "ranked": true, or "scores"')
+    return sorted({scores[i]: i for i in reversed(range(n))}.values(), key=lambda i: -scores[i])
+
+
+def preference_of(record: dict) -> Record:
     """A prompt and two or more replies. A reply is a text, or a whole conversation that ends with it."""
-    replies = by_form(REPLIES, record, where)
+    pair = [record.get("chosen"), record.get("rejected")]
+    replies = pair if None not in pair else first(record, ("responses", "output"))
     if not isinstance(replies, list) or len(replies) < 2:
-        raise UserError(f'{where}: found {found_in(replies)} as "responses", expected a list of two or more')
-    alone = "prompt" not in record and "instruction" not in record  # the replies bring the prompt with them
-    prompt, texts = [] if alone else prompt_of(record, where).messages, []
-    for i, reply in enumerate(replies, start=1):
-        if isinstance(reply, str):
-            reply = hh_turns(reply) if alone else [{"role": "assistant", "content": reply}]
-        turns = prompt + reply if isinstance(reply, list) and len(reply) == 1 else reply
-        messages = messages_of(turns, f"{where}, reply {i}")
-        if messages[-1]["role"] != "assistant" or (i > 1 and messages[:-1] != prompt):
-            raise UserError(f"{where}, reply {i}: found no reply or another prompt, expected one for all")
-        prompt, texts = messages[:-1], [*texts, messages[-1]["content"]]
-    return Record(where, prompt, texts)
+        raise UserError(f"found {found_in(record)}, expected replies: chosen and rejected, or responses")
+    turns, asked, prompts, kept, left_out = asked_in(record), first(record, ASKED), [], {}, ""
+    hh = isinstance(asked, str) and hh_turns(asked)
+    for i in in_order(record, len(replies)):
+        reply = replies[i].strip() if hh and isinstance(replies[i], str) else replies[i]
+        reply = hh_turns(reply) if isinstance(reply, str) and not turns else reply
+        reply = reply if isinstance(reply, list) else [reply]
+        last = reply[-1] if reply else ""
+        if not text_of(first(last, ("content", "value")) if isinstance(last, dict) else last).strip():
+            left_out = "found a blank reply among others, left out of its record"
+            continue
+        messages = messages_of(turns + reply if turns and len(reply) == 1 else in_context(record, reply))
+        prompts.append(messages[:-1])
+        if messages[-1]["role"] != "assistant" or prompts[-1] != prompts[0] or not prompts[0]:
+            raise UserError("found no reply, or none to the same prompt, expected one prompt and its replies")
+        kept.setdefault(messages[-1]["content"], i)  # the place of each different reply
+    if len(kept) < 2:
+        raise UserError("found no two different replies (they are blank, equal, or of equal scores)")
+    beside = [record.get(name) for name in ("tags", "scores")]
+    beside = [[values[i] for i in kept.values()] if isinstance(values, list) and len(values) == len(replies)
+              else [] for values in beside]
+    return Record(prompts[0], list(kept), *beside, left_out)
 
 
-def read(path, record_of) -> list[Record]:
-    records = []
-    for where, content in read_records(path):
-        record = record_of(content, where)
-        record.tag = check_text(content.get("tag", ""), f'{where}, "tag"')
-        for name, types in {"tags": str, "scores": (int, float)}.items() if record.responses else ():
-            values = content.get(name, [])
-            if not isinstance(values, list) or len(values) not in (0, len(record.responses)) or not all(
-                    isinstance(value, types) for value in values):
-                raise UserError(f'{where}: found {found_in(values)} as "{name}", expected one per response')
-            setattr(record, name, values)
-        records.append(record)
-    if not records:
-        raise UserError(f"{path}: found no record, expected at least one")
-    return records
+def read(data, strict: bool = False, *, record_of: Callable[[dict], Record]) -> Records:
+    """What can be used of the files that --data names, as record_of makes it."""
+    records = Records(data)
+    gc.disable()  # with more and more records it would look through all of them, over and over
+    try:
+        for path in find_files(data):
+            records.take(path, read_text(path, "surrogateescape"), record_of)
+    finally:
+        gc.enable()
+    return records.check(strict)
 
 
-read_chats = functools.partial(read, record_of=chat_of)  # (path) -> list[Record]
+read_records = functools.partial(read, record_of=lambda record: record)  # (data, strict) -> Records of dicts
+read_chats = functools.partial(read, record_of=chat_of)
 read_prompts = functools.partial(read, record_of=prompt_of)
 read_preferences = functools.partial(read, record_of=preference_of)
 
 
-def split_records(records: list, val_fraction: float, val_records: list | None = None) -> tuple[list, list]:
-    """(training, validation): validation is val_records, or else the last val_fraction of the records."""
-    if val_records is not None:
-        return records, val_records
-    n = round(len(records) * (1 - val_fraction))
-    if not 0 < n < len(records):
-        raise UserError(f"--val_fraction {val_fraction}: {len(records)} records cannot be split like that")
-    return records[:n], records[n:]
+# ---- training and validation
 
-
-def split_prompts(records: list[Record], val_fraction: float, val_records: list[Record] | None = None):
-    """(training, validation), no prompt on both sides: who has learned one reply judges the others too well.
-    Validation is val_records, or the last val_fraction of the prompts."""
-    by_prompt = {}
+def split(records: list[Record], val_fraction: float, val_records: list[Record] = ()) -> tuple[list, list]:
+    """(training, validation): val_records, or else the last val_fraction of the records. Equal conversations
+    and replies to one prompt stand on one side: who has learned one by heart knows the others."""
+    groups = {}
     for record in records:
-        by_prompt.setdefault(json.dumps(record.messages), []).append(record)
-    if val_records is None:
-        parts = split_records(list(by_prompt.values()), val_fraction)
-        return tuple([record for group in part for record in group] for part in parts)
+        groups.setdefault(json.dumps(record.messages), []).append(record)
     for record in val_records:
-        by_prompt.pop(json.dumps(record.messages), None)
-    if not by_prompt:
-        raise UserError("--val_data: found every prompt of --data in it, expected others")
-    return [record for group in by_prompt.values() for record in group], val_records
+        groups.pop(json.dumps(record.messages), None)
+    n = len(groups) if val_records else round(len(groups) * (1 - val_fraction))
+    groups = list(groups.values())
+    if not n:
+        raise UserError("found nothing to train on, expected less in --val_data or a lower --val_fraction")
+    train, val = ([record for group in part for record in group] for part in (groups[:n], groups[n:]))
+    return train, [*val_records, *val]
+
+
+def read_split(read_form, cfg) -> tuple[list[Record], list[Record], str, dict[str, int]]:
+    """(training, validation, what to say of them, counts for metrics.jsonl) of a script's --data, --val_data
+    and --val_fraction. read_form: one of the three above."""
+    found = [read_form(data, cfg.strict) for data in (cfg.data, cfg.val_data) if data]
+    train, val = split(found[0], cfg.val_fraction, *found[1:])
+    report = "\n".join(records.report() for records in found)
+    none = "" if val else f"\nno validation: --val_fraction {cfg.val_fraction} of them is less than one"
+    return train, val, report + none, found[0].counts()
 
 
 def random_negatives(records: list[Record], n: int, seed: int) -> list[Record]:
@@ -226,5 +387,5 @@ def random_negatives(records: list[Record], n: int, seed: int) -> list[Record]:
     what no model said to a prompt, but PPO may try it (docs/rm.md). Karpukhin et al. 2020, section 3.2."""
     rng = random.Random(seed)
     drawn = [(a, b, rng.choice(b.responses)) for a in records for b in rng.choices(records, k=n)]
-    return [dataclasses.replace(a, responses=[a.responses[0], reply], tags=[], scores=[], negative=True)
+    return [replace(a, responses=[a.responses[0], reply], tags=[], scores=[], negative=True)
             for a, b, reply in drawn if a.messages != b.messages and reply not in a.responses]

@@ -16,6 +16,7 @@ import math
 import os
 import resource
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -32,17 +33,16 @@ class RunConfig:
     # data
     data: str = ""  # what to train on
     val_data: str = ""  # what to validate on; empty: the last val_fraction of data
-    val_fraction: float = 0.1  # of the records; in pretraining of the characters
+    val_fraction: float = 0.1  # of the records, in pretraining of the characters; 0: no validation
+    strict: bool = False  # stop if a record cannot be used, instead of leaving it out
     # optimisation
     steps: int = 0  # updates; 0: as many as --epochs takes
     batch_size: int = 16  # items per update over all ranks
     micro_batch_size: int = 0  # items per rank and forward; 0: the rank's whole share at once
     seq_len: int = 0  # tokens in a row (T); 0: the longest that the model was made for
     lr: float = 1e-3  # peak learning rate
-    min_lr: float = 0.0  # what the learning rate falls to, one update after the last
-    warmup_steps: int = 10  # updates over which the rate climbs from 0
+    warmup_steps: int = 10  # updates over which the rate climbs from 0; at most a tenth of all
     decay: Literal["cosine", "linear", "flat-then-linear"] = "linear"  # how it falls afterwards
-    weight_decay: float = 0.0  # AdamW's, on matrices and embeddings; 0: off
     clip: float = 1.0  # largest gradient norm; 0: off
     # run
     out: str = "out/run"  # folder of this run: checkpoints, metrics.jsonl, final/
@@ -50,6 +50,7 @@ class RunConfig:
     resume: bool = False  # go on from the newest checkpoint in out
     eval_every: int = 100  # updates between evaluations; 0: only at the end
     save_every: int = 400  # updates between checkpoints; 0: only at the end
+    keep_best: bool = False  # finish with the model of the lowest validation loss, not with the last one
     log_every: int = 20  # updates between log lines
     seed: int = 1  # of all that is random in this run
     # machine
@@ -61,11 +62,12 @@ class RunConfig:
     activation_checkpointing: bool = False  # recompute each block in backward, keep no activations
     compile: bool = False  # torch.compile each block
 
-    betas, adam_eps = (0.9, 0.95), 1e-8  # AdamW's, the same in most papers; no flags
+    betas, adam_eps, weight_decay, min_lr = (0.9, 0.95), 1e-8, 0.0, 0.0  # flags at most in single stages
     # A resumed run may change these. All others should be as they were. Of a file its content is compared.
     may_change: ClassVar[set[str]] = {
-        "out", "init", "resume", "data", "val_data", "ptx_data", "steps", "epochs", "eval_every",
-        "eval_prompts", "save_every", "log_every", "device", "zero", "offload", "activation_checkpointing"}
+        "out", "init", "resume", "data", "val_data", "ptx_data", "strict", "steps", "epochs", "eval_every",
+        "eval_prompts", "save_every", "keep_best", "log_every", "device", "zero", "offload",
+        "activation_checkpointing"}
 
     def __post_init__(self):
         require_positive(self, "batch_size", "log_every")
@@ -97,12 +99,12 @@ class RunConfig:
 
 
 def lr_at(step: int, cfg: RunConfig, peak: float = 0.0) -> float:
-    """Learning rate of update `step` (1..steps): linear warmup to `peak` (0: cfg.lr), then decay.
-    The decay would reach min_lr at update steps + 1: a rate of 0 would make the last update a no-op."""
-    peak = peak or cfg.lr
-    if step < cfg.warmup_steps:
-        return peak * step / cfg.warmup_steps
-    done = (step - cfg.warmup_steps) / max(1, cfg.steps + 1 - cfg.warmup_steps)  # 0..1
+    """Learning rate of update `step` (1..steps): linear warmup to `peak` (0: cfg.lr), over at most a tenth of
+    the steps, then decay. It would reach min_lr at update steps + 1: a rate of 0 would waste the last one."""
+    peak, warmup = peak or cfg.lr, min(cfg.warmup_steps, cfg.steps // 10)
+    if step < warmup:
+        return peak * step / warmup
+    done = (step - warmup) / (cfg.steps + 1 - warmup)  # 0..1
     left = {"cosine": 0.5 * (1 + math.cos(math.pi * done)), "linear": 1 - done,
             "flat-then-linear": min(1.0, (1 - done) / 0.6)}[cfg.decay]  # flat for the first 40 %
     return cfg.min_lr + (peak - cfg.min_lr) * left
@@ -114,10 +116,12 @@ class Run:
     models: {name: Zero}, what is trained and saved; the first one becomes final/.
     inputs: {name: fingerprint} of what was read (data, frozen models). A resumed run should find the same.
     final: what final/config.json says beside the model's shape and the flags: head, chat_template.
+    read: what was read and left out, in words for the screen and in numbers for metrics.jsonl.
     stopped: a signal asked this run to stop. Then finish() writes no final/.
     """
 
-    def __init__(self, cfg: RunConfig, ranks, models: dict, tokenizer, *, inputs: dict, final: dict):
+    def __init__(self, cfg: RunConfig, ranks, models: dict, tokenizer, *, inputs: dict, final: dict,
+                 read: tuple[str, dict] = ("", {})):
         self.cfg, self.ranks, self.models, self.tokenizer = cfg, ranks, models, tokenizer
         self.stopped, self.begun = False, set()  # begun: the files of append()
         self.lock = claim(cfg.out, cfg.resume) if ranks.is_main else None  # held as long as this object lives
@@ -131,10 +135,13 @@ class Run:
         self.start, saved = found or (0, {})
         self.skipped = saved.get("skipped", 0)  # updates that were left out, all in all
         self.due = bool(saved.get("due"))  # it stopped at a step that was to be evaluated
+        self.best = saved.get("best") or [math.inf, 0]  # lowest validation loss, and its step
         if self.start > cfg.steps:
             raise UserError(f"--steps {cfg.steps}: {cfg.out} is already at step {self.start}; give more")
-        for name, zero in models.items():
-            self.say(f"{name}: {zero.report()}")
+        if read[1] and not self.start:
+            self.append("metrics.jsonl", [{"step": 0, **read[1]}])
+        for line in (read[0], *(f"{name}: {zero.report()}" for name, zero in models.items())):
+            self.say(line)
         self.flops = model.flops_per_token(cfg.seq_len) if len(models) == 1 else 0  # of several: no MFU
         if self.flops:
             self.peak = matmul_peak(ranks.device, getattr(torch, cfg.dtype))
@@ -162,14 +169,14 @@ class Run:
             if due and not stop:  # whoever asks to stop may not wait for an evaluation
                 self._evaluate(evaluate, step)
             if last or stop or (cfg.save_every and step % cfg.save_every == 0):
-                extra = {**self.same, **self.should, "skipped": self.skipped,
-                         "steps": cfg.steps, "due": due and stop}
-                save_checkpoint(cfg.out, step, self.models, extra, self.config, self.tokenizer.path)
-                self._restart_clock()
+                self._save(cfg.out, step, due=due and stop)
             if stop:
                 self.stopped = True
                 self.say(f"asked to stop: saved after step {step}; the same command with --resume goes on")
                 return
+        if cfg.keep_best and self.best[0] < math.inf:
+            step, _ = load_checkpoint(f"{cfg.out}/best", self.models, same=self.same, bitwise={})
+            self.say(f"the model of step {step} had the lowest validation loss; it becomes final/")
 
     def log(self, step: int, *, tokens: float, skipped: int = 0, **numbers) -> None:
         """Once a step. tokens (of all ranks) and skipped updates add up. The numbers are written at every
@@ -200,7 +207,7 @@ class Run:
 
     def say(self, text: str) -> None:
         """For the person at the screen (rank 0 only); not in metrics.jsonl."""
-        if self.ranks.is_main:
+        if self.ranks.is_main and text:
             print(text, flush=True)
 
     def append(self, name: str, lines: Iterable[dict]) -> None:
@@ -231,13 +238,39 @@ class Run:
         """After evaluating and saving, so that the speed is that of training alone."""
         self.clock, self.tokens, self.counted = time.perf_counter(), 0, 0
 
-    def _evaluate(self, evaluate, step: int) -> None:
-        numbers = evaluate()
-        if not math.isfinite(loss := numbers.get("eval_loss", 0.0)):  # what has blown up is not worth saving
-            raise UserError(f"the validation loss is {loss}; lower --lr, or use --dtype float32 or bfloat16")
-        if numbers:  # a script may have nothing to validate on
-            self.event(step, **numbers)
+    def _save(self, folder: str, step: int, due: bool = False) -> None:
+        extra = {**self.same, **self.should, "skipped": self.skipped, "steps": self.cfg.steps,
+                 "due": due, "best": self.best}
+        save_checkpoint(folder, step, self.models, extra, self.config, self.tokenizer.path)
         self._restart_clock()
+
+    def _evaluate(self, evaluate, step: int) -> None:
+        """loss: eval_loss; of PPO, which has none, minus the score."""
+        if numbers := evaluate():  # a script may have nothing to validate on
+            loss = numbers.get("eval_loss", -numbers.get("eval_score", math.nan))
+            if not math.isfinite(loss):  # what has blown up is not worth saving
+                raise UserError(f"the validation loss is {loss}; lower --lr, or --dtype float32 or bfloat16")
+            self.event(step, **numbers)
+            if loss > self.best[0] and "eval_loss" in numbers:
+                self.say(f"    eval_loss was {self.best[0]:.4g} at step {self.best[1]} (see --keep_best)")
+            if loss < self.best[0]:
+                self.best = [loss, step]
+                if self.cfg.keep_best:
+                    self._save(f"{self.cfg.out}/best", step)
+        self._restart_clock()
+
+
+def with_error(name: str, sums, counts=None, share: bool = False) -> dict[str, float]:
+    """{name: sum(sums) / sum(counts)} over items, (items,) each; counts None: 1. Of fewer than 30 also the
+    standard error of this ratio (Cochran 1977, section 2.11), nan for one. share: items are right or wrong.
+    Since ten of ten are no certainty, the error is that of two more of each (Agresti & Coull 1998)."""
+    counts = torch.ones_like(sums) if counts is None else counts
+    found, more = {name: (sums.sum() / counts.sum()).item()}, sums.new_tensor([0.0, 0.0, 1.0, 1.0] * share)
+    if len(sums) < 30:
+        sums, counts = torch.cat((sums, more)), torch.cat((counts, torch.ones_like(more)))
+        away = sums - counts * sums.sum() / counts.sum()
+        found[f"{name}_stderr"] = (away.std() * len(away) ** 0.5 / counts.sum()).item()
+    return found
 
 
 def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
@@ -255,4 +288,4 @@ def peak_memory(device: torch.device) -> int:
     """Most bytes that this process has held at once: on the GPU for CUDA, else resident in main memory."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -152,7 +152,7 @@ class Tokenizer:
     def encode(self, text: str, where: str = "text") -> list[int]:
         """Ordinary text: the names of special tokens are spelled out. UserError, which names `where`, for a
         character outside the alphabet (tiktoken would panic) and for half a surrogate pair."""
-        check_text(text, where)
+        check_text(text, f"{where}: ")
         if self.kind == "char" and (foreign := set(text) - self.alphabet):
             i = min(map(text.index, foreign))
             raise UserError(f"{where}, character {i}: found {text[i]!r} (U+{ord(text[i]):04X}), expected one "

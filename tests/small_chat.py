@@ -94,7 +94,9 @@ def run_script(script: str, arguments: list[str], world=1) -> None:
 
 
 def metrics(out) -> list[dict]:
-    return [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
+    """The log, less what was read."""
+    lines = (Path(out) / "metrics.jsonl").read_text().splitlines()
+    return [line for line in map(json.loads, lines) if "left_out" not in line]
 
 
 def curve(out) -> list[tuple[int, float]]:

@@ -16,7 +16,6 @@ from test_rollouts import ONE, TOKENIZER, lively, naive_logp, rolled_out, settin
 import train_ppo
 from data import CHAT_TEMPLATE, encode_prompt
 from lib.checkpoint import save_final
-from lib.program import UserError
 from model import load_model
 from train_ppo import add_gradients, gae, kl_penalty, ppo_policy_loss, ppo_value_loss, token_rewards, whiten
 from zero import Zero
@@ -67,8 +66,9 @@ def test_clipping_has_four_quadrants():
     stuck = torch.where(A > 0, ratio > 1.2, ratio < 0.8)
     torch.testing.assert_close(torch.autograd.grad(loss, logp)[0], torch.where(stuck, 0, -A * ratio))
     torch.testing.assert_close(loss, torch.where(stuck, -A * ratio.clamp(0.8, 1.2), -A * ratio).sum())
-    assert sums["clipfrac"] == stuck.sum() and sums["ratio"].item() == pytest.approx(ratio.sum().item())
-    assert sums["approxkl"].item() == pytest.approx(0.5 * logp.square().sum().item())
+    assert sums["policy/clipfrac_avg"] == stuck.sum()
+    assert sums["val/ratio"].item() == pytest.approx(ratio.sum().item())
+    assert sums["policy/approxkl_avg"].item() == pytest.approx(0.5 * logp.square().sum().item())
 
 
 def test_clipped_values():
@@ -78,12 +78,12 @@ def test_clipped_values():
     plain = 0.5 * (values - returns) ** 2
     clipped = 0.5 * (old_values + (values - old_values).clamp(-0.5, 0.5) - returns) ** 2
     larger = (clipped > plain + 1e-12) & mask
-    assert larger.any() and sums["value_clipfrac"] == larger.sum()
+    assert larger.any() and sums["val/clipfrac_avg"] == larger.sum()
     assert loss.item() == pytest.approx(torch.maximum(plain, clipped)[mask].sum().item())
     torch.testing.assert_close(torch.autograd.grad(loss, values)[0],
                                torch.where(mask & ~larger, values - returns, 0.0))
     unclipped, sums = ppo_value_loss(values, old_values, returns, mask, math.inf)
-    assert unclipped.item() == pytest.approx(plain[mask].sum().item()) and sums["value_clipfrac"] == 0
+    assert unclipped.item() == pytest.approx(plain[mask].sum().item()) and sums["val/clipfrac_avg"] == 0
 
 
 def test_whitening():
@@ -255,7 +255,8 @@ def test_what_is_logged(place, tmp_path, monkeypatch):
     rollout, found = scored[-1][0], metrics(tmp_path)[-1]
     first, second, third = rollout.scores.tolist()
     assert {name: found[name] for name in found if name != "step"} == pytest.approx({
-        "eval_score": (first + second + third) / 3, "eval_score/even": (first + third) / 2,
+        "eval_score": (first + second + third) / 3, "eval_score_stderr": rollout.scores.std().item() / 3**0.5,
+        "eval_score/even": (first + third) / 2,
         "eval_score/odd": second, "eval_kl": rollout.log_ratio().sum().item() / 3,
         "eval_ended": sum(reply[-1] == TOKENIZER.end_id for reply in rollout.replies) / 3,
         "eval_response_length": np.mean([len(reply) for reply in rollout.replies])}, abs=1e-5)
@@ -263,19 +264,22 @@ def test_what_is_logged(place, tmp_path, monkeypatch):
 
 def test_which_prompts_are_drawn(place, tmp_path, monkeypatch):
     """Each step draws prompts by epochs, with its number. Evaluations draw the last tenth of the prompts as
-    step 0, less those that are also trained on; if that leaves none, the error names --val_data."""
+    step 0. Equal prompts stay on one side. One prompt alone trains without validation."""
     lines = [json.loads(line) for line in open(place / "prompts.jsonl")]
     ids = [encode_prompt(TOKENIZER, [{"role": "user", "content": line["prompt"]}]) for line in lines]
-    mixed = write(tmp_path / "mixed.jsonl", [*lines[:37], lines[3], lines[38], lines[5]])
     drawn, flags = calls_of(monkeypatch, train_ppo, "draw"), ["--steps", "3", "--eval_prompts", "9"]
-    for n, data in enumerate((place / "prompts.jsonl", mixed)):
-        train(place, tmp_path / str(n), *flags, "--data", str(data))
+    for n, order in enumerate(([*range(40)], [*range(37), 3, 38, 5])):
+        data = write(tmp_path / f"{n}.jsonl", [lines[i] for i in order])
+        train(place, tmp_path / str(n), *flags, "--data", data)
         first, *steps, last = drawn[5 * n:]
-        assert sorted(sum((prompts for prompts, *_ in steps), [])) == sorted(ids[:36])
-        assert [step for _, step, *_ in steps] == [1, 2, 3]
-        assert first[:2] == last[:2] == ([ids[36], ids[38]] if data == mixed else ids[36:], 0)
-    with pytest.raises(UserError, match="--val_data"):
-        train(place, tmp_path / "2", "--data", write(tmp_path / "same.jsonl", [*lines[:36], *lines[:4]]))
+        different = [*dict.fromkeys(tuple(ids[i]) for i in order)]
+        trained = [ids[i] for i in order if tuple(ids[i]) in different[:round(0.9 * len(different))]]
+        seen = [prompt for prompts, *_ in steps for prompt in prompts]
+        assert len(seen) == 36 and all(seen.count(prompt) <= trained.count(prompt) for prompt in seen)
+        assert [step for _, step, *_ in steps] == [1, 2, 3] and first[:2] == last[:2]
+        assert first[:2] == ([ids[i] for i in order if ids[i] not in trained], 0)
+    train(place, tmp_path / "2", "--steps", "1", "--data", write(tmp_path / "same.jsonl", lines[:1] * 2))
+    assert not any(name.startswith("eval") for event in metrics(tmp_path / "2") for name in event)
 
 
 def test_early_stopping_leaves_the_weights_alone(place, tmp_path, monkeypatch):
@@ -309,7 +313,7 @@ BUGS = {  # where in train_ppo.py, what stands there, the bug, and who must noti
                                "--micro_batch_size 1"),
     "penalty twice": ("main", "scores - cfg.missing", "scores - 2 * cfg.missing",
                       test_rollouts_are_what_they_say),
-    "scored in other batches than trained": ("main", "B, cfg, step, 0)", "B, cfg, step, 1)", RATIO, ""),
+    "scored in other batches than trained": ("main", "(cfg, step, 0)", "(cfg, step, 1)", RATIO, ""),
 }
 
 

@@ -144,7 +144,7 @@ def test_one_update_equals_adamw_by_hand():
 
 @pytest.mark.parametrize("flags, named", [
     ("--data nowhere.txt", "nowhere.txt"), ("--seq_len 100000", "--seq_len"), ("--seq_len 0", "--seq_len"),
-    ("--max_seq_len 20", "--seq_len"), ("--steps 0", "--steps"), ("--n_embd 33", "n_embd"),
+    ("--max_seq_len 20", "--seq_len"), ("--epochs 0", "--epochs"), ("--n_embd 33", "n_embd"),
     ("--offload disks", "offload"), ("--device abacus", "--device"),
     ("--init nowhere", "nowhere"), ("--init REFERENCE --tokenizer char", "tokenizer"),
     ("--init REFERENCE --n_layer 3", "--n_layer 3"), ("--init REFERENCE --seq_len 25", "--seq_len 25")])

@@ -9,7 +9,8 @@ from typing import Literal
 
 import pytest
 
-from lib.program import Progress, UserError, keep_lines, parse, replacing, require_positive, start
+import evaluate
+from lib.program import UserError, keep_lines, parse, replacing, require_positive, start
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
@@ -126,7 +127,7 @@ def test_a_resumed_run_keeps_the_lines_up_to_its_step(tmp_path):
 
 
 def test_progress_is_for_a_terminal(capsys, monkeypatch):
-    progress = Progress("replies")
+    progress = evaluate.Progress("replies")
     progress(1, 2)
     monkeypatch.setattr("sys.stdout.isatty", lambda: True)
     progress.start -= 60

@@ -99,7 +99,7 @@ def test_a_run_begins_at_ln_2_and_learns(files, tmp_path):
     first, *_, event, _ = train("train_rm", files, tmp_path)
     assert first["loss"] == pytest.approx(math.log(2)) and first["accuracy"] == 0.5
     assert first["min_reward"] == first["max_reward"] == first["margin"] == 0 < first["grad_norm"]
-    assert last(tmp_path, "loss") < 0.67 and event["step"] == 4
+    assert last(tmp_path, "loss") < 0.68 and event["step"] == 4
     rewards = plain_rewards(load_model(str(tmp_path))[0], records_of(ranked())[10])
     assert event["eval_loss"] == pytest.approx(loss_by_loop(rewards, [4]), abs=1e-4)
     assert event["eval_accuracy"] == sum(a > b for a, b in itertools.combinations(rewards, 2)) / 6
@@ -115,7 +115,8 @@ def test_zero_is_the_mean_of_the_best_replies(files, tmp_path, more, known):
     data = write(tmp_path / "ranked.jsonl", lines)
     train("train_rm", files, tmp_path / "out", "--data", data, *more.split())
     model, _, config = load_model(str(tmp_path / "out"))
-    replies = Replies(records_of(lines)[:10], TOKENIZER, 96)
+    good = [line for line in lines if len({*line["responses"]}) > 1]
+    replies = Replies(records_of(good)[:-1], TOKENIZER, 96)  # the last one is for validation
     rewards = all_rewards(model, replies, range(len(replies)), 0, ONE)
     assert abs(rewards[:4 * known:4].mean()) < 1e-6 and (known != 3 or abs(rewards[::4].mean()) > 1e-3)
     assert config["reward_std"] == pytest.approx(rewards[:4 * known].std().item(), rel=1e-4)

@@ -44,8 +44,8 @@ def some_prompts(n: int) -> list[list[int]]:
 
 
 def settings(**more):
-    return SimpleNamespace(**{"minibatches": 2, "max_new_tokens": 8, "seq_len": 64, "seed": 5,
-                              "temperature": 1.0, "micro_batch_size": 0} | more)
+    return SimpleNamespace(**{"batch_size": 10, "minibatches": 2, "max_new_tokens": 8, "seq_len": 64,
+                              "seed": 5, "temperature": 1.0, "micro_batch_size": 0} | more)
 
 
 def naive_logp(model, prompt: list[int], reply: list[int], temperature: float) -> torch.Tensor:
@@ -58,7 +58,7 @@ def naive_logp(model, prompt: list[int], reply: list[int], temperature: float) -
 def rolled_out(cfg, **more):
     models = four_models(**more)
     rollout = draw(some_prompts(10), 1, models.actor, WHOLE, TOKENIZER, cfg, ONE)
-    score(rollout, minibatches(10, cfg, 1, 0), models, cfg, ONE)
+    score(rollout, minibatches(cfg, 1, 0), models, cfg, ONE)
     return models, rollout
 
 
@@ -114,9 +114,9 @@ def test_every_rank_has_as_many_rows_and_together_they_have_all():
 
 def test_minibatches_are_a_partition():
     """Each reply is in one of them; the order is another one at each epoch and step."""
-    first, again, epoch, step = (minibatches(10, settings(minibatches=3), *of) for of in (
+    first, again, epoch, step = (minibatches(settings(minibatches=3), *of) for of in (
         (1, 0), (1, 0), (1, 1), (2, 1)))
-    assert sorted(sum(first, [])) == [*range(10)] and [len(part) for part in first] == [3, 3, 4]
+    assert sorted(sum(first, [])) == [*range(10)] and [len(part) for part in first] == [4, 3, 3]
     assert first == again and first != epoch != step
 
 
@@ -127,7 +127,7 @@ BUGS = {  # where, what stands there, the bug, and who must notice it
     "reference is the actor": (rollouts, "score", "models.reference", "models.actor", ALIKE, 1.0, {}),
     "scored at another temperature": (rollouts, "score", "cfg.temperature", "1.0", ALIKE, 0.7, {}),
     "drawn at another temperature": (rollouts, "draw", "cfg.temperature", "1.0", ALIKE, 0.7, {}),
-    "one seed for all": (rollouts, "draw", "SAMPLING, B)", "SAMPLING, 1).repeat(B)",
+    "one seed for all": (rollouts, "draw", "(cfg.seed, SAMPLING, step, i)", "(cfg.seed, SAMPLING, step)",
                          test_replies_depend_on_seed_step_and_place),
     "dropout": (Block, "forward", "self.attn_norm(x)", "F.dropout(self.attn_norm(x), 0.1)", ALIKE, 1.0, {}),
 }

@@ -198,7 +198,7 @@ def test_rollouts_step_by_step(folder, tmp_path):
              for reply in (("I do not know.", True), ("x", False))]
     assert [row["gold"] for row in rows] == pytest.approx([sum(golds) / 2] * 2) and sum(golds) != 0
     (tmp_path / "s.jsonl").write_text(json.dumps({"prompt": record.messages, "responses": ["a"]}) + "\n")
-    with pytest.raises(UserError, match="s.jsonl:1"):
+    with pytest.raises(UserError, match="s.jsonl: found"):
         scorecard.main(flags)
 
 

@@ -196,7 +196,7 @@ def test_characters_outside_are_named(tokenizers):
     with pytest.raises(UserError, match=r"character 6: found '中' \(U\+4E2D\).*tokenizer's 4"):
         tokenizer.encode("abc\nab中c")
     for each in (*tokenizers.values(), tokenizer):
-        with pytest.raises(UserError, match=r"half a character .*d83d.* at 1"):
+        with pytest.raises(UserError, match="text: found half a character"):
             each.encode("a\ud83d")
 
 

@@ -2,6 +2,7 @@
 import dataclasses
 import json
 import math
+import zlib
 
 import numpy as np
 import pytest
@@ -211,20 +212,19 @@ def test_replies_to_a_file(finished, tmp_path):
     assert answered(finished, tmp_path, prompts, *flags, "--limit", "2") == first[:2]
 
 
-@pytest.mark.parametrize("limit, longest", [("0", 32 - 19), ("8", 8)])
-def test_prompts_that_leave_no_room_are_dropped(finished, tmp_path, capsys, monkeypatch, limit, longest):
+@pytest.mark.parametrize("limit", ["0", "8"])
+def test_prompts_that_leave_no_room_are_dropped(finished, tmp_path, capsys, monkeypatch, limit):
     """In rows of 32 a prompt of 25 tokens leaves less than a quarter, or than --max_new_tokens 8. It is
-    dropped and counted, the others are answered as without it; without a limit they get what the longest of
-    them leaves."""
-    prompts, lengths, draw = [{"prompt": "a" * n} for n in (3, 21, 15)], [], sample.draw
-    monkeypatch.setattr(sample, "draw", lambda *args, **options: (
-        lengths.append(options["max_new_tokens"]) or draw(*args, **options)))
+    dropped and counted, the others are answered as without it; without a limit each up to its row's end."""
+    prompts, drawn, draw = [{"prompt": "a" * n} for n in (3, 21, 15)], [], sample.draw
+    monkeypatch.setattr(sample, "draw", lambda *args, **more: drawn.append(draw(*args, **more)) or drawn[-1])
     found, without = (answered(finished, tmp_path, some, "--k", "2", "--max_new_tokens", limit)
                       for some in (prompts, prompts[::2]))
     assert "4 replies to 2 prompts, 1 dropped (longer than 24 tokens)" in capsys.readouterr().out
     assert [line["prompt"] for line in found] == [line["prompt"] for line in without] == [
         asked("aaa"), asked(15 * "a")]
-    assert found == without and lengths == [longest] * 2
+    assert found == without and all(reply.ended or len(reply.ids) == (int(limit) or 32 - len(reply.prompt))
+                                    for reply in drawn[0]) and not all(reply.ended for reply in drawn[0])
     with pytest.raises(UserError, match="p.jsonl"):
         answered(finished, tmp_path, prompts[1:2])
 
@@ -236,8 +236,9 @@ def test_every_way_to_sample_reaches_the_sampler(finished, tmp_path, changed):
     prompt, replies = encode_prompt(TOKENIZER, asked("abc")), []
     for options in ({}, changed):
         options = {"temperature": 0.8, "seed": 1} | options
-        first = options.pop("seed") << 64
-        new = generate(finished[1], [prompt] * 4, seeds=range(first, first + 4), max_new_tokens=8, eos_id=END,
+        seeds = [(options.pop("seed"), sample.FILE, zlib.crc32(str(prompt).encode()), 0)]
+        seeds += [(*seeds[0][:3], number) for number in (1, 2, 3)]
+        new = generate(finished[1], [prompt] * 4, seeds=seeds, max_new_tokens=8, eos_id=END,
                        banned=TOKENIZER.specials_but_end, **options)
         replies.append([TOKENIZER.decode([i for i in ids if i != END]) for ids in new])
     flags = [str(x) for name in changed for x in (f"--{name}", changed[name])]

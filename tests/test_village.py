@@ -262,7 +262,7 @@ def test_judging_a_file_of_samples(tmp_path, capsys, made):
 
 @pytest.mark.parametrize("content, flags, message", [
     ('{"prompt": "Hello?"}', [], "responses"), ('{"prompt": "Hello?", "responses": "x"}', [], "responses"),
-    ('{"prompt": "Hello?", "responses": ["x", 3]}', [], "string"),
+    ('{"prompt": "Hello?", "responses": ["x", 3]}', [], "no text"),
     ('{"prompt": "Hello?", "responses": ["x", "y"], "ended": [true]}', [], "ended"),
     ("not JSON", [], "JSON"),
     ('{"prompt": "Hello?", "responses": ["x", "y"]}', ["--temperature", "0"], "temperature"),

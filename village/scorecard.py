@@ -15,9 +15,9 @@ from pathlib import Path
 import numpy as np
 
 from data import encode_prompt, expect_chat
-from evaluate import Reply, draw, perplexity, save_figures, score
+from evaluate import Progress, Reply, draw, perplexity, save_figures, score
 from lib.corpora import read_corpus
-from lib.program import Progress, UserError, parse, require_positive, start
+from lib.program import UserError, parse, require_positive, start
 from lib.ranks import setup
 from lib.records import load_json, prompt_of, read_prompts, read_records, read_text
 from model import LMHead, load_model
@@ -40,6 +40,9 @@ class Config:
     device: str = "auto"  # auto, cpu, cuda, cuda:N
 
 
+CARD = 13  # what random numbers are for, as in sample.py
+
+
 @dataclass
 class Judged(Reply):
     tag: str  # the kind of question
@@ -50,7 +53,7 @@ def replies_to(model, tokenizer, people, records, cfg: Config, temperature: floa
     """k replies to each prompt, prompt by prompt. Reply j to prompt i depends on (seed, i, j) alone."""
     asked = [record for record in records for _ in range(k)]
     prompts = [encode_prompt(tokenizer, record.messages) for record in asked]
-    seeds = [(cfg.seed << 64) + (i << 32) + j for i in range(len(records)) for j in range(k)]
+    seeds = [(cfg.seed, CARD, i, j) for i in range(len(records)) for j in range(k)]
     drawn = draw(model, tokenizer, prompts, seeds, batch_size=4 * cfg.batch_size, temperature=temperature,
                  max_new_tokens=cfg.max_new_tokens, progress=Progress("replies"))
     return [Judged(**vars(reply), tag=record.tag,
@@ -136,10 +139,10 @@ def best_of(model, tokenizer, people, records, rm, cfg: Config) -> list[dict]:
 def judge_rollouts(people: dict, path: str) -> list[dict]:
     """Per step of a PPO run, means over its replies: the reward model's score, the truth, and the KL."""
     steps = defaultdict(list)
-    for where, line in read_records(path):
+    for line in read_records(path, strict=True):
         if not {"step", "prompt", "responses", "ended", "reward", "kl"} <= line.keys():
-            raise UserError(f"{where}: found {list(line)}, expected rollouts as train_ppo.py writes them")
-        messages = prompt_of(line, where).messages
+            raise UserError(f"{path}: found {list(line)}, expected rollouts as train_ppo.py writes them")
+        messages = prompt_of(line).messages
         golds = [truth.gold(people, messages, *reply)["score"]
                  for reply in zip(line["responses"], line["ended"])]
         steps[line["step"]] += zip(line["reward"], golds, line["kl"])

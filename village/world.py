@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lib.program import UserError, parse, replacing, require_positive, start
-from lib.records import check_text, prompt_of, read_records
+from lib.records import check_text, prompt_of, read_records, text_of
 from village import words
 from village.truth import gold, load, tag_of
 
@@ -186,23 +186,23 @@ def rank(scores: list[float], temperature: float, rng: random.Random) -> list[in
 
 
 def judge(people: dict, samples, temperature: float, seed: int) -> tuple[list[dict], Counter]:
-    """(preference records, how often each kind of reply came) from the (where, record) of a samples.jsonl.
+    """(preference records, how often each kind of reply came) from the records of a samples.jsonl.
     Equal replies to a prompt count once. Blank and cut-off replies are not ranked: a reward model reads the
     end token. A prompt with fewer than two replies left is dropped."""
     records, kinds = [], Counter()
-    for number, (where, sample) in enumerate(samples):
-        messages, replies = prompt_of(sample, where).messages, sample.get("responses", ())
+    for number, sample in enumerate(samples):
+        messages, replies = prompt_of(sample).messages, sample.get("responses", ())
         ended = sample.get("ended", [True] * len(replies))
         if not isinstance(replies, list) or len(ended) != len(replies):
-            raise UserError(f'{where}: expected "responses" and as many "ended", as sample.py writes them')
-        golds = [gold(people, messages, check_text(text, where), end) for text, end in zip(replies, ended)]
+            raise UserError(f'record {number + 1}: expected "responses" and as many "ended", as of sample.py')
+        golds = [gold(people, messages, check_text(text_of(text)), end) for text, end in zip(replies, ended)]
         kinds.update(each["kind"] for each in golds)
         judged = {text: each for text, each, end in zip(replies, golds, ended) if end and text.strip()}
         if len(judged) > 1:
             scores = [each["score"] for each in judged.values()]
             order = rank(scores, temperature, random.Random(f"{seed}/{number}"))
             ranked = [list(judged)[i] for i in order]
-            record = {"prompt": messages, "responses": ranked,
+            record = {"prompt": messages, "responses": ranked, "ranked": True,
                       "tags": [judged[text]["kind"] for text in ranked], "scores": [scores[i] for i in order]}
             records.append(record | ({"tag": sample["tag"]} if "tag" in sample else {}))
     return records, kinds
@@ -212,7 +212,8 @@ def main(argv=None) -> None:
     cfg = parse(Config, argv, __doc__)
     require_positive(cfg, "temperature")
     if cfg.judge:
-        records, kinds = judge(load(cfg.village), read_records(cfg.judge), cfg.temperature, cfg.seed)
+        records, kinds = judge(load(cfg.village), read_records(cfg.judge, strict=True), cfg.temperature,
+                               cfg.seed)
         with replacing(Path(cfg.out)) as temporary:
             temporary.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
         shares = ", ".join(f"{kind} {n / kinds.total():.1%}" for kind, n in kinds.most_common())
