@@ -145,7 +145,8 @@ class Records(list):
     def report(self, most: int | None = None) -> str:
         """How much is used and left out; of each reason, the commonest first, the first three places."""
         common = sorted(self.left_out.items(), key=lambda item: -len(item[1]))[:most]
-        why = "; ".join(f"{len(places)} x {why} ({', '.join(places[:3])})" for why, places in common)
+        why = "; ".join(f"{len(places)} x {why} ({', '.join(map(os.path.basename, places[:3]))})"
+                        for why, places in common)
         return f"{self.data}: {len(self)} used, {self.unused} left out{':' * bool(why)} {why}".rstrip()
 
     def counts(self) -> dict[str, int]:
@@ -195,7 +196,7 @@ def messages_of(turns) -> list[dict]:
         name, content = turn.get("role"), turn.get("content")
         if name is None:
             name, content = turn.get("from"), turn.get("value")
-        content = content if type(content) is str else text_of(content)
+        content = check_text(content if type(content) is str else text_of(content))
         if calls := turn.get("tool_calls"):
             name, content = "tool_calls", f"{content}{json.dumps(calls, ensure_ascii=False)}"
         if not content or content.isspace():
@@ -209,16 +210,15 @@ def messages_of(turns) -> list[dict]:
             due = OTHER[role]
         elif messages or role != "system":
             raise UserError(f"found the role {found_in(name)}, expected the {due}; turns alternate")
-        messages.append(turn if len(turn) == 2 and name == role else said(role, content))
-        check_text(content)
+        plain = len(turn) == 2 and name == role and turn.get("content") is content
+        messages.append(turn if plain else said(role, content))
         if len(turn) > 2 and (turn.get("weight") == 0 or False in (turn.get("train"), turn.get("loss"))):
             messages[-1]["train"] = False
     return messages
 
 
 def hh_turns(text: str) -> list[dict]:
-    """The turns of Anthropic's HH form, "\\n\\nHuman: ...\\n\\nAssistant: ..."; [] for another text. A prompt
-    ends with "Assistant:" and nothing."""
+    """The turns of Anthropic's HH form; [] for another text. A prompt ends with "Assistant:" and nothing."""
     start, *parts = re.split(r"(?:\n\n|^)(Human|Assistant):", text)
     turns = [said(name, content.strip()) for name, content in zip(parts[::2], parts[1::2])]
     return [] if start.strip() else turns[:-1] if turns[-1:] == [said("Assistant", "")] else turns
@@ -238,7 +238,7 @@ NAMES = {  # how to call what is read by another stage, or by none
 
 
 def form_of(record: dict) -> str:
-    return next((name for keys, name in NAMES.items() if all(key in record for key in keys)), "")
+    return next((name for keys, name in NAMES.items() if None not in map(record.get, keys)), "")
 
 
 def first(record: dict, keys: tuple[str, ...]):
