@@ -22,9 +22,9 @@ import torch
 
 from data import Conversations, collate, encode_prompt, expect_chat
 from lib.corpora import read_corpus, split_documents
-from lib.program import UserError, parse, replacing, require_positive, start
+from lib.program import parse, replacing, require_positive, start
 from lib.ranks import setup
-from lib.records import read_chats, split
+from lib.records import Records, read_chats, split
 from model import LMHead, generate_sorted, load_model
 
 
@@ -140,6 +140,15 @@ def answers(model, tokenizer, records, cfg: Config) -> dict:
             "ended": sum(reply.ended for reply in replies) / max(1, len(asked))}
 
 
+def held_out(found: Records, split_in_two, val_fraction: float) -> list:
+    """The last val_fraction of what was read; all of it if that is nothing. stdout has the figures alone."""
+    print(found.report(), file=sys.stderr)
+    last = split_in_two(found, val_fraction)[1] if val_fraction else found
+    if not last:
+        print(f"--val_fraction {val_fraction} of it is less than one: all is read", file=sys.stderr)
+    return last or found
+
+
 def save_figures(path, figures) -> None:
     with replacing(Path(path)) as temporary:
         temporary.write_text(json.dumps(figures, indent=1) + "\n")
@@ -153,18 +162,10 @@ def main(argv=None) -> None:
     model.to(setup(cfg.device, catch_signals=False).device)
     if cfg.chats:
         expect_chat(cfg.model, config)
-        records = read_chats(cfg.chats)
-        print(records.report(), file=sys.stderr)  # the figures alone are what is printed
-        records = split(records, cfg.val_fraction)[1] if cfg.val_fraction else records
-        if not records:
-            raise UserError(f"--val_fraction {cfg.val_fraction}: leaves none of {cfg.chats}; expected more")
+        records = held_out(read_chats(cfg.chats), split, cfg.val_fraction)
         figures = {"model": cfg.model, "chats": cfg.chats, **answers(model, tokenizer, records, cfg)}
     else:
-        documents = read_corpus(cfg.data)
-        print(documents.report(), file=sys.stderr)
-        documents = split_documents(documents, cfg.val_fraction)[1] if cfg.val_fraction else documents
-        if not documents:
-            raise UserError(f"--val_fraction {cfg.val_fraction}: leaves none of {cfg.data}; expected more")
+        documents = held_out(read_corpus(cfg.data), split_documents, cfg.val_fraction)
         figures = {"model": cfg.model, "data": cfg.data,
                    **perplexity(model, tokenizer, documents, cfg.stride, cfg.batch_size)}
     print(json.dumps(figures))

@@ -88,8 +88,7 @@ def minibatches(cfg, step: int, epoch: int) -> list[list[int]]:
 def micro_batches(rollout: Rollout, chosen: list[int], cfg, ranks) -> Iterator[list[torch.Tensor]]:
     """The chosen replies laid into packed rows, of which this rank reads rows rank::world, some at a time.
     Yields (which, ids, targets, segment_ids): the replies in these rows, one after the other, (n,); the rest
-    (b, T). All ranks get the same number of rows: rows of padding, which hold no reply, fill up.
-    """
+    (b, T). All ranks get the same number of rows: rows of padding, which hold no reply, fill up."""
     lengths = [len(rollout.sequences[i]) for i in chosen]
     rows = pack(lengths, cfg.seq_len)
     T = max(sum(lengths[i] for i in row) for row in rows)
@@ -112,8 +111,7 @@ def in_slots(x, targets, mask):
 def score(rollout: Rollout, batches: list[list[int]], models: Models, cfg, ranks) -> None:
     """Fill in logp, ref_logp, values and scores.
     batches: lists of replies that are read together. If the first epoch of training has the same batches, its
-    log-probabilities are the same to the last bit, and the ratio pi / pi_old begins at exactly 1.
-    """
+    log-probabilities are the same to the last bit, and the ratio pi / pi_old begins at exactly 1."""
     for chosen in batches:
         for which, ids, targets, segment_ids in micro_batches(rollout, chosen, cfg, ranks):
             mask = rollout.mask[which]  # (n, R)

@@ -6,6 +6,7 @@
 #   bash run.sh --hack           also PPO on a lesser reward model, with and without a leash: reward hacking
 #   bash run.sh my_text.txt      a text of yours (or stdlib, which comes with Python): pretraining alone
 #   bash run.sh --data-from DIR  as far as your files reach: text.txt and chats, preferences, prompts.jsonl
+#   bash run.sh ... --sft "--epochs 2 --strict"   more flags of a stage: --pretrain --sft --rm --ppo --dpo
 # SEED=2: another world; OUT=out/mine: another folder; NPROC=2 ZERO=3: two processes, sharded by ZeRO stage 3
 set -euo pipefail
 v=yes own="" text="" q="" hack="" show="" chats="" preferences="" prompts=""
@@ -14,17 +15,17 @@ while [ $# -gt 0 ]; do
     case $1 in
         --quick) q=-quick ;; --hack) hack=yes ;; --show) show=yes ;;
         --data-from) [ -d "${2:-}" ] || refuse "$1 ${2:-}: no folder"; v="" own=$(realpath "$2"); shift ;;
+        --pretrain|--sft|--rm|--ppo|--dpo) declare "more_${1#--}=${2:-}"; shift ;;
         -*) refuse "unknown argument $1; see the first lines of run.sh" ;;
         *) v="" text=$1; [ ! -e "$1" ] || text=$(realpath "$1") ;;
     esac
     shift
 done
 cd "$(dirname "$0")"
-for file in "$own"/{text,chats,preferences,prompts}.{txt,json,jsonl}; do
-    [ ! -e "$file" ] || declare "$(basename "${file%.*}")=$file"
-done
+for file in {text,chats,preferences,prompts}{.txt,.json,.jsonl,}{.gz,}; do  # without an ending: a folder
+    [ ! "$own" ] || [ ! -e "$own/$file" ] || declare "${file%%.*}=$own/$file"; done
 [ "$v$text" ] && [ "$chats" -o ! "$preferences" ] || refuse "$own: needs text.txt; and chats for preferences"
-content=$({ cat "$text" "$chats" "$preferences" 2> /dev/null || true; } | cksum)  # tells own files apart
+content=$({ find "$text" "$chats" "$preferences" -type f -exec cat {} + 2> /dev/null || true; } | cksum)
 name=${v:+village} world=data/village${SEED:+-$SEED}$q python=.venv/bin/python launch=$python
 name=${name:-$(basename "${own:-$text}" .txt)-${content%% *}} zero=${ZERO:+--zero $ZERO}
 out=${OUT:-out/${name// /_}${SEED:+-$SEED}$q} seed=${SEED:+--seed $SEED}
@@ -36,12 +37,13 @@ stage() {  # stage NAME FILE command ...: print the command, and run it unless F
     printf '\n%s\n$%s\n' "$1" "$(printf ' %q' "${@:3}" | sed 's/\\,/,/g')"
     [ ! "$show" ] || return 0
     [ ! -e "$2" ] || { echo "done before; to do it again, remove ${2%/final}"; return; }
-    local began=$SECONDS
-    "${@:3}" && [ -e "${2:-.}" ] || { echo "stopped; the same command goes on from here" >&2; exit 1; }
-    echo "=> $1: $((SECONDS - began)) s"
+    SECONDS=0; "${@:3}" && [ -e "${2:-.}" ] || refuse "$1 is not done; once mended, the same command goes on"
+    echo "=> $1: $SECONDS s"
 }
 train() {  # train NAME flags ...: a run in $out/NAME; dpo-1 is a run of train_dpo.py
-    stage "$1" "$out/$1/final" $launch "train_${1%%-*}.py" "${@:2}" --out "$out/$1" --resume $seed $zero
+    local more=more_${1%%-*}
+    set -- "$@" --out "$out/$1" --resume $seed $zero ${!more:-}
+    stage "$1" "$out/$1/final" $launch "train_${1%%-*}.py" "${@:2}"
 }
 answers() {  # answers NAME MODEL PROMPTS flags ...: draw eight answers to each prompt; the judge ranks them
     stage "$1-answers" "$out/$1.jsonl" $python sample.py --model "$out/$2" --prompts "$3" --k 8 \
@@ -60,7 +62,7 @@ card() {  # card NAME flags ...: what the model does in the Village
     stage "$1-card" "$out/$1/scorecard.json" $python -m village.scorecard --model "$out/$1" --village $world \
         --rm "$out/rm" $seed "${@:2}" ${q:+--max_new_tokens 16 --batch_size 64}
 }
-# The life. ${v:+flags} are for the Village, ${q:+flags} for --quick; of two equal flags the last one counts.
+# The life. ${v:+flags} are for the Village, ${q:+flags} for --quick. Of two equal flags the last one counts.
 [ ! "$v" ] || stage village $world/facts.json $python -m village.world --out $world $seed ${q:+--people 40}
 train pretrain --data "$text" ${v:+--tokenizer bpe --vocab_size 1184 --n_kv_head 2 --steps 1800 --lr 6e-3} \
     ${v:+--seq_len 128 --max_seq_len 192} ${q:+--vocab_size 1024 --n_layer 2 --n_embd 64 --steps 60}

@@ -61,7 +61,8 @@ class Config(RunConfig, RehearsalConfig):  # the flags that all stages share are
     lam: float = 0.95  # of GAE: 1 trusts returns alone, 0 the critic alone
     whiten_advantages: bool = True  # give the advantages of a rollout mean 0 and variance 1
     # optimisation
-    steps: int = 100  # rollouts, each with ppo_epochs x minibatches updates
+    steps: int = 0  # rollouts, each with ppo_epochs x minibatches updates; 0: 100, or fewer by --epochs
+    epochs: float = 20.0  # most replies to each prompt, if steps is 0
     batch_size: int = 128  # prompts per rollout over all ranks, one reply each (B)
     ppo_epochs: int = 2  # times each rollout is seen
     minibatches: int = 4  # updates per epoch
@@ -86,7 +87,7 @@ class Config(RunConfig, RehearsalConfig):  # the flags that all stages share are
 
     def __post_init__(self):
         super().__post_init__()
-        require_positive(self, "steps", "max_new_tokens", "temperature", "ppo_epochs", "minibatches",
+        require_positive(self, "epochs", "max_new_tokens", "temperature", "ppo_epochs", "minibatches",
                          "cliprange")
         if self.batch_size < self.minibatches:
             raise UserError(f"--minibatches {self.minibatches}: more than --batch_size {self.batch_size}")
@@ -195,14 +196,13 @@ def load_prompts(cfg: Config, tokenizer) -> tuple[Shuffled, list, list, tuple]:
     if not pairs:
         raise UserError(report.replace("\n", "; "))
     records, ids = zip(*pairs)
+    cfg.fit_steps(len(ids), most=100)
     train = Shuffled(records, ids, cfg.seq_len, cfg.batch_size, cfg.seed)
     return train, records, val[:cfg.eval_prompts], (report, counts)
 
 
 def evaluate(val: list, models: Models, zero: Zero, tokenizer, cfg: Config, ranks, say) -> dict:
     """Score, KL and length of one reply to each prompt, with the same random numbers at every evaluation."""
-    if not val:
-        return {}
     n, size = len(val), -(-cfg.batch_size // cfg.minibatches)
     rollout = draw([ids for _, ids in val], 0, models.actor, zero, tokenizer, cfg, ranks)
     score(rollout, [list(range(n))[first:first + size] for first in range(0, n, size)], models, cfg, ranks)
@@ -242,7 +242,8 @@ def main(argv=None) -> int:
               inputs={"data": train.fingerprint(), "frozen": frozen, "ptx_data": text.fingerprint()},
               final={"head": "lm", "chat_template": CHAT_TEMPLATE})
 
-    for step in run.steps(lambda: evaluate(val, models, actor, tokenizer, cfg, ranks, run.say), first=True):
+    for step in run.steps(lambda: evaluate(val, models, actor, tokenizer, cfg, ranks, run.say) if val else {},
+                          first=True):
         # rollout
         chosen = train.of_step(step - 1)
         rollout = draw([train.items[i] for i in chosen], step, models.actor, actor, tokenizer, cfg, ranks)

@@ -39,8 +39,8 @@ class Config(RunConfig, GPTConfig):  # every field of the model's shape is a fla
     seq_len: int = 256
     max_seq_len: int = 0  # longest row that the model is made for; 0: seq_len
     # optimisation
-    steps: int = 0  # updates; 0: 500, or fewer if they would read the text more than --epochs times
-    epochs: float = 20.0  # times that a text can be read before it teaches nothing more
+    steps: int = 0  # updates; 0: 500, or fewer by --epochs
+    epochs: float = 40.0  # most readings of the text, if steps is 0 (Muennighoff et al. 2023: more is no use)
     lr: float = 3e-3
     min_lr: float = 0.0  # what the learning rate falls to, one update after the last
     warmup_steps: int = 50
@@ -111,7 +111,7 @@ def main(argv=None) -> int:
     tokenizer = Tokenizer.load(tokenizer_path)
     train_tokens, val_tokens = TokenFile(train_path, tokenizer), TokenFile(val_path, tokenizer)
     size = cfg.batch_size * cfg.seq_len  # tokens an update
-    cfg.steps = cfg.steps or max(1, min(500, int(cfg.epochs * len(train_tokens) / size)))
+    cfg.fit_steps(len(train_tokens) / cfg.seq_len, most=500)
     train = Windows(train_tokens, cfg.seq_len, batch_size=cfg.batch_size, mode=cfg.windows, seed=cfg.seed)
 
     # model

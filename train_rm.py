@@ -129,7 +129,9 @@ def evaluate(rewards, replies: Replies, cfg: Config) -> dict:
     better, worse = torch.tensor(scores, dtype=torch.float64)[pairs]  # (pairs,) twice
     gaps = better - worse  # NaN where there are no scores: then neither of the next two is true
     known, differ = gaps.abs() >= 0, (gaps.abs() > 0) & (gaps.abs() >= cfg.score_gap - 1e-9)
+    of_prompts = [part.mean() for part in wins(differences).split([math.comb(K, 2) for K in sizes])]
     result = {"loss": rm_loss(rewards, sizes, cfg.centre).item() / len(sizes),
+              **with_error("accuracy", torch.stack(of_prompts), share=True),
               **pair_metrics(rewards, sizes), "calibration_error": calibration_error(differences)}
     for kind, members in {"": list(range(len(differences))), **kinds_of_pairs(replies, pairs)}.items():
         chosen = torch.zeros(len(differences), dtype=torch.bool).index_fill(0, torch.tensor(members), True)
@@ -139,9 +141,6 @@ def evaluate(rewards, replies: Replies, cfg: Config) -> dict:
             if counted.any():
                 result[f"{name}/{kind}".rstrip("/")] = right[counted].mean().item()
         result[f"pairs/{kind}".rstrip("/")] = len(members)
-    counts = [K * (K - 1) // 2 for K in sizes]  # pairs of one prompt are one item: they are alike
-    right = torch.stack([part.sum() for part in wins(differences).split(counts)])
-    result |= with_error("accuracy", right, right.new_tensor(counts), share=True)
     return {f"eval_{name}": value for name, value in result.items()}
 
 

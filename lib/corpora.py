@@ -70,7 +70,8 @@ def shakespeare_file(cache) -> Path:
             if hashlib.sha256(content).hexdigest() != SHAKESPEARE_SHA256:
                 raise OSError("another text by its sha256")
         except OSError as error:
-            raise UserError(f"tiny Shakespeare: {error}; put {SHAKESPEARE_URL} there as {path}") from None
+            raise UserError(f"tiny Shakespeare: {error}; use --data stdlib, which needs no network, or put "
+                            f"{SHAKESPEARE_URL} there as {path}") from None
         with replacing(path) as temporary:
             temporary.write_bytes(content)
     return path
@@ -94,7 +95,7 @@ def read_corpus(data: str, cache="data", strict: bool = False) -> Records:
         if RECORDS.match(text):
             found.take(path, text, text_of_record)
         else:
-            found.append(text)
+                found.append(text)
     parts = [part for text in found for part in SEPARATOR.split(text.replace("\r\n", "\n"))]
     found[:] = [part for part in parts if part.strip()]
     return found.check(strict)
@@ -192,8 +193,8 @@ def prepare(data: str, *, tokenizer="bpe", vocab_size=4096, val_data="", val_fra
     with replacing(folder) as temporary:  # of processes that start together, one wins
         temporary.mkdir()
         made.save(temporary / "tokenizer.json")
-        report = "\n".join(records.report() for records in found)
-        report += "" if val else f"\nno validation: --val_fraction {val_fraction} leaves no text for it"
+        none = [] if val else [f"no validation: --val_fraction {val_fraction} leaves no text for it"]
+        report = "\n".join([records.report() for records in found] + none)
         (temporary / "read.json").write_text(json.dumps([report, found[0].counts()]), "utf-8")
         for path, part, source in zip(paths, (train, val), (data, val_data or data)):
             text = "".join(part).encode()

@@ -97,8 +97,7 @@ KINDS = {int: {"type": int, "metavar": "N"}, float: {"type": float, "metavar": "
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message):  # argparse itself would print the whole usage
-        message = message.replace("ignored explicit argument", "takes no value, found")
-        raise UserError(f"{message} (see --help)")
+        raise UserError(message.replace("ignored explicit argument", "takes no value:") + " (see --help)")
 
 
 def parse(config_class, argv=None, doc: str | None = None):

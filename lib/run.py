@@ -85,9 +85,9 @@ class RunConfig:
         if self.seq_len > longest:
             raise UserError(f"--seq_len {self.seq_len}: the model's rows end at {longest}; lower it")
 
-    def fit_steps(self, items: int) -> None:
-        """Fill in steps: as many as it takes to see `items` items so many epochs long."""
-        self.steps = self.steps or math.ceil(self.epochs * items / self.batch_size)
+    def fit_steps(self, items: float, most: float = math.inf) -> None:
+        """Fill in steps: as many as it takes to see `items` items so many epochs long, `most` at most."""
+        self.steps = self.steps or min(math.ceil(self.epochs * items / self.batch_size), most)
         require_positive(self, "steps")
 
     def zero_options(self, ranks) -> dict:
@@ -268,8 +268,8 @@ def with_error(name: str, sums, counts=None, share: bool = False) -> dict[str, f
     found, more = {name: (sums.sum() / counts.sum()).item()}, sums.new_tensor([0.0, 0.0, 1.0, 1.0] * share)
     if len(sums) < 30:
         sums, counts = torch.cat((sums, more)), torch.cat((counts, torch.ones_like(more)))
-        away = sums - counts * sums.sum() / counts.sum()
-        found[f"{name}_stderr"] = (away.std() * len(away) ** 0.5 / counts.sum()).item()
+        away, n = sums - counts * sums.sum() / counts.sum(), len(sums)
+        found[f"{name}_stderr"] = math.nan if n < 2 else (away.std() * n**0.5 / counts.sum()).item()
     return found
 
 

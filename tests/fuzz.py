@@ -83,12 +83,18 @@ def mutate_content(content, r: random.Random) -> bytes:
 USER, REPLY = {"role": "user", "content": "Hi 你好"}, {"role": "assistant", "content": "Hello 🙂"}
 CHATS = [{"messages": [{"role": "system", "content": "S"}, USER, REPLY, USER, REPLY], "tag": "t"},
          {"instruction": "Add", "input": "1 and 2", "output": "3"},
-         {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]}]
+         {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Yes"}],
+          "system": "S"},
+         {"prompt": "\n\nHuman: Hi\n\nAssistant: a\n\nHuman: b\n\nAssistant:", "response": "c"},
+         {"query": [USER], "completion": [REPLY], "history": [["a", "b"]]},
+         {"messages": [USER, {**REPLY, "weight": 0}, {"role": "tool", "content": [{"text": "1"}]}, REPLY]}]
 PREFERENCES = [{"prompt": "a", "chosen": "b", "rejected": "c"},
                {"prompt": [USER], "chosen": [REPLY], "rejected": "no"},
                {"prompt": "a", "responses": ["b", "c", "d"], "tags": ["x", "y", "z"], "scores": [1, 0.5, 0]},
                {"chosen": "\n\nHuman: Hi\n\nAssistant: a", "rejected": "\n\nHuman: Hi\n\nAssistant: b"},
-               {"instruction": "a", "input": "", "output": "x", "chosen": "b", "rejected": "c"}]
+               {"instruction": "a", "input": "", "output": "x", "chosen": "b", "rejected": "c"},
+               {"question": "a", "output": ["b", "c"], "system": "S"},
+               {"prompt": "a", "responses": ["b", "c"], "ended": [True, True], "ranked": True}]
 TEXTS = [{"text": "One day a cat sat.\nIt sat long."}, {"text": "你好 🙂", "tag": "t"}]
 
 
@@ -103,7 +109,7 @@ def packed(path: Path, data: bytes, r: random.Random) -> Path:
 
 def records_file(folder: Path, records: list, r: random.Random) -> Path:
     """The records as lines or as an array, with changed bytes or with other content in them."""
-    records = r.sample(records, r.randint(1, len(records)))
+    records = r.sample(records, r.randint(1, len(records))) * r.choice((1, 20))  # of many one may be left out
     lines, by_content = r.random() < 0.5, r.random() < 0.5
     parts = [json.dumps(record, ensure_ascii=r.random() < 0.5).encode() for record in records]
     if by_content:

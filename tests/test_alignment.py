@@ -1,5 +1,7 @@
 """What reward model, DPO and PPO share: batches of ranked replies, whole runs however they are computed."""
+import gzip
 import itertools
+import json
 import math
 import os
 
@@ -150,6 +152,23 @@ def test_random_negatives():
     assert all(r.scores == [] and r.negative for r in found) and found[0].tag == "kind"
     assert 400 < len(found) < 600 and found == random_negatives(records, 200, seed=1)
     assert found != random_negatives(records, 200, seed=2)
+
+
+@pytest.mark.parametrize("name", ["train_rm", "train_dpo"])
+def test_a_public_file_as_it_is(files, tmp_path, name, capsys):
+    """Like the harmless-base file of HH-RLHF: packed, with turns that are blank or out of order, and with
+    equal replies. It trains; what is left out is counted."""
+    starts = [f"\n\nHuman: What of the {n}?\n\nAssistant:" for n in range(60)]
+    pairs = [{"chosen": start + " Nothing.", "rejected": start + " Do it!"} for start in starts]
+    for n, odd in enumerate(("\n\nHuman: ", "\n\nAssistant: Yes.", starts[9] + " Hm.")):
+        same = " " if n == 2 else " Not"
+        pairs[20 * n] = {"chosen": odd + starts[n] + " Not", "rejected": odd + starts[n] + same}
+    path = tmp_path / "test.jsonl.gz"
+    path.write_bytes(gzip.compress("".join(json.dumps(pair) + "\n" for pair in pairs).encode()))
+    train(name, files, tmp_path / "out", "--data", str(path), "--steps", "1")
+    assert f"{path}: 57 used, 3 left out: " in capsys.readouterr().out
+    first = json.loads((tmp_path / "out" / "metrics.jsonl").read_text().splitlines()[0])
+    assert (first["used"], first["left_out"], sum(first.values())) == (57, 3, 63)
 
 
 @pytest.mark.parametrize("more", ["--micro_batch_size 2", "--zero 2 --offload optim", "--attention naive",

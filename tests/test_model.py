@@ -230,6 +230,27 @@ def test_generation_ends_at_eos_and_does_not_depend_on_neighbours():
         assert 7 not in alone[:-1] and (alone[-1] == 7 or len(alone) == 30) and not {0, 11} & set(alone)
 
 
+def test_a_row_ends_where_its_positions_do():
+    """max_new_tokens 0: each prompt is continued up to max_seq_len, as if it stood alone."""
+    model, prompts = lively(dtype=torch.float32), [[1, 2], [3] * 30, [6] * 7]
+    limit = model.config.max_seq_len
+    together = generate(model, prompts, max_new_tokens=0, seeds=[1, 2, 3])
+    assert [len(new) for new in together] == [limit - len(prompt) for prompt in prompts]
+    alone = [generate(model, [p], max_new_tokens=0, seeds=[s])[0] for p, s in zip(prompts, (1, 2, 3))]
+    assert together == alone
+    with pytest.raises(UserError, match="shorten"):
+        generate(model, [[1] * limit], max_new_tokens=0)
+
+
+def test_small_seeds_are_as_good_as_any():
+    """Seeds are mixed: the first numbers of a thousand neighbours are uniform."""
+    for seeds in (range(1000), [(1, 11, turn) for turn in range(1000)], [(1, 12, 99, n) for n in range(1000)]):
+        first = np.sort([np.random.Generator(np.random.Philox(s)).random() for s in seeds])
+        assert np.abs(first - np.arange(1000) / 1000).max() < 0.05  # Kolmogorov-Smirnov, p about 0.01
+    first = [np.random.Generator(np.random.Philox((1, 11, turn))).random() for turn in range(20)]
+    assert 0.001 < min(first) < max(first) < 0.999  # of the first messages of a default chat
+
+
 def test_sampled_frequencies_follow_the_softmax():
     """Chi-square of 20,000 draws against softmax(logits / T), and exact supports of top-k and top-p."""
     n = 20_000

@@ -64,6 +64,16 @@ def test_one_curve_however_the_step_is_computed(reference, text, tmp_path, flags
     assert last(tmp_path, "eval_loss") == pytest.approx(last(reference, "eval_loss"), rel=rel)
 
 
+def test_steps_follow_from_a_small_text(text, tmp_path, capsys):
+    """Without --steps: at most --epochs readings, which is said. --val_fraction 0: no validation, as said."""
+    train(text, tmp_path, "--steps 0 --epochs 0.25 --val_fraction 0")
+    steps = -(-20_004 // 24 // 12 // 4)
+    assert [step for step, _ in curve(tmp_path)] == [*range(1, steps + 1)]
+    said = capsys.readouterr().out
+    assert f"{steps} updates read the text 0.3 times" in said and "no validation: --val_fraction 0.0" in said
+    assert not any("eval_loss" in event for event in metrics(tmp_path))
+
+
 @pytest.mark.parametrize("flags", [
     "--dtype bfloat16", "--windows sequential --decay cosine --tie_embeddings",
     pytest.param("--dtype float16", marks=pytest.mark.slow)])  # CPUs only emulate it

@@ -157,6 +157,25 @@ def test_the_end_of_a_program(main, code, said, monkeypatch, capsys):
         start(lambda: {}["bug"])
 
 
+@pytest.mark.parametrize("encoding, shown", [
+    ("ascii", rb"\u4f60 \U0001f642 \xe9"), ("gbk", b"\xc4\xe3 " + rb"\U0001f642 " + "é".encode("gbk")),
+    ("latin-1", rb"\u4f60 \U0001f642 " + b"\xe9"), ("utf-8", "你 🙂 é".encode())])
+def test_any_terminal_shows_any_text(encoding, shown):
+    """What the encoding of a terminal lacks is escaped; nothing ends and nothing is lost."""
+    code = "from lib.program import start; start(lambda: print('\\u4f60 \\U0001f642 \\xe9'))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, cwd=ROOT,
+                            env={**os.environ, "PYTHONIOENCODING": encoding})
+    assert result.stdout.strip() == shown and not result.stderr and result.returncode == 0
+
+
+def test_a_closed_pipe_is_no_traceback():
+    """The reader of our output, such as `head`, has gone."""
+    code = "from lib.program import start; start(lambda: [print('x' * 9999) for _ in range(99)])"
+    result = subprocess.run(f"{sys.executable} -c \"{code}\" | head -c 9", capture_output=True, shell=True,
+                            cwd=ROOT)
+    assert result.stdout == b"x" * 9 and not result.stderr
+
+
 def test_what_was_printed_is_not_lost():
     """Into a file it is not written at once. A full disk under it (python train_x.py > log) is one line."""
     code = "from lib.program import *\ndef main():\n print('before')\n {}\nstart(main)"

@@ -127,18 +127,21 @@ def test_reward_hacking_in_one_command():
 
 
 def test_the_life_on_files_of_ones_own(tmp_path):
-    """As far as they reach; a folder with a space in its name; PPO asks the prompts, or what the preferences
-    ask."""
-    own = tmp_path / "my files"
+    """As far as they reach, packed or not; a folder with a space and a dot in its name; PPO asks the prompts,
+    or what the preferences ask. A stage gets the flags that are given for it, behind all others."""
+    own = tmp_path / "my files.v2"
     own.mkdir()
     chats, ranked = ["sft", "sft-chats"], ["sft", "rm", "ppo", "dpo", "sft-chats", "ppo-chats", "dpo-chats"]
-    for name, stages in {"text.txt": [], "chats.json": chats, "preferences.jsonl": ranked}.items():
+    for name, stages in {"text.txt": [], "chats.json.gz": chats, "preferences.jsonl": ranked}.items():
         (own / name).write_text("something")
         assert list(life("--data-from", str(own))) == ["pretrain", "write", *stages, "pictures"]
     for prompts in (own / "preferences.jsonl", own / "prompts.json"):
         prompts.write_text("something")
         _, flags = split(life("--data-from", str(own))["ppo"])
         assert flags[flags.index("--data") + 1] == str(prompts)
+    commands = life("--data-from", str(own), "--sft", "--epochs 2 --strict", "--dpo", "--beta 1")
+    assert [name for name in commands if "--epochs 2 --strict" in commands[name]] == ["sft"]
+    assert commands["dpo"].endswith(" --beta 1") and "--beta" not in commands["ppo"]
     assert list(life(str(own / "text.txt"))) == list(life("stdlib")) == ["pretrain", "write", "pictures"]
     assert run_sh("--quik").returncode == 2
 
@@ -169,7 +172,7 @@ def test_what_is_done_is_skipped_and_a_failure_ends_the_life(tmp_path):
         return result, scripts
 
     result, scripts = ran()
-    assert result.returncode == 1 and scripts == ["train_pretrain.py", "sample.py", "train_sft.py"]
+    assert result.returncode == 2 and scripts == ["train_pretrain.py", "sample.py", "train_sft.py"]
     assert "the same command goes on" in result.stderr
     (tmp_path / "fail.txt").unlink()
     result, scripts = ran()

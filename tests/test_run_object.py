@@ -1,5 +1,6 @@
 """lib/run.py on a toy loop: when a run evaluates, saves and stops; what a resumed run must share with the one
 that it continues; what is written; the learning rate at its corners."""
+import math
 import os
 import signal
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from small_chat import curve, metrics, random_model, same_metrics, same_weights
 from lib.checkpoint import save_checkpoint
 from lib.program import UserError, parse
 from lib.ranks import setup
-from lib.run import Run, RunConfig, lr_at, matmul_peak, peak_memory
+from lib.run import Run, RunConfig, lr_at, matmul_peak, peak_memory, with_error
 from lib.tokenizer import Tokenizer, make_tokenizer
 from zero import Zero
 
@@ -31,7 +32,7 @@ class Config(RunConfig):
     log_every: int = 1
 
 
-def new_run(out, shape=(), tokenizer="byte", fingerprint="abc", **flags) -> Run:
+def new_run(out, shape=(), tokenizer="byte", fingerprint="abc", read=("", {}), **flags) -> Run:
     """A run of a tiny model in the folder `out`."""
     cfg = Config(out=str(out), device="cpu", **flags)
     members, path = setup("cpu", catch_signals=False), f"{out}.tokenizer.json"
@@ -41,7 +42,7 @@ def new_run(out, shape=(), tokenizer="byte", fingerprint="abc", **flags) -> Run:
     model = random_model(**{"n_layer": 1, "n_embd": 8, "max_seq_len": 32, **dict(shape)})
     zero = Zero(model, units=model.units(), **cfg.zero_options(members))
     return Run(cfg, members, {"model": zero}, Tokenizer.load(path), inputs={"data": fingerprint},
-               final={"head": "lm"})
+               final={"head": "lm"}, read=read)
 
 
 def go(run, body=lambda run, step: None, stop_at=0, number=signal.SIGTERM, first=False) -> tuple[list, int]:
@@ -208,6 +209,56 @@ def test_the_numbers_of_the_log(tmp_path, capsys, monkeypatch):
     assert [line.get("skipped") for line in lines] == [None, 1, 1, 1, 2] and lines[0]["memory"] > 2**20
     shown, = (line for line in capsys.readouterr().out.splitlines() if line.startswith("step 1/6 | loss nan"))
     assert "x10 10 | 100 tok/s | mfu 5% |" in shown and shown.endswith("0:05 left")
+
+
+def test_the_best_model_is_kept(tmp_path, capsys):
+    """--keep_best: final/ is the model with the lowest validation loss, also if a resumed run comes later. A
+    loss that is higher than before is said, with or without the flag."""
+    weights = {}
+
+    def train(keep_best, losses, stop_at=0, resume=False):
+        run = new_run(tmp_path / str(keep_best), eval_every=1, keep_best=keep_best, resume=resume)
+        zero, = run.models.values()
+        for step in run.steps(lambda: {"eval_loss": losses.pop(0)}):
+            zero.backward(-zero.model(IDS[:, :-1], IDS[:, 1:]).mean())
+            zero.step(1e-2, 1.0)
+            weights[step] = zero.full_state_dict()["head.weight"].clone()
+            run.ranks.stop_signal = signal.SIGTERM if step == stop_at else 0
+        run.finish()
+        run.lock.close()
+        final = tmp_path / str(keep_best) / "final" / "model.pt"
+        return torch.load(final)["head.weight"] if final.exists() else None
+
+    assert torch.equal(train(False, [3.0, 2.0, 4.0, 5.0, 2.5, 6.0]), weights[6])
+    assert capsys.readouterr().out.count("eval_loss was 2 at step 2 (see --keep_best)") == 4
+    assert train(True, [3.0, 2.0, 4.0], stop_at=4) is None
+    assert torch.equal(train(True, [5.0, 2.5, 6.0], resume=True), weights[2])
+
+
+def test_what_was_read_is_said_and_counted_once(tmp_path, capsys):
+    """In the log before step 1; a run that goes on says it without counting it again."""
+    for resume in (False, True):
+        run = new_run(tmp_path / "out", read=("x.jsonl: 9 used, 1 left out", {"used": 9, "left_out": 1}),
+                      resume=resume, steps=6 if resume else 3)
+        go(run)
+        assert "x.jsonl: 9 used" in capsys.readouterr().out
+    logged = (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()
+    assert logged[0] == '{"step": 0, "used": 9, "left_out": 1}' and "left_out" not in "".join(logged[1:])
+
+
+def test_means_with_their_errors():
+    """The error of a ratio of sums is what drawing the items anew shows; of a mean it is std / sqrt(n). From
+    30 items on there is none. One of one is no certainty; of one number nothing is known."""
+    torch.manual_seed(0)
+    n = torch.randint(1, 6, (29,)).double()
+    x, draws = n * 3 + torch.randn(29).double(), torch.randint(0, 29, (20_000, 29))
+    found, drawn = with_error("a", x, n), x[draws].sum(1) / n[draws].sum(1)
+    assert found["a"] == pytest.approx((x.sum() / n.sum()).item())
+    assert found["a_stderr"] == pytest.approx(drawn.std().item(), rel=0.05)
+    assert with_error("a", x)["a_stderr"] == pytest.approx(x.std().item() / 29**0.5)
+    assert with_error("a", torch.ones(30)) == {"a": 1.0}
+    assert with_error("a", torch.ones(1), share=True)["a_stderr"] == pytest.approx(0.245, abs=1e-3)
+    assert math.isnan(with_error("a", torch.ones(1))["a_stderr"])
 
 
 @pytest.mark.parametrize("decay, middle", [("linear", 0.55), ("cosine", 0.55), ("flat-then-linear", 0.85)])
