@@ -195,7 +195,7 @@ def prepare(data: str, *, tokenizer="bpe", vocab_size=4096, val_data="", val_fra
         made.save(temporary / "tokenizer.json")
         none = [] if val else [f"no validation: --val_fraction {val_fraction} leaves no text for it"]
         report = "\n".join([records.report() for records in found] + none)
-        (temporary / "read.json").write_text(json.dumps([report, found[0].counts()]), "utf-8")
+        (temporary / "read.json").write_text(json.dumps([report, found[0].metrics()]), "utf-8")
         for path, part, source in zip(paths, (train, val), (data, val_data or data)):
             text = "".join(part).encode()
             source = f"stdlib of Python {sys.version.split()[0]}" if source == "stdlib" else source

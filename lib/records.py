@@ -139,19 +139,19 @@ class Records(list):
         """self. UserError if too much is left out or nothing is left; strict: if anything is left out."""
         if not self or self.unused > (len(self) + self.unused) / 10 or (strict and self.left_out):
             allowed = "nothing left out (--strict)" if strict else "some, and at most a tenth left out"
-            raise UserError(f"{self.report(5)}; expected {allowed}")
+            raise UserError(f"{self.report()}; expected {allowed}")
         return self
 
-    def report(self, most: int | None = None) -> str:
-        """How much is used and left out; of each reason, the commonest first, the first three places."""
-        common = sorted(self.left_out.items(), key=lambda item: -len(item[1]))[:most]
-        why = "; ".join(f"{len(places)} x {why} ({', '.join(map(os.path.basename, places[:3]))})"
-                        for why, places in common)
-        return f"{self.data}: {len(self)} used, {self.unused} left out{':' * bool(why)} {why}".rstrip()
+    def reasons(self) -> list[tuple[str, list[str]]]:
+        return sorted(self.left_out.items(), key=lambda item: -len(item[1]))[:5]  # the five commonest
 
-    def counts(self) -> dict[str, int]:
-        """For metrics.jsonl."""
-        reasons = {f"left_out/{why}": len(places) for why, places in self.left_out.items()}
+    def report(self) -> str:
+        why = "; ".join(f"{len(places)} x {why} ({', '.join(map(os.path.basename, places[:3]))})"
+                        for why, places in self.reasons())
+        return f"{self.data}: {len(self)} used, {self.unused} left out" + (f": {why}" if why else "")
+
+    def metrics(self) -> dict[str, int]:
+        reasons = {f"left_out/{why}": len(places) for why, places in self.reasons()}
         return {"used": len(self), "left_out": self.unused, **reasons}
 
 
@@ -196,8 +196,8 @@ def messages_of(turns) -> list[dict]:
         name, content = turn.get("role"), turn.get("content")
         if name is None:
             name, content = turn.get("from"), turn.get("value")
-        content = check_text(content if type(content) is str else text_of(content))
-        if calls := turn.get("tool_calls"):
+        content = content if type(content) is str and content.isascii() else check_text(text_of(content))
+        if len(turn) > 2 and (calls := turn.get("tool_calls")):
             name, content = "tool_calls", f"{content}{json.dumps(calls, ensure_ascii=False)}"
         if not content or content.isspace():
             raise UserError("found a blank text, expected words")
@@ -379,7 +379,7 @@ def read_split(read_form, cfg) -> tuple[list[Record], list[Record], str, dict[st
     train, val = split(found[0], cfg.val_fraction, *found[1:])
     report = "\n".join(records.report() for records in found)
     none = "" if val else f"\nno validation: --val_fraction {cfg.val_fraction} of them is less than one"
-    return train, val, report + none, found[0].counts()
+    return train, val, report + none, found[0].metrics()
 
 
 def random_negatives(records: list[Record], n: int, seed: int) -> list[Record]:

@@ -161,10 +161,12 @@ def test_what_is_saved_is_enough(options):
 
 
 def test_second_derivative_is_refused():
-    """Second derivatives are not written: an error, not wrong numbers."""
-    parameters, targets, _ = inputs(12, 5, 3, 4)
-    with pytest.raises(RuntimeError, match="no second derivative"):
-        torch.autograd.grad(target_logp(*parameters, targets).sum(), parameters, create_graph=True)
+    """Second derivatives are not written, here nor of attention: an error, not wrong numbers."""
+    (hidden, weight), targets, _ = inputs(12, 5, 4, 4)
+    q = hidden.view(1, 1, 5, 4)
+    for out in (target_logp(hidden, weight, targets), kernels.flash_attention(q, q, q)):
+        with pytest.raises(RuntimeError, match="no second derivative"):
+            torch.autograd.grad(out.sum(), hidden, create_graph=True)
 
 
 @pytest.mark.parametrize("rows, width", [(5, 2), (4, 3)])

@@ -282,6 +282,14 @@ def test_which_prompts_are_drawn(place, tmp_path, monkeypatch):
     assert not any(name.startswith("eval") for event in metrics(tmp_path / "2") for name in event)
 
 
+def test_little_data_is_no_endless_run(place, tmp_path, capsys):
+    """Without --steps at most --epochs replies to each prompt. If no reply ends in time, it says so."""
+    events, *_ = train(place, tmp_path, "--steps", "0", "--epochs", "0.5", "--max_new_tokens", "1")
+    assert len(events) == 2  # 36 prompts, 12 a step
+    assert capsys.readouterr().out.count("no reply ended in time") == sum(
+        event.get("eval_ended") == 0 for event in metrics(tmp_path)) > 0
+
+
 def test_early_stopping_leaves_the_weights_alone(place, tmp_path, monkeypatch):
     """Once the approximate KL is above stop_kl nothing moves until the next rollout."""
     flags = ["--steps", "1", "--lr", "0.01", "--stop_kl", "0.03", "--ppo_epochs"]

@@ -117,18 +117,19 @@ def test_restarted_ranks_do_not_meet_the_dead():
         assert other.result() == [([3.0], 1, [0, 1], False)]
 
 
-@pytest.mark.parametrize("local_world, threads", [(2, 4), (20, 1), (1, 1)])
-def test_threads_are_shared_among_the_ranks_of_a_machine(monkeypatch, local_world, threads):
-    """torchrun sets OMP_NUM_THREADS=1. 2 ranks on 8 cores take 4 threads each."""
-    before = torch.get_num_threads()
+@pytest.mark.parametrize("mac", [False, True])
+@pytest.mark.parametrize("local_world, threads", [(2, [4]), (20, [1]), (1, [])])
+def test_threads_are_shared_among_the_ranks_of_a_machine(monkeypatch, local_world, threads, mac):
+    """torchrun sets OMP_NUM_THREADS=1. 2 ranks on 8 cores take 4 threads each. One alone changes nothing. A
+    Mac has no sched_getaffinity."""
+    chosen = []
+    monkeypatch.setattr(torch, "set_num_threads", chosen.append)
     monkeypatch.setattr("os.sched_getaffinity", lambda _: range(8))
+    monkeypatch.setattr("os.cpu_count", lambda: 8 if mac else 99)
+    if mac:
+        monkeypatch.delattr("os.sched_getaffinity")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(local_world))
-    try:
-        torch.set_num_threads(1)
-        assert setup("cpu", catch_signals=False).world == 1
-        assert torch.get_num_threads() == threads
-    finally:
-        torch.set_num_threads(before)
+    assert setup("cpu", catch_signals=False).world == 1 and chosen == threads
 
 
 @pytest.mark.parametrize("device", ["abacus", "meta", "cuda:99"])

@@ -45,7 +45,6 @@ CHATS = {
     "conversation, of roles": ({"conversation": [USER, REPLY]}, [USER, REPLY]),
     "prompt and completion": ({"prompt": [SYSTEM, USER], "completion": [REPLY]}, [SYSTEM, USER, REPLY]),
     "query and response": ({"query": "Hi 你好", "response": "Hello 🙂"}, [USER, REPLY]),
-    "question and answer": ({"question": "Hi 你好", "answer": "Hello 🙂"}, [USER, REPLY]),
     "dolly": ({"instruction": "a", "context": "b", "response": "c", "category": "qa"}, said("a\nb", "c")),
     "hh": ({"prompt": f"\n\nHuman: a\n\nAssistant: b{HH}", "response": "Hello 🙂"},
            [*said("a", "b"), USER, REPLY]),
@@ -145,7 +144,6 @@ def test_records_of_an_array_are_those_of_json(tmp_path):
 
 # ---- what is left out
 
-LONG = "x" * 1_000_000
 GOOD = lines({"messages": [USER, REPLY]})
 
 
@@ -156,7 +154,6 @@ def chat(*messages):
 UNUSABLE = {  # what the file holds beside good records, and words of the reason
     "no JSON": (b"hello\n", ["JSON"]),
     "JSON cut off": (GOOD[:30] + b"\n", ["JSON"]),
-    "single quotes": (b"{'messages': []}\n", ["double quotes"]),
     "thousands of brackets": (b'{"a":' * 100_000 + b"\n", ["JSON"]),
     "no record": (b'"text"\n', ["str", "a record"]),
     "other keys": (b'{"text": "a"}\n', ["'text'", "messages"]),
@@ -165,10 +162,9 @@ UNUSABLE = {  # what the file holds beside good records, and words of the reason
     "preferences": (lines({"prompt": "a", "output": "x", "chosen": "b", "rejected": "c"}), ["preferences"]),
     "messages is a number": (b'{"messages": 3}\n', ["int", "list"]),
     "messages of numbers": (b'{"messages": [3]}\n', ["int", "message"]),
-    "mixed keys": (b'{"messages": [{"role": "user", "value": "Hi"}]}\n', ["blank"]),
     "unknown role": (chat(USER, {"role": "asistant", "content": "a"}), ["asistant", "the assistant"]),
     "role is a list": (chat({"role": ["user"], "content": "a"}), ["list"]),
-    "a megabyte as role": (chat({"role": LONG, "content": "a"}), ["xxx"]),
+    "a megabyte as role": (chat({"role": "x" * 1_000_000, "content": "a"}), ["xxx"]),
     "starts with the assistant": (chat(REPLY, USER), ["assistant", "expected the user"]),
     "two user turns": (chat(USER, USER, REPLY), ["user", "expected the assistant"]),
     "system in the middle": (chat(USER, SYSTEM, REPLY), ["system"]),
@@ -178,7 +174,6 @@ UNUSABLE = {  # what the file holds beside good records, and words of the reason
     "content is a number": (chat(USER, {"role": "assistant", "content": 3}), ["no text"]),
     "a picture": (chat({"role": "user", "content": [{"type": "image_url"}]}, REPLY), ["pictures"]),
     "blank user turn": (chat({"role": "user", "content": " \n\u3000"}, REPLY), ["blank"]),
-    "blank instruction": (b'{"instruction": " ", "output": "a"}\n', ["blank"]),
     "input is a number": (b'{"instruction": "a", "input": 3, "output": "b"}\n', ["no text"]),
     "history of no pairs": (lines({"instruction": "a", "output": "b", "history": [["c"]]}), ["history"]),
     "half a character": (b'{"instruction": "a", "output": "ab\\ud83d"}\n', ["half a character"]),
@@ -197,7 +192,7 @@ def test_an_unusable_record_is_left_out_and_counted(name, tmp_path):
     report = found.report()
     assert "10 used, 1 left out: 1 x found" in report and report.endswith("(a.jsonl:5)")
     assert all(word in report for word in words) and "\n" not in report and len(report) < 400 + len(str(path))
-    assert {"used": 10, "left_out": 1}.items() < found.counts().items() and len(found.counts()) == 3
+    assert {"used": 10, "left_out": 1}.items() < found.metrics().items() and len(found.metrics()) == 3
     one_clear_line(lambda path: read_chats(path, strict=True), path, "(a.jsonl:5)", "--strict", *words)
     path.write_bytes(GOOD * 8 + content)
     one_clear_line(read_chats, path, "1 left out", "(a.jsonl:9)", "at most a tenth", *words)
@@ -241,7 +236,6 @@ BAD_PREFERENCES = {
     "equal replies": {"prompt": "a", "chosen": "b", "rejected": "b"},
     "equal scores": {"prompt": "a", "responses": ["b", "c"], "scores": [1, 1]},
     "drawn and not ranked": {"prompt": "a", "responses": ["b", "c"], "ended": [True, True]},
-    "marked as not ranked": {"prompt": "a", "responses": ["b", "c"], "ranked": False},
     "a number": {"prompt": "a", "responses": ["b", 3]},
     "no prompt": {"responses": ["b", "c"]},
     "prompt ends with a reply": {"prompt": [USER, REPLY], "chosen": "b", "rejected": "c"},

@@ -1,5 +1,4 @@
 """village/scorecard.py: what it counts of replies that are known, and a model against itself."""
-import dataclasses
 import itertools
 import json
 import math
@@ -7,14 +6,14 @@ import re
 
 import pytest
 import torch
+from small_chat import SHAPE, save_chat_model
 
 import evaluate
-from data import CHAT_TEMPLATE, encode_prompt
-from lib.checkpoint import save_final
+from data import encode_prompt
 from lib.program import UserError
 from lib.records import read_prompts
 from lib.tokenizer import make_tokenizer
-from model import GPT, GPTConfig, load_model
+from model import load_model
 from village import scorecard, truth, words, world
 
 TOKENIZER = make_tokenizer("byte")
@@ -24,28 +23,22 @@ TOKENIZER = make_tokenizer("byte")
 def folder(tmp_path_factory):
     """A village with six held-out questions of each kind, and random models; base has not learned to chat."""
     folder = tmp_path_factory.mktemp("world")
+    models = {"lm": {}, "other": {}, "rm": {"head": "scalar"}, "base": {"chat_template": None}}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(world, "HELDOUT", 6)
         patch.setattr(world, "BIOGRAPHIES", 2)
+        patch.setitem(SHAPE, "max_seq_len", 512)
         world.main(["--out", str(folder / "village"), "--people", "40"])
-    TOKENIZER.save(folder / "tokenizer.json")
-    config = GPTConfig(vocab_size=TOKENIZER.vocab_size, n_layer=1, n_head=2, n_embd=16, max_seq_len=512)
-    for seed, name in enumerate(("lm", "other", "rm", "base")):
-        head = "scalar" if name == "rm" else "lm"
-        model = GPT(config, head=head)
-        for i, p in enumerate(model.parameters()):
-            p.data += 0.2 * torch.randn(p.shape, generator=torch.Generator().manual_seed(100 * seed + i))
-        about = {"model": dataclasses.asdict(config), "head": head}
-        about |= {"chat_template": CHAT_TEMPLATE} if name != "base" else {}
-        save_final(str(folder / name), model.state_dict(), about, folder / "tokenizer.json")
+        for seed, (name, more) in enumerate(models.items()):
+            save_chat_model(folder / name, seed, **more)
     return folder
 
 
-def run(folder, *flags, model="lm"):
+def run(folder, *flags):
     """The card that the program writes; names of models among the flags are completed to paths."""
-    flags = "--village", "village", "--model", model, "--max_new_tokens", "12", "--device", "cpu", *flags
+    flags = "--village", "village", "--model", "lm", "--max_new_tokens", "12", "--device", "cpu", *flags
     scorecard.main([str(folder / flag) if (folder / flag).exists() else flag for flag in flags])
-    return json.loads((folder / model / "scorecard.json").read_text())
+    return json.loads((folder / "lm" / "scorecard.json").read_text())
 
 
 def says(folder, monkeypatch, script) -> list:
@@ -104,7 +97,7 @@ def read_alone(model, record, text, ended, head) -> float:
 
 def test_every_figure_of_known_replies(folder, monkeypatch, capsys):
     """Shares by hand, gold and its standard error from the judge's scores, reward and KL from a plain forward
-    per reply, the loss of biographies from one per document."""
+    per reply, the loss of biographies from one document at a time."""
     said = says(folder, monkeypatch, by_kind)
     card = run(folder, "--rm", "rm", "--against", "other")
     found, people, rows = card["sampled"], truth.load(folder / "village"), [row[1:] for row in said[:30]]
@@ -123,13 +116,9 @@ def test_every_figure_of_known_replies(folder, monkeypatch, capsys):
         alone[name] = (weights @ torch.tensor([read_alone(model, *row, head) for row in rows])).item()
     assert found["reward"] == pytest.approx(alone["rm"], abs=1e-4)
     assert card["kl"] == pytest.approx(alone["lm"] - alone["other"], rel=1e-4)
-    total = count = 0
-    model = load_model(str(folder / "lm"))[0]
-    for document in (folder / "village" / "heldout.txt").read_text().split("<|endoftext|>\n"):
-        ids = torch.tensor([TOKENIZER.bos_id, *TOKENIZER.encode(document), TOKENIZER.end_id])
-        logp = model(ids[None, :-1])[0].log_softmax(-1).gather(-1, ids[1:, None])
-        total, count = total - logp.double().sum().item(), count + len(logp)
-    assert card["biographies_loss"] == pytest.approx(total / count, rel=1e-4)
+    documents = (folder / "village" / "heldout.txt").read_text().split("<|endoftext|>\n")
+    text = evaluate.perplexity(load_model(str(folder / "lm"))[0], TOKENIZER, documents, 0, batch_size=1)
+    assert card["biographies_loss"] == pytest.approx(text["loss"], rel=1e-5)
     assert card["prompts"] == dict.fromkeys(world.SHARES, 6) and "sampled" in capsys.readouterr().out
 
 
@@ -165,8 +154,7 @@ def test_win_rates(folder, monkeypatch):
 @pytest.mark.parametrize("n, sizes", [(4, [1, 2, 4]), (3, [1, 2, 3])])
 def test_the_best_of_n(folder, monkeypatch, capsys, n, sizes):
     """The last of n replies to a prompt is good: it is chosen from n and from no fewer, by the truth and by a
-    reward model that is the truth. Each reply has a random stream of its own. --cards shows the best of n
-    beside the model."""
+    reward model that is the truth. Each reply has its own random stream. --cards shows the best of n, too."""
     said = says(folder, monkeypatch, lambda people, tag, person, kind, number, model: (
         (good if number % n == n - 1 else bad)(people, tag, person, kind), True))
     monkeypatch.setattr(scorecard, "score", lambda model, tokenizer, replies, size: [
@@ -183,8 +171,7 @@ def test_the_best_of_n(folder, monkeypatch, capsys, n, sizes):
 
 
 def test_rollouts_step_by_step(folder, tmp_path):
-    """Means per step of what PPO wrote, in the order of the steps; a line without a key is one clear
-    error."""
+    """Means per step of what PPO wrote, in the order of steps; a line without a key is one clear error."""
     record = read_prompts(folder / "village" / "heldout.jsonl")[0]
     lines = [{"step": step, "prompt": record.messages, "responses": ["I do not know.", "x"],
               "ended": [True, False], "reward": [step, step + 1.0], "kl": [0.5, 1.5]} for step in (2, 1, 2)]
@@ -204,7 +191,8 @@ def test_rollouts_step_by_step(folder, tmp_path):
 
 @pytest.mark.parametrize("flags, named", [
     (["--rm", "lm"], "lm: found a language model"), (["--against", "rm"], "a reward model"),
-    (["--model", "rm"], "a reward model"), (["--max_new_tokens", "0"], "--max_new_tokens"),
+    (["--model", "rm"], "a reward model"), (["--model", "base"], "train_sft.py"),
+    (["--max_new_tokens", "0"], "--max_new_tokens"),
     (["--best_of", "4", "--best_of_prompts", "0"], "--best_of_prompts"),
     (["--cards", "empty"], "scorecard.json"), (["--village", "empty"], "facts.json"),
 ])

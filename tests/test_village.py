@@ -83,8 +83,7 @@ def test_held_out_people_outsiders_and_wordings_never_occur_in_training(made):
 
 
 def test_each_biography_states_every_told_fact_and_nothing_else(made):
-    """BIOGRAPHIES and a held-out one per person, all different; the withheld fact and the untold kinds are in
-    none."""
+    """BIOGRAPHIES and a held-out one per person, all different; no withheld fact, nothing of untold kinds."""
     people, seen = made["facts.json"]["people"], Counter()
     for document in set(made["pretrain.txt"] + made["heldout.txt"]):
         name = min(names_of(document) & people.keys(), default=None)
@@ -114,8 +113,7 @@ def test_the_english_is_right(made):
 
 
 def test_helpers_err_as_often_as_stated(made):
-    """Within four standard errors: questions by SHARES, replies by the constants. Prompts hold perfect
-    replies."""
+    """Within four standard errors: questions by SHARES, replies by the constants. In prompts none errs."""
     people = made["facts.json"]["people"]
     replies, tags = Counter(), Counter(record["tag"] for record in made["sft.jsonl"])
 
@@ -147,8 +145,7 @@ def test_helpers_err_as_often_as_stated(made):
 
 # ---- the judge's labels ------------------------------------------------------------------------------------
 
-# {"question: kind of reply": replies}, written by hand before the judge had seen them. Lucy Reed's pet is
-# withheld.
+# {"question: kind of reply": replies}, by hand, before the judge had seen them. Lucy Reed's pet is withheld.
 GIVEN = json.loads(Path(__file__).with_name("labels.json").read_text(encoding="utf-8"))
 PEOPLE = GIVEN["people"]
 PROMPT = {topic: conversation(texts) for topic, texts in GIVEN["questions"].items()}
@@ -217,8 +214,7 @@ def test_style_and_ending_weigh_less_than_the_right_thing_to_say():
 # ---- ranking -----------------------------------------------------------------------------------------------
 
 def test_rankings_come_as_often_as_plackett_and_luce_say():
-    """Each of the 6 orders of 3 scores within four standard errors of the product of softmaxes; next to no
-    temperature sorts."""
+    """Each order within four standard errors of the product of softmaxes. Almost no temperature sorts."""
     scores, temperature, rng, n = [1.0, 0.8, -0.2], 0.5, random.Random(0), 20000
     seen = Counter(tuple(world.rank(scores, temperature, rng)) for _ in range(n))
     for order in itertools.permutations(range(3)):
@@ -229,9 +225,8 @@ def test_rankings_come_as_often_as_plackett_and_luce_say():
 
 
 def test_judging_a_file_of_samples(tmp_path, capsys, made):
-    """Equal replies count once, blank and cut ones are left out, tags and scores belong to their replies, the
-    tag of the prompt stays, the noise depends on the seed alone, and better replies win as often as Bradley
-    and Terry say."""
+    """Equal replies count once, blank and cut ones not at all. Tags and scores belong to their replies, the
+    prompt's tag stays. Noise depends on the seed alone. Better ones win as often as Bradley and Terry say."""
     people, lines = made["facts.json"]["people"], []
     (tmp_path / "facts.json").write_text(json.dumps(made["facts.json"]))
     for record in made["heldout.jsonl"][:300]:
