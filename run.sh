@@ -15,7 +15,7 @@ while [ $# -gt 0 ]; do
     case $1 in
         --quick) q=-quick ;; --hack) hack=yes ;; --show) show=yes ;;
         --data-from) [ -d "${2:-}" ] || refuse "$1 ${2:-}: no folder"; v="" own=$(realpath "$2"); shift ;;
-        --pretrain|--sft|--rm|--ppo|--dpo) declare "more_${1#--}=${2:-}"; shift ;;
+        --pretrain|--sft|--rm|--ppo|--dpo) declare "more_${1#--}=${2?$1 needs flags}"; shift ;;
         -*) refuse "unknown argument $1; see the first lines of run.sh" ;;
         *) v="" text=$1; [ ! -e "$1" ] || text=$(realpath "$1") ;;
     esac
@@ -25,7 +25,7 @@ cd "$(dirname "$0")"
 for file in {text,chats,preferences,prompts}{.txt,.json,.jsonl,}{.gz,}; do  # without an ending: a folder
     [ ! "$own" ] || [ ! -e "$own/$file" ] || declare "${file%%.*}=$own/$file"; done
 [ "$v$text" ] && [ "$chats" -o ! "$preferences" ] || refuse "$own: needs text.txt; and chats for preferences"
-content=$({ find "$text" "$chats" "$preferences" -type f -exec cat {} + 2> /dev/null || true; } | cksum)
+content=$({ find "${own:-$text}" -type f -print0 2> /dev/null || true; } | sort -z | xargs -0 cat | cksum)
 name=${v:+village} world=data/village${SEED:+-$SEED}$q python=.venv/bin/python launch=$python
 name=${name:-$(basename "${own:-$text}" .txt)-${content%% *}} zero=${ZERO:+--zero $ZERO}
 out=${OUT:-out/${name// /_}${SEED:+-$SEED}$q} seed=${SEED:+--seed $SEED}
@@ -37,7 +37,7 @@ stage() {  # stage NAME FILE command ...: print the command, and run it unless F
     printf '\n%s\n$%s\n' "$1" "$(printf ' %q' "${@:3}" | sed 's/\\,/,/g')"
     [ ! "$show" ] || return 0
     [ ! -e "$2" ] || { echo "done before; to do it again, remove ${2%/final}"; return; }
-    SECONDS=0; "${@:3}" && [ -e "${2:-.}" ] || refuse "$1 is not done; once mended, the same command goes on"
+    SECONDS=0; "${@:3}" && [ -e "${2:-.}" ] || refuse "$1 is not done; mend the cause: the same command goes on"
     echo "=> $1: $SECONDS s"
 }
 train() {  # train NAME flags ...: a run in $out/NAME; dpo-1 is a run of train_dpo.py

@@ -142,7 +142,10 @@ def test_the_life_on_files_of_ones_own(tmp_path):
     commands = life("--data-from", str(own), "--sft", "--epochs 2 --strict", "--dpo", "--beta 1")
     assert [name for name in commands if "--epochs 2 --strict" in commands[name]] == ["sft"]
     assert commands["dpo"].endswith(" --beta 1") and "--beta" not in commands["ppo"]
-    assert list(life(str(own / "text.txt"))) == list(life("stdlib")) == ["pretrain", "write", "pictures"]
+    (own / "other.txt").write_text("another thing")
+    texts = [life(text) for text in (str(own / "text.txt"), str(own / "other.txt"), "stdlib")]
+    assert [list(commands) for commands in texts] == [["pretrain", "write", "pictures"]] * 3
+    assert len({re.search(r"-(\d+)/pretrain", commands["pretrain"])[1] for commands in texts}) == 3
     assert run_sh("--quik").returncode == 2
 
 
