@@ -188,10 +188,8 @@ class Shuffled:
     truncated: how many lost their oldest turns to fit into seq_len. dropped: how many lacked room for their
     last question and its reply. fingerprint(): 16 hexadecimal digits, others for other items."""
 
-    def __init__(self, records: list[Record], items: list, seq_len: int, batch_size: int, seed: int):
+    def __init__(self, items: list, seq_len: int, batch_size: int, seed: int):
         self.items, self.seq_len, self.batch_size, self.seed = items, seq_len, batch_size, seed
-        if records and not items:
-            raise UserError(f"{records[0].where} and all others: too long for --seq_len {seq_len}")
 
     def __len__(self) -> int:
         return len(self.items)
@@ -217,7 +215,7 @@ class Conversations(Shuffled):
         self.samples = [sample for part in cut for sample in part]
         self.dropped, self.pad_id = cut.count([]), tokenizer.pad_id
         self.truncated = sum(len(ids) > seq_len for ids, _ in found) - self.dropped
-        super().__init__(records, self.samples, seq_len, batch_size, seed)
+        super().__init__(self.samples, seq_len, batch_size, seed)
 
     def rows(self, chosen: list[int], rank: int = 0, world: int = 1) -> tuple:
         """Rows rank::world of the chosen samples: (ids, targets, segment_ids), each (B, T). Of 16 row lengths
@@ -269,7 +267,7 @@ class Replies(Shuffled):
                 parts = {name: [values[i] for i in members] for name in ("responses", "tags", "scores")
                          if (values := getattr(record, name))}
                 self.records.append(dataclasses.replace(record, **parts))
-        super().__init__(records, self.groups, seq_len, batch_size, seed)
+        super().__init__(self.groups, seq_len, batch_size, seed)
 
     def sizes(self, chosen: list[int]) -> list[int]:
         return [len(self.groups[g]) for g in chosen]
@@ -310,7 +308,8 @@ class Rehearsal:
             raise UserError(f"--ptx {cfg.ptx} with --ptx_data {cfg.ptx_data!r}: expected both or neither")
         self.cfg, self.ranks, self.text = cfg, ranks, None
         if cfg.ptx:
-            path, *_ = ranks.main_first(lambda: prepare(cfg.ptx_data, tokenizer=tokenizer.path))
+            path, *_ = ranks.main_first(
+                lambda: prepare(cfg.ptx_data, tokenizer=tokenizer.path, strict=cfg.strict))
             self.text = Windows(TokenFile(path, tokenizer), cfg.seq_len, batch_size=cfg.ptx_rows,
                                 seed=cfg.seed)
 

@@ -33,6 +33,7 @@ class Config:
     model: str = "out/pretrain"  # folder of a run, or of a finished model
     data: str = "stdlib"  # stdlib, shakespeare, or files: text, or records with "text"; or a folder
     chats: str = ""  # instead of data: conversations, in any form that train_sft.py reads
+    strict: bool = False  # stop if a record cannot be used, instead of leaving it out
     val_fraction: float = 0.0  # only this last part of data or chats, as training sets it aside; 0: all
     out: str = ""  # file for the figures, .json; empty: none
     stride: int = 0  # tokens scored per row, the rest is context; 0: all, rows do not overlap
@@ -162,10 +163,10 @@ def main(argv=None) -> None:
     model.to(setup(cfg.device, catch_signals=False).device)
     if cfg.chats:
         expect_chat(cfg.model, config)
-        records = held_out(read_chats(cfg.chats), split, cfg.val_fraction)
+        records = held_out(read_chats(cfg.chats, cfg.strict), split, cfg.val_fraction)
         figures = {"model": cfg.model, "chats": cfg.chats, **answers(model, tokenizer, records, cfg)}
     else:
-        documents = held_out(read_corpus(cfg.data), split_documents, cfg.val_fraction)
+        documents = held_out(read_corpus(cfg.data, strict=cfg.strict), split_documents, cfg.val_fraction)
         figures = {"model": cfg.model, "data": cfg.data,
                    **perplexity(model, tokenizer, documents, cfg.stride, cfg.batch_size)}
     print(json.dumps(figures))

@@ -37,7 +37,7 @@ stage() {  # stage NAME FILE command ...: print the command, and run it unless F
     printf '\n%s\n$%s\n' "$1" "$(printf ' %q' "${@:3}" | sed 's/\\,/,/g')"
     [ ! "$show" ] || return 0
     [ ! -e "$2" ] || { echo "done before; to do it again, remove ${2%/final}"; return; }
-    SECONDS=0; "${@:3}" && [ -e "${2:-.}" ] || refuse "$1 is not done; mend the cause: the same command goes on"
+    SECONDS=0; "${@:3}" && [ -e "${2:-.}" ] || refuse "$1 is not done; once mended, the same command goes on"
     echo "=> $1: $SECONDS s"
 }
 train() {  # train NAME flags ...: a run in $out/NAME; dpo-1 is a run of train_dpo.py

@@ -31,6 +31,7 @@ class Config:
     system: str = ""  # with --chat: what the assistant is told before the conversation
     prompts: str = ""  # file of prompts to answer: {"prompt"} records, or conversations without last reply
     k: int = 1  # replies per prompt of the file
+    strict: bool = False  # stop if a prompt cannot be used, instead of leaving it out
     limit: int = 0  # answer only the first prompts of the file; 0: all
     out: str = "samples.jsonl"  # where the replies go
     batch_size: int = 64  # replies drawn at once
@@ -98,7 +99,7 @@ def chat(model, tokenizer, cfg: Config) -> None:
 
 def answer_file(model, tokenizer, cfg: Config) -> None:
     """k replies to each prompt of the file. A reply depends on the seed, its prompt and its number alone."""
-    found, longest = read_prompts(cfg.prompts), longest_prompt(model, cfg)
+    found, longest = read_prompts(cfg.prompts, cfg.strict), longest_prompt(model, cfg)
     print(found.report())
     records = found[: cfg.limit or None]
     asked = encode_prompts(tokenizer, records, longest)

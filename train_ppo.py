@@ -191,13 +191,14 @@ def load_prompts(cfg: Config, tokenizer) -> tuple[Shuffled, list, list, tuple]:
     them. A prompt must leave room for the longest reply and its end."""
     *parts, report, counts = read_split(read_prompts, cfg)
     pairs, val = (encode_prompts(tokenizer, part, cfg.seq_len - cfg.max_new_tokens - 1) for part in parts)
-    report += (f"\n{len(pairs)} prompts to train on, {len(val)} to validate; others leave no room for "
+    dropped = sum(map(len, parts)) - len(pairs) - len(val)
+    report += (f"\n{len(pairs)} prompts to train on, {len(val)} to validate, {dropped} leave no room for "
                f"--max_new_tokens {cfg.max_new_tokens} in {cfg.seq_len}\nchat template: {CHAT_TEMPLATE}")
     if not pairs:
         raise UserError(report.replace("\n", "; "))
     records, ids = zip(*pairs)
     cfg.fit_steps(len(ids), most=100)
-    train = Shuffled(records, ids, cfg.seq_len, cfg.batch_size, cfg.seed)
+    train = Shuffled(ids, cfg.seq_len, cfg.batch_size, cfg.seed)
     return train, records, val[:cfg.eval_prompts], (report, counts)
 
 
@@ -213,8 +214,6 @@ def evaluate(val: list, models: Models, zero: Zero, tokenizer, cfg: Config, rank
         means[f"eval_score/{tag}"] = rollout.scores[[i for i in range(n) if tags[i] == tag]].mean()
     for prompt, reply in zip(rollout.prompts[:3], rollout.replies):
         say(f"    {tokenizer.decode(prompt + reply)!r}")
-    if not any(rollout.ended):
-        say("    no reply ended in time; give more --max_new_tokens, or train SFT for longer")
     return {name: float(value) for name, value in means.items()}
 
 
@@ -250,6 +249,8 @@ def main(argv=None) -> int:
         score(rollout, minibatches(cfg, step, 0), models, cfg, ranks)
         run.append("samples.jsonl", sample_lines(rollout, step, [records[i] for i in chosen], tokenizer))
 
+        if not any(rollout.ended):
+            run.say("    no reply ended in time; give more --max_new_tokens, or train SFT for longer")
         # rewards and advantages: the same numbers on every rank
         unended = ~torch.tensor(rollout.ended, device=ranks.device)
         scores = rollout.scores - cfg.missing_eos_penalty * unended.float()

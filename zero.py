@@ -47,7 +47,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 from lib import collectives
-from lib.collectives import Slot, aligned, plug, sum_of_squares
+from lib.collectives import Slot, aligned
 from lib.program import UserError
 
 VECTORS = ("master", "exp_avg", "exp_avg_sq")  # what a checkpoint holds of a unit, and of the whole Zero:
@@ -258,6 +258,24 @@ class Use(torch.autograd.Function):
     def backward(ctx, *gradients):
         ctx.unit.reduce(gradients[:ctx.unit.trainable])
         return None, None
+
+
+def plug(slots: list[Slot], weights: list[torch.Tensor] | None) -> None:
+    """Set the weights as ordinary attributes where the Parameters were; None: delete them again."""
+    for i, slot in enumerate(slots):
+        for _, module, key in slot.places:
+            module.__dict__.pop(key, None)
+            if weights is not None:
+                module.__dict__[key] = weights[i]
+
+
+def sum_of_squares(x: torch.Tensor) -> torch.Tensor:
+    """In float64. Part by part, because x.double() would take twice the memory of the gradient."""
+    total = torch.zeros((), dtype=torch.float64, device=x.device)
+    for part in x.split(1 << (17 if x.device.type == "cpu" else 24)):  # on a CPU a part fits its cache
+        wide = part.double()
+        total += torch.dot(wide, wide)
+    return total
 
 
 class Unit:

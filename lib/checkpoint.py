@@ -104,6 +104,14 @@ def steps(out: str) -> list[Path]:
     return sorted(Path(out).glob(f"step-{'[0-9]' * 8}"), reverse=True)
 
 
+def keep_step(out: str, step: int) -> bool:
+    """Remove the step folders in `out` but this one. Returns whether it is there."""
+    for folder in steps(out):
+        if folder.name != f"step-{step:08d}":
+            _remove(folder)
+    return bool(steps(out))
+
+
 def _remove(folder: Path) -> None:
     """Renamed first: killed in the middle, no half of the folder stays under its name."""
     gone = folder.with_name(f"{folder.name}.tmp-gone")

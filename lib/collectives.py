@@ -1,6 +1,6 @@
 """What zero.py stands on and what is not ZeRO itself. Read zero.py first.
 
-    Slot, group_parameters(), take_out(), plug()    a module's parameters as one flat vector
+    Slot, group_parameters(), take_out()    a module's parameters as one flat vector
     Comm      the collectives, over torch.distributed
     Memory    tensors on the device or in host memory; activations parked in host memory
 """
@@ -72,24 +72,6 @@ def take_out(parameters: list, frozen: bool) -> tuple[list[Slot], list[torch.Ten
             module._parameters.pop(key, None)
     kinds = [kind(p) for p, _ in taken]
     return slots, [p.detach() for p, _ in taken], sum(k < 2 for k in kinds), kinds.count(0)
-
-
-def plug(slots: list[Slot], weights: list[torch.Tensor] | None) -> None:
-    """Set the weights as ordinary attributes where the Parameters were; None: delete them again."""
-    for i, slot in enumerate(slots):
-        for _, module, key in slot.places:
-            module.__dict__.pop(key, None)
-            if weights is not None:
-                module.__dict__[key] = weights[i]
-
-
-def sum_of_squares(x: torch.Tensor) -> torch.Tensor:
-    """In float64. Part by part, because x.double() would take twice the memory of the gradient."""
-    total = torch.zeros((), dtype=torch.float64, device=x.device)
-    for part in x.split(1 << (17 if x.device.type == "cpu" else 24)):  # on a CPU a part fits its cache
-        wide = part.double()
-        total += torch.dot(wide, wide)
-    return total
 
 
 class Comm:

@@ -78,8 +78,8 @@ def shakespeare_file(cache) -> Path:
 
 
 def text_of_record(record: dict) -> str:
-    if not isinstance(text := record.get("text"), str):
-        raise UserError(f'found {found_in(record)}, expected a record with "text"')
+    if not isinstance(text := record.get("text"), str) or not text.strip():
+        raise UserError(f'found {found_in(record)} and no text, expected a record with "text"')
     return check_text(text)
 
 
@@ -91,11 +91,11 @@ def read_corpus(data: str, cache="data", strict: bool = False) -> Records:
         found += stdlib_documents()
     name = str(shakespeare_file(cache)) if data == "shakespeare" else data
     for path in find_files(name) if data != "stdlib" else ():
-        text = read_text(path)
-        if RECORDS.match(text):
+        text = read_text(path, "surrogateescape")
+        if RECORDS.match(text) or re.search(r"\.jsonl?(\.gz)?$", path):
             found.take(path, text, text_of_record)
         else:
-                found.append(text)
+            found.append(text if text.isascii() else read_text(path))
     parts = [part for text in found for part in SEPARATOR.split(text.replace("\r\n", "\n"))]
     found[:] = [part for part in parts if part.strip()]
     return found.check(strict)
@@ -148,8 +148,7 @@ def pieces(text: str, size: int = 1 << 20) -> list[str]:
 
 
 def split_documents(documents: list[str], val_fraction: float) -> tuple[list[str], list[str]]:
-    """(training, validation): validation is the last val_fraction of characters, less the documents that
-    training has, too. A document may be cut."""
+    """(training, validation): the last val_fraction of characters, less documents that training has, too."""
     left = max(0, int(sum(map(len, documents)) * (1 - val_fraction)))  # what still goes to training
     train, val = [], []
     for document in documents:

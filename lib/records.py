@@ -24,13 +24,14 @@ from dataclasses import dataclass, field, replace
 
 from lib.program import UserError
 
-DATA_FILE = re.compile(r"\.(jsonl?|txt|csv|parquet)(\.gz)?$")  # what is read of a folder
+DATA_FILE = re.compile(r"\.(jsonl?|txt|csv|parquet|gz)$", re.I)  # what is read of a folder
+KINDS = {b"PAR1": "parquet", b"\xff\xfe": "UTF-16", b"PK\3\4": "zip", b"\x28\xb5\x2f\xfd": "zstd"}
 
 
 def find_files(data) -> list[str]:
     """The files of --data: one, several with commas between, a glob, or all data files in a folder."""
     found = []
-    for name in [str(data)] if os.path.exists(data) else str(data).split(","):
+    for name in [str(data)] if os.path.exists(data) else filter(None, map(str.strip, str(data).split(","))):
         folder = os.path.isdir(name)
         inside = glob.escape(name) + "/**" * folder if os.path.exists(name) else name
         paths = [path for path in glob.glob(inside, recursive=True)
@@ -47,11 +48,12 @@ def read_text(path, errors: str = "strict") -> str:
         with open(path, "rb") as file:
             content = file.read()
         content = gzip.decompress(content) if content[:2] == b"\x1f\x8b" else content
-        table = "parquet" if content[:4] == b"PAR1" else "csv" if ".csv" in str(path)[-7:] else ""
-        if table:
-            to_json = "to_json('data.jsonl', orient='records', lines=True)"
-            raise UserError(f"{path}: found {table}, expected JSON or text; to convert it: "
-                            f"python -c \"import pandas; pandas.read_{table}('{path}').{to_json}\"")
+        kind = next((kind for start, kind in KINDS.items() if content.startswith(start)), "")
+        kind = "csv" if re.search(r"\.csv(\.gz)?$", str(path), re.I) else kind
+        if kind:
+            how = f"pandas.read_{kind}('{path}').to_json('data.jsonl', orient='records', lines=True)"
+            how = f'python -c "import pandas; {how}"' if kind in ("csv", "parquet") else "convert it first"
+            raise UserError(f"{path}: found {kind}, expected JSON or text in UTF-8: {how}")
         return content.decode("utf-8", errors).removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
@@ -61,18 +63,11 @@ def read_text(path, errors: str = "strict") -> str:
         raise UserError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
 
 
-def load_json(text: str, path):
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:  # RecursionError: thousands of brackets
-        raise UserError(f"{path}:{getattr(error, 'lineno', 1)}: found no valid JSON: {error}") from None
-
-
 def scan(path, text: str) -> Iterator[tuple[int, dict | UserError]]:
     """(line, record) for each record, or what is wrong with it. An array and lines are read alike: commas,
     brackets and white space between two records are skipped. Behind a broken record the next line is tried.
     A broken array is a UserError at once: nobody knows how much of it is lost."""
-    decode, between = json.JSONDecoder().raw_decode, re.compile(r"[\s,\[\]]*").match
+    decode, between = json.JSONDecoder().scan_once, re.compile(r"[\s,\[\]]*").match
     array, line, start, end = text.lstrip()[:1] == "[", 1, 0, 0
     while (after := between(text, end).end()) < len(text):
         line, start = line + text.count("\n", start, after), after
@@ -80,11 +75,11 @@ def scan(path, text: str) -> Iterator[tuple[int, dict | UserError]]:
             record, end = decode(text, start)
             if type(record) is not dict:
                 record = UserError(f"found {found_in(record)}, expected a record {{...}}")
-        except (ValueError, RecursionError) as error:
-            record = UserError(f"found no valid JSON: {getattr(error, 'msg', error)}")
+        except (ValueError, StopIteration, RecursionError) as error:
+            record = UserError(f"found no valid JSON: {getattr(error, 'msg', 'expected a value')}")
             if array:
                 raise UserError(f"{path}:{line}: {record}") from None
-            end = start + len(text[start:].split("\n", 1)[0])
+            end = text.find("\n", start) % (len(text) + 1)  # -1: the end of the text
         yield line, record
     if array and not text.rstrip().endswith("]"):
         raise UserError(f"{path}:{line}: found an array without an end, expected ]; the file may be cut off")
@@ -138,8 +133,8 @@ class Records(list):
     def check(self, strict: bool) -> "Records":
         """self. UserError if too much is left out or nothing is left; strict: if anything is left out."""
         if not self or self.unused > (len(self) + self.unused) / 10 or (strict and self.left_out):
-            allowed = "nothing left out (--strict)" if strict else "some, and at most a tenth left out"
-            raise UserError(f"{self.report()}; expected {allowed}")
+            most = "none (--strict)" if strict else "at most a tenth"
+            raise UserError(f"{self.report()}; found too few that can be used, {most} may be left out")
         return self
 
     def reasons(self) -> list[tuple[str, list[str]]]:
@@ -157,10 +152,9 @@ class Records(list):
 
 # ---- messages
 
-ROLES = {"system": "system", "developer": "system", "user": "user", "human": "user", "Human": "user",
-         "assistant": "assistant", "gpt": "assistant", "model": "assistant", "Assistant": "assistant"}
+ROLES = {"system": "system", "developer": "system", "user": "user", "human": "user",
+         "assistant": "assistant", "gpt": "assistant", "model": "assistant"}
 TOOLS = "tool", "function", "observation", "function_call", "tool_call", "tool_calls", "ipython"
-OTHER = {"user": "assistant", "assistant": "user"}
 
 
 def said(role: str, content) -> dict:
@@ -178,8 +172,10 @@ def text_of(content) -> str:
 
 def check_text(text: str, where: str = "") -> str:
     """The text. UserError for what is no UTF-8: half of a surrogate pair, or a byte of another encoding."""
-    if not text.isascii() and re.search("[\ud800-\udfff]", text):
-        raise UserError(f"{where}found half a character, or a byte that is no UTF-8; expected it whole")
+    try:
+        text.isascii() or text.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{where}found half a character, or a byte that is no UTF-8") from None
     return text
 
 
@@ -188,26 +184,28 @@ def messages_of(turns) -> list[dict]:
     assistant's. What tools say or are told is not trained: it becomes the user's, behind the role's name."""
     if not isinstance(turns, list) or not turns:
         raise UserError(f"found {found_in(turns)}, expected a list of messages")
-    messages, due = [], "user"
+    messages, due, tool = [], "user", False
     for turn in turns:
         turn = said("assistant", turn) if isinstance(turn, str) else turn
         if not isinstance(turn, dict):
             raise UserError(f"found {found_in(turn)}, expected a message {{...}}")
-        name, content = turn.get("role"), turn.get("content")
-        if name is None:
-            name, content = turn.get("from"), turn.get("value")
+        name = turn.get("role") or turn.get("from")
+        content = turn.get("content")
+        content = turn.get("value") if content is None else content
         content = content if type(content) is str and content.isascii() else check_text(text_of(content))
-        if len(turn) > 2 and (calls := turn.get("tool_calls")):
-            name, content = "tool_calls", f"{content}{json.dumps(calls, ensure_ascii=False)}"
+        if calls := turn.get("tool_calls"):
+            name, content = "tool_calls", f"{content}\n{json.dumps(calls, ensure_ascii=False)}".strip()
+        role = ROLES.get(name.lower()) if type(name) is str else None
         if not content or content.isspace():
+            if role == "system":
+                continue
             raise UserError("found a blank text, expected words")
-        role = ROLES.get(name) if type(name) is str else None
-        if role is None and name in TOOLS:
-            role, content = "user", f"{name}: {content}"
-            if due == "assistant":  # behind what the user said: one message of both
-                content, due = f"{messages.pop()['content']}\n{content}", "user"
+        before, tool = tool, role is None and name in TOOLS
+        role, content = ("user", f"{name}: {content}") if tool else (role, content)
+        if role == "user" and due == "assistant" and (tool or before):  # one message of both
+            content, due = f"{messages.pop()['content']}\n{content}", "user"
         if role == due:
-            due = OTHER[role]
+            due = "assistant" if role == "user" else "user"
         elif messages or role != "system":
             raise UserError(f"found the role {found_in(name)}, expected the {due}; turns alternate")
         plain = len(turn) == 2 and name == role and turn.get("content") is content
@@ -219,7 +217,7 @@ def messages_of(turns) -> list[dict]:
 
 def hh_turns(text: str) -> list[dict]:
     """The turns of Anthropic's HH form; [] for another text. A prompt ends with "Assistant:" and nothing."""
-    start, *parts = re.split(r"(?:\n\n|^)(Human|Assistant):", text)
+    start, *parts = re.split(r"(?:\n\n|^)(Human|Assistant):", text) if "Human:" in text else [""]
     turns = [said(name, content.strip()) for name, content in zip(parts[::2], parts[1::2])]
     return [] if start.strip() else turns[:-1] if turns[-1:] == [said("Assistant", "")] else turns
 
@@ -227,8 +225,8 @@ def hh_turns(text: str) -> list[dict]:
 # ---- forms. Each key can stand in for the one before it. null is as good as absent.
 
 CONVERSATION = "messages", "conversations", "conversation"
-ASKED = "prompt", "instruction", "query", "question"
-MORE = "input", "context"  # what an instruction is about
+ASKED = "prompt", "instruction", "query", "question", "input"
+MORE, SYSTEM = ("input", "context"), ("system", "system_prompt")  # beside what is asked
 ANSWER = "completion", "output", "response", "answer"
 NAMES = {  # how to call what is read by another stage, or by none
     ("completion", "label"): "KTO records (one reply with a label)",
@@ -243,16 +241,18 @@ def form_of(record: dict) -> str:
 
 def first(record: dict, keys: tuple[str, ...]):
     """What stands under the first of these keys that is there."""
-    return next((value for key in keys if (value := record.get(key)) is not None), None)
+    for key in keys:
+        if (value := record.get(key)) is not None:
+            return value
+    return None
 
 
 def in_context(record: dict, turns: list) -> list:
     """The turns behind the record's system message and its history [[question, answer], ...], if any."""
-    history, system = record.get("history") or (), text_of(record.get("system"))
-    try:
-        before = [turn for a, b in history for turn in (said("user", a), said("assistant", b))]
-    except (TypeError, ValueError):
-        raise UserError(f"found {found_in(history)} as history, expected [[question, answer], ...]") from None
+    history, system = record.get("history") or [], text_of(first(record, SYSTEM))
+    if not isinstance(history, list) or any(type(pair) is not list or len(pair) != 2 for pair in history):
+        raise UserError(f"found {found_in(history)} as history, expected [[question, answer], ...]")
+    before = [turn for a, b in history for turn in (said("user", a), said("assistant", b))]
     return [said("system", system)] * bool(system.strip()) + before + turns
 
 
@@ -261,16 +261,17 @@ def asked_in(record: dict) -> list:
     turns = first(record, CONVERSATION) or first(record, ASKED) or []
     if isinstance(turns, str):
         more = text_of(first(record, MORE))
-        turns = hh_turns(turns) or [said("user", f"{turns}\n{more}" if more.strip() else turns)]
+        more = "" if more == turns else more.strip() and f"\n{more}"
+        turns = hh_turns(turns) or [said("user", turns + more)]
     if not isinstance(turns, list):
         raise UserError(f"found {found_in(turns)}, expected a list of messages")
-    return in_context(record, turns) if turns and ("system" in record or "history" in record) else turns
+    return in_context(record, turns) if turns else []
 
 
 def chat_of(record: dict) -> Record:
     turns = asked_in(record)
     if first(record, CONVERSATION) is None:
-        if not turns or (answer := first(record, ANSWER)) is None or form_of(record):
+        if not turns or (answer := first(record, ANSWER)) is None or type(record.get("label")) is bool:
             raise UserError(f"found {found_in(record)}, expected messages, or a prompt with its completion")
         turns = turns + (answer if isinstance(answer, list) else [answer])
     messages = messages_of(turns)
@@ -315,25 +316,27 @@ def preference_of(record: dict) -> Record:
         raise UserError(f"found {found_in(record)}, expected replies: chosen and rejected, or responses")
     turns, asked, prompts, kept, left_out = asked_in(record), first(record, ASKED), [], {}, ""
     hh = isinstance(asked, str) and hh_turns(asked)
-    for i in in_order(record, len(replies)):
+    for i in (0, 1) if replies is pair else in_order(record, len(replies)):
         reply = replies[i].strip() if hh and isinstance(replies[i], str) else replies[i]
-        reply = hh_turns(reply) if isinstance(reply, str) and not turns else reply
+        reply = isinstance(reply, str) and hh_turns(reply) or reply
         reply = reply if isinstance(reply, list) else [reply]
         last = reply[-1] if reply else ""
         if not text_of(first(last, ("content", "value")) if isinstance(last, dict) else last).strip():
-            left_out = "found a blank reply among others, left out of its record"
+            left_out = "blank reply, left out of its record"
             continue
-        messages = messages_of(turns + reply if turns and len(reply) == 1 else in_context(record, reply))
+        if not turns and len(reply) == 1:
+            raise UserError("found replies without a prompt, expected one")
+        messages = messages_of(turns + reply if len(reply) == 1 else in_context(record, reply))
         prompts.append(messages[:-1])
-        if messages[-1]["role"] != "assistant" or prompts[-1] != prompts[0] or not prompts[0]:
+        if messages[-1]["role"] != "assistant" or prompts[-1] != prompts[0]:
             raise UserError("found no reply, or none to the same prompt, expected one prompt and its replies")
         kept.setdefault(messages[-1]["content"], i)  # the place of each different reply
     if len(kept) < 2:
         raise UserError("found no two different replies (they are blank, equal, or of equal scores)")
-    beside = [record.get(name) for name in ("tags", "scores")]
-    beside = [[values[i] for i in kept.values()] if isinstance(values, list) and len(values) == len(replies)
-              else [] for values in beside]
-    return Record(prompts[0], list(kept), *beside, left_out)
+    tags, scores = record.get("tags"), record.get("scores") or []
+    tags = [str(tags[i]) for i in kept.values()] if type(tags) is list and len(tags) == len(replies) else []
+    scores = [] if replies is pair or not scores else [scores[i] for i in kept.values()]
+    return Record(prompts[0], list(kept), tags, scores, left_out)
 
 
 def read(data, strict: bool = False, *, record_of: Callable[[dict], Record]) -> Records:
@@ -364,8 +367,8 @@ def split(records: list[Record], val_fraction: float, val_records: list[Record] 
         groups.setdefault(json.dumps(record.messages), []).append(record)
     for record in val_records:
         groups.pop(json.dumps(record.messages), None)
-    n = len(groups) if val_records else round(len(groups) * (1 - val_fraction))
-    groups = list(groups.values())
+    n, groups = len(groups), [*groups.values()]
+    n = n if val_records else round(n * (1 - val_fraction))
     if not n:
         raise UserError("found nothing to train on, expected less in --val_data or a lower --val_fraction")
     train, val = ([record for group in part for record in group] for part in (groups[:n], groups[n:]))
@@ -378,8 +381,10 @@ def read_split(read_form, cfg) -> tuple[list[Record], list[Record], str, dict[st
     found = [read_form(data, cfg.strict) for data in (cfg.data, cfg.val_data) if data]
     train, val = split(found[0], cfg.val_fraction, *found[1:])
     report = "\n".join(records.report() for records in found)
-    none = "" if val else f"\nno validation: --val_fraction {cfg.val_fraction} of them is less than one"
-    return train, val, report + none, found[0].metrics()
+    more = "" if val else f"\nno validation: --val_fraction {cfg.val_fraction} of them is less than one"
+    if cfg.val_data and (both := len(found[0]) - len(train)):
+        more = f"\n{both} of --data stand in --val_data too and are not trained"
+    return train, val, report + more, found[0].metrics()
 
 
 def random_negatives(records: list[Record], n: int, seed: int) -> list[Record]:

@@ -24,8 +24,9 @@ from typing import ClassVar, Literal
 
 import torch
 
-from lib.checkpoint import claim, load_checkpoint, save_checkpoint, save_final
+from lib.checkpoint import claim, keep_step, load_checkpoint, save_checkpoint, save_final
 from lib.program import UserError, keep_lines, require_positive, writing
+from lib.ranks import together
 
 
 @dataclass
@@ -86,9 +87,14 @@ class RunConfig:
             raise UserError(f"--seq_len {self.seq_len}: the model's rows end at {longest}; lower it")
 
     def fit_steps(self, items: float, most: float = math.inf) -> None:
-        """Fill in steps: as many as it takes to see `items` items so many epochs long, `most` at most."""
-        self.steps = self.steps or min(math.ceil(self.epochs * items / self.batch_size), most)
-        require_positive(self, "steps")
+        """Fill in steps: as many as it takes to see `items` items so many epochs long, `most` at most; and have
+        at least five evaluations, if they are few. UserError without any item."""
+        if not items:
+            raise UserError(f"{self.data}: found nothing that fits --seq_len {self.seq_len}, expected some")
+        if not self.steps:
+            require_positive(self, "epochs")
+            self.steps = min(math.ceil(self.epochs * items / self.batch_size), most)
+            self.eval_every = min(self.eval_every, max(1, self.steps // 5))
 
     def zero_options(self, ranks) -> dict:
         """What Zero() takes of these flags."""
@@ -117,8 +123,7 @@ class Run:
     inputs: {name: fingerprint} of what was read (data, frozen models). A resumed run should find the same.
     final: what final/config.json says beside the model's shape and the flags: head, chat_template.
     read: what was read and left out, in words for the screen and in numbers for metrics.jsonl.
-    stopped: a signal asked this run to stop. Then finish() writes no final/.
-    """
+    stopped: a signal asked this run to stop. Then finish() writes no final/."""
 
     def __init__(self, cfg: RunConfig, ranks, models: dict, tokenizer, *, inputs: dict, final: dict,
                  read: tuple[str, dict] = ("", {})):
@@ -136,12 +141,15 @@ class Run:
         self.skipped = saved.get("skipped", 0)  # updates that were left out, all in all
         self.due = bool(saved.get("due"))  # it stopped at a step that was to be evaluated
         self.best = saved.get("best") or [math.inf, 0]  # lowest validation loss, and its step
+        best = self.best[1] if found else -1  # of another run nothing stays
+        if cfg.keep_best and not together(lambda: ranks.is_main and keep_step(f"{cfg.out}/best", best))[0]:
+            self.best = [math.inf, 0]
         if self.start > cfg.steps:
             raise UserError(f"--steps {cfg.steps}: {cfg.out} is already at step {self.start}; give more")
         if read[1] and not self.start:
             self.append("metrics.jsonl", [{"step": 0, **read[1]}])
-        for line in (read[0], *(f"{name}: {zero.report()}" for name, zero in models.items())):
-            self.say(line)
+        few = [f"{cfg.steps} updates teach little; give more records, --epochs or --steps"] * (cfg.steps < 30)
+        self.say("\n".join([read[0], *(f"{key}: {z.report()}" for key, z in models.items()), *few]).strip())
         self.flops = model.flops_per_token(cfg.seq_len) if len(models) == 1 else 0  # of several: no MFU
         if self.flops:
             self.peak = matmul_peak(ranks.device, getattr(torch, cfg.dtype))
@@ -156,8 +164,7 @@ class Run:
         """The steps from here to cfg.steps, counted from 1.
         After each turn of the loop: evaluation and a checkpoint where they are due and at the last step; and
         the end, if any rank was asked to stop. evaluate() returns {metric: number}. first: also evaluate
-        before step 1. `continue` counts as a whole turn. After `break`, finish() writes final/ at once.
-        """
+        before step 1. `continue` counts as a whole turn. After `break`, finish() writes final/ at once."""
         cfg = self.cfg
         if self.due or self.start == cfg.steps or (first and self.start == 0):
             self._evaluate(evaluate, self.start)  # start == steps: it has finished before; say how it went
@@ -175,8 +182,8 @@ class Run:
                 self.say(f"asked to stop: saved after step {step}; the same command with --resume goes on")
                 return
         if cfg.keep_best and self.best[0] < math.inf:
-            step, _ = load_checkpoint(f"{cfg.out}/best", self.models, same=self.same, bitwise={})
-            self.say(f"the model of step {step} had the lowest validation loss; it becomes final/")
+            load_checkpoint(f"{cfg.out}/best", self.models, same=self.same, bitwise={})
+            self.say(f"--keep_best: final/ is the model of step {self.best[1]}")
 
     def log(self, step: int, *, tokens: float, skipped: int = 0, **numbers) -> None:
         """Once a step. tokens (of all ranks) and skipped updates add up. The numbers are written at every
@@ -234,19 +241,17 @@ class Run:
         self.ranks.close()
         return 130 if self.ranks.stop_signal == signal.SIGINT else 0  # as shells expect; SIGTERM was obeyed
 
-    def _restart_clock(self) -> None:
-        """After evaluating and saving, so that the speed is that of training alone."""
+    def _restart_clock(self) -> None:  # so that the speed is that of training alone
         self.clock, self.tokens, self.counted = time.perf_counter(), 0, 0
 
     def _save(self, folder: str, step: int, due: bool = False) -> None:
         extra = {**self.same, **self.should, "skipped": self.skipped, "steps": self.cfg.steps,
-                 "due": due, "best": self.best}
+                 "due": due, "best": self.best if self.best[0] < math.inf else None}
         save_checkpoint(folder, step, self.models, extra, self.config, self.tokenizer.path)
         self._restart_clock()
 
     def _evaluate(self, evaluate, step: int) -> None:
-        """loss: eval_loss; of PPO, which has none, minus the score."""
-        if numbers := evaluate():  # a script may have nothing to validate on
+        if numbers := evaluate():  # a script may have nothing to validate on; PPO has no loss but a score
             loss = numbers.get("eval_loss", -numbers.get("eval_score", math.nan))
             if not math.isfinite(loss):  # what has blown up is not worth saving
                 raise UserError(f"the validation loss is {loss}; lower --lr, or --dtype float32 or bfloat16")

@@ -14,8 +14,7 @@ and repeat. In a tie the smaller ids win. "low" 5 times, "lower" 2, "newest" 6 a
 
     e s -> es  9 times      es t -> est  9 times      l o -> lo  7 times      lo w -> low  7 times      ...
 
-The six special tokens (document start, whose turn, end) have the last ids. They never come from text: whoever
-types "<|end|>" gets the ids of seven characters.
+The six special tokens (document start, whose turn, end) have the last ids. They never come from text.
 """
 import hashlib
 import heapq
@@ -29,7 +28,7 @@ import regex  # comes with tiktoken; the standard `re` knows no \p{L}
 import tiktoken.load
 
 from lib.program import UserError, replacing
-from lib.records import check_text, load_json, read_text
+from lib.records import check_text, read_records
 
 SPECIALS = ("<|pad|>", "<|bos|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
 FORMAT = "llm-from-zero tokenizer, version 1"
@@ -179,8 +178,9 @@ class Tokenizer:
     @staticmethod
     def load(path: str) -> "Tokenizer":
         """Read what `save` wrote; UserError for anything else. Nothing that the file names is fetched."""
-        content = load_json(read_text(path), path)
+        found = read_records(path, strict=True)
         try:
+            content, = found
             learned = {key: content[key] for key in ("alphabet", "merged") if key in content}
             tokenizer = Tokenizer(content["kind"], **learned, fetch=False)
             if {**tokenizer.content, "fingerprint": tokenizer.fingerprint} != content:

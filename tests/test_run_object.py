@@ -283,10 +283,11 @@ def test_steps_and_rows_that_were_left_open():
     cfg = parse(Config, ["--steps", "0", "--batch_size", "8"])
     cfg.fit_steps(33)
     cfg.fit_rows(64)
-    assert cfg.steps == 9 and cfg.seq_len == 64  # 2 epochs of 33 items
+    assert (cfg.steps, cfg.seq_len, cfg.eval_every) == (9, 64, 1)  # 2 epochs of 33 items
     for wrong, action in (("--seq_len 65", lambda cfg: cfg.fit_rows(64)), ("--log_every 0", None),
-                          ("--epochs 0 --steps 0", lambda cfg: cfg.fit_steps(64)), ("--batch_size 0", None)):
-        with pytest.raises(UserError, match=wrong.split()[-2]):
+                          ("--epochs 0 --steps 0", lambda cfg: cfg.fit_steps(64)), ("--batch_size 0", None),
+                          ("--seq_len 5", lambda cfg: cfg.fit_steps(0))):
+        with pytest.raises(UserError, match=wrong.split()[0]):
             action(parse(Config, wrong.split()))
 
 

@@ -19,7 +19,7 @@ from evaluate import Progress, Reply, draw, perplexity, save_figures, score
 from lib.corpora import read_corpus
 from lib.program import UserError, parse, require_positive, start
 from lib.ranks import setup
-from lib.records import load_json, prompt_of, read_prompts, read_records, read_text
+from lib.records import prompt_of, read_prompts, read_records
 from model import LMHead, load_model
 from village import truth, words, world
 
@@ -155,7 +155,7 @@ def side_by_side(folders: list[str]) -> dict[str, dict]:
     found = {}
     for folder in folders:
         path, name = Path(folder) / "scorecard.json", Path(folder).name
-        card = load_json(read_text(path), path)
+        card = read_records(path, strict=True)[0]
         if not (isinstance(card, dict) and {"sampled", "prompts"} <= card.keys()):
             raise UserError(f"{path}: found no scorecard of replies; python -m village.scorecard writes one")
         found[name] = {"prompts": sum(card["prompts"].values()), "kl": card.get("kl", "-")} | card["sampled"]

@@ -5,7 +5,7 @@ import unicodedata
 from pathlib import Path
 
 from lib.program import UserError
-from lib.records import load_json, read_text
+from lib.records import read_records
 from village.words import ASKED, COURTESY, DECLINE, MEN, SURNAMES, TOLD, UNKNOWN, UNTOLD, VILLAGES, WOMEN
 
 
@@ -91,7 +91,7 @@ POINTS = {
 def load(folder) -> dict[str, dict[str, str]]:
     """{person: {kind: value}}, the truth about the inhabitants, from the facts.json of a world."""
     path = Path(folder) / "facts.json"
-    if not (people := load_json(read_text(path), path).get("people")):
+    if not (people := read_records(path, strict=True)[0].get("people")):
         raise UserError(f"{path}: found no people; python -m village.world --out {folder} writes some")
     return people
 
