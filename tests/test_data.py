@@ -21,7 +21,7 @@ import tiktoken_ext.openai_public as named
 import torch
 
 import data
-from data import Conversations, Windows, chat_samples, collate, encode_chat, eval_windows, pack
+from data import Windows, collate, encode_chat, eval_windows, pack
 from lib import corpora
 from lib.corpora import TokenFile, prepare, read_corpus, write_token_file
 from lib.program import UserError
@@ -69,6 +69,7 @@ def test_every_form_of_file_gives_the_same_documents(tmp_path):
     ("a.txt", b" \n\n<|endoftext|>\n ", ["0 used"]),
     ("a.txt", "one\ntwo\nf\xfcr".encode("latin-1"), [":3:", "0xfc", "offset 9", "UTF-8"]),
     ("a.jsonl", b'{"text": "a"}\n{"prompt": "a"}', ["1 left out", "a.jsonl:2", "'prompt'", '"text"']),
+    ("a.jsonl", b'broken\n{"text": "a"}', ["1 left out", "a.jsonl:1", "JSON"]),
     ("a.txt", None, ["no such file", ".jsonl"]),
 ])
 def test_bad_text_is_one_clear_line_and_writes_nothing(tmp_path, name, content, words):
@@ -332,20 +333,6 @@ def chats(n) -> list[Record]:
     return records
 
 
-def test_ids_and_mask_of_a_dialogue():
-    """By hand, message for message: an assistant's bytes and the ends of its turns are trained."""
-    bos, system, user, assistant, end = (getattr(BYTES, f"{name}_id") for name in
-                                         ("bos", "system", "user", "assistant", "end"))
-    ids, mask = encode_chat(BYTES, DIALOGUE)
-    assert ids == [bos, system, *b"S", end, user, *b"ab", end, assistant, *b"cd", end, user, *b"e", end,
-                   assistant, *"你".encode(), end]
-    assert mask == [0] * 9 + [1] * 3 + [0] * 4 + [1] * 4
-    assert data.encode_prompt(BYTES, DIALOGUE[:4]) == ids[:-4]
-    each = chat_samples(BYTES, DIALOGUE, "each")
-    assert each == [(ids[:12], mask[:12]), (ids, [0] * 16 + [1] * 4)]
-    assert chat_samples(BYTES, DIALOGUE, "last") == each[1:]
-
-
 def test_packed_rows_equal_one_row_each():
     """Without leaks: the logits of each sequence in a packed row are those of the sequence read alone."""
     sequences, masks = zip(*(encode_chat(BYTES, record.messages) for record in chats(9)))
@@ -362,26 +349,6 @@ def test_packed_rows_equal_one_row_each():
                 torch.testing.assert_close(packed[r, here], alone, rtol=1e-9, atol=1e-12)
                 expected = [t if m else -100 for t, m in zip(sequences[i][1:], masks[i][1:])] + [-100]
                 assert targets[r, here].tolist() == expected
-
-
-@pytest.mark.parametrize("world", [1, 2, 3])
-def test_every_conversation_once_per_epoch(world):
-    """Over the ranks and steps of an epoch, in rows of one shape; what is too long is cut or counted."""
-    train = Conversations(chats(24), BYTES, 64, batch_size=6, seed=3)
-    seen = []
-    for step in range(-(-len(train) // 6)):
-        parts = [train.rows(train.of_step(step), rank, world) for rank in range(world)]
-        assert len({part[0].shape for part in parts}) == 1
-        seen += [tuple(row[segment == s].tolist()) for ids, _, segments in parts for row, segment in
-                 zip(ids, segments) for s in segment.unique() if s >= 0]
-    epoch = [tuple(ids) for ids, _ in train.samples]
-    assert set(seen) == set(epoch) and len(train) + train.dropped == 24 and train.truncated > 3
-    assert all(len(ids) <= 64 and any(mask) for ids, mask in train.samples)
-    assert sum(int((s >= 0).sum()) for rank in range(world) for _, _, s in train.in_order(rank, world)) == \
-        sum(map(len, epoch))
-    assert len(nothing := Conversations(chats(3), BYTES, 3)) == 0 and nothing.dropped == 3
-    with pytest.raises(UserError, match=r"file:0, character .*U\+"):
-        Conversations(chats(3), make_tokenizer("char", "x"), 64)
 
 
 def test_command_shows_what_training_reads(tmp_path, capsys, monkeypatch):

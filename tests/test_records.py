@@ -1,6 +1,7 @@
 """Public record forms: what is read of them, what is left out and counted; one line for a bad file."""
 import gzip
 import json
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -56,7 +57,7 @@ CHATS = {
     "weights": ({"messages": [USER, {**NO, "weight": 0}, USER, {**NO, "train": False}, USER,
                               {**NO, "loss": False}, {**USER, "weight": 1}, {**REPLY, "weight": 1}]},
                 [*[USER, {**NO, "train": False}] * 3, USER, REPLY]),
-    "tools": ({"messages": [USER, {"role": "assistant", "content": None, "tool_calls": [{"name": "f"}]},
+    "tools": ({"messages": [USER, {"role": "assistant", "tool_calls": [{"name": "f"}]},
                             {"role": "tool", "content": "42"}, REPLY,
                             {"from": "observation", "value": "x"}, NO]},
               [{"role": "user", "content": 'Hi 你好\ntool_calls: [{"name": "f"}]\ntool: 42'},
@@ -121,10 +122,10 @@ def test_what_stands_beside_responses(tmp_path):
     newline inside a turn stays."""
     start = "\n\nHuman: a: b\nc\n\nAssistant: d\n\nHuman: e\n\nAssistant:"
     hh, ranked = read_preferences(write(tmp_path, {"chosen": start + " good", "rejected": start + " bad"}, {
-        "prompt": "a", "responses": ["b", " ", "c"], "tags": ["x", "?", "y"], "scores": [0.5, 7, 1],
+        "prompt": "a", "responses": ["b", " ", "c"], "tags": ["x", [], 7], "scores": [0.5, 7, 1],
         "tag": "t"}))
     assert [m["content"] for m in hh.messages] == ["a: b\nc", "d", "e"] and hh.responses == ["good", "bad"]
-    assert (ranked.responses, ranked.tags, ranked.scores) == (["c", "b"], ["y", "x"], [1, 0.5])
+    assert (ranked.responses, ranked.tags, ranked.scores) == (["c", "b"], ["7", "x"], [1, 0.5])
     assert ranked.tag == "t"
 
 
@@ -219,6 +220,14 @@ def test_all_reasons_at_once(tmp_path):
     assert "(a.jsonl:46, a.jsonl:47, a.jsonl:48)" in said and "1 x" not in said
 
 
+def test_a_wrong_file_is_refused_at_once(tmp_path):
+    """Two megabytes of text in place of chats: each line is tried, in time that grows with their number."""
+    path, began = tmp_path / "a.txt", time.process_time()
+    path.write_text("some words\n" * 180_000)
+    one_clear_line(read_chats, path, "180000 x found no valid JSON")
+    assert time.process_time() - began < 5
+
+
 @pytest.mark.parametrize("content, words", [
     (b"\n \n", ["0 used"]), (b"\n[" + GOOD + b", " + GOOD, [":3", "without an end"]),
     (b"[" + GOOD + b", {'a'}," + GOOD * 99 + b"]", [":2", "JSON"])])
@@ -229,10 +238,8 @@ def test_what_may_have_lost_much_is_refused(content, words, tmp_path):
 
 
 BAD_PREFERENCES = {
-    "one response": {"prompt": "a", "responses": ["b"]},
     "KTO": {"prompt": "a", "completion": "b", "label": False},
     "conversations": {"messages": [USER, REPLY]},
-    "one blank": {"prompt": "a", "responses": ["b", " "]},
     "equal replies": {"prompt": "a", "chosen": "b", "rejected": "b"},
     "equal scores": {"prompt": "a", "responses": ["b", "c"], "scores": [1, 1]},
     "drawn and not ranked": {"prompt": "a", "responses": ["b", "c"], "ended": [True, True]},
@@ -242,7 +249,6 @@ BAD_PREFERENCES = {
     "two prompts": {"chosen": [USER, REPLY], "rejected": [{"role": "user", "content": "Bye"}, NO]},
     "no reply at the end": {"chosen": [USER, REPLY, USER], "rejected": [USER, REPLY]},
     "hh without turns": {"chosen": "good", "rejected": "bad"},
-    "hh after a text": {"chosen": f"x{HH} b", "rejected": f"x{HH} c"},
     "hh with a blank turn": {"chosen": f"\n\nHuman: {HH} b", "rejected": f"\n\nHuman: {HH} c"},
     "scores too few": {"prompt": "a", "responses": ["b", "c"], "scores": [1]},
     "scores no numbers": {"prompt": "a", "responses": ["b", "c"], "scores": ["1", "2"]},

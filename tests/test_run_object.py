@@ -2,6 +2,7 @@
 that it continues; what is written; the learning rate at its corners."""
 import math
 import os
+import shutil
 import signal
 from dataclasses import dataclass
 
@@ -233,6 +234,14 @@ def test_the_best_model_is_kept(tmp_path, capsys):
     assert capsys.readouterr().out.count("eval_loss was 2 at step 2 (see --keep_best)") == 4
     assert train(True, [3.0, 2.0, 4.0], stop_at=4) is None
     assert torch.equal(train(True, [5.0, 2.5, 6.0], resume=True), weights[2])
+    out = tmp_path / "True"  # as a run leaves it that is killed before its first checkpoint
+    for folder in (out / "final", *out.glob("step-*")):
+        shutil.rmtree(folder)
+    os.rename(out / "best" / "step-00000002", out / "best" / "step-00000099")
+    assert torch.equal(train(True, [3.0, 4.0, 2.0, 5.0, 6.0, 7.0]), weights[3])
+    shutil.rmtree(out / "best")  # as of a run that did not keep it
+    shutil.rmtree(out / "step-00000006")
+    assert torch.equal(train(True, [9.0, 10.0, 11.0], resume=True), weights[4])
 
 
 def test_what_was_read_is_said_and_counted_once(tmp_path, capsys):

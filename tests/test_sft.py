@@ -109,6 +109,8 @@ def test_every_conversation_once_per_epoch(world):
             for inside in (segment == s for s in segment.unique() if s >= 0):
                 seen.append((row[inside].tolist(), [0, *(targets[inside] >= 0).int().tolist()[:-1]]))
     assert sorted(seen) == sorted(train.samples)
+    assert sum(int((s >= 0).sum()) for rank in range(world) for *_, s in train.in_order(rank, world)) == \
+        sum(len(ids) for ids, _ in train.samples)
     assert [train.of_step(s) for s in range(4)] != [train.of_step(s) for s in range(4, 8)]
 
 
