@@ -190,9 +190,9 @@ def messages_of(turns) -> list[dict]:
         if not isinstance(turn, dict):
             raise UserError(f"found {found_in(turn)}, expected a message {{...}}")
         name = turn.get("role") or turn.get("from")
-        content = turn.get("content")
-        content = turn.get("value") if content is None else content
-        content = content if type(content) is str and content.isascii() else check_text(text_of(content))
+        if type(content := turn.get("content")) is not str:
+            content = text_of(turn.get("value") if content is None else content)
+        check_text(content)
         if calls := turn.get("tool_calls"):
             name, content = "tool_calls", f"{content}\n{json.dumps(calls, ensure_ascii=False)}".strip()
         role = ROLES.get(name.lower()) if type(name) is str else None
@@ -249,11 +249,11 @@ def first(record: dict, keys: tuple[str, ...]):
 
 def in_context(record: dict, turns: list) -> list:
     """The turns behind the record's system message and its history [[question, answer], ...], if any."""
-    history, system = record.get("history") or [], text_of(first(record, SYSTEM))
+    history, system = record.get("history") or [], first(record, SYSTEM) or ""
     if not isinstance(history, list) or any(type(pair) is not list or len(pair) != 2 for pair in history):
         raise UserError(f"found {found_in(history)} as history, expected [[question, answer], ...]")
     before = [turn for a, b in history for turn in (said("user", a), said("assistant", b))]
-    return [said("system", system)] * bool(system.strip()) + before + turns
+    return [said("system", system)] * bool(system) + before + turns
 
 
 def asked_in(record: dict) -> list:
@@ -265,7 +265,7 @@ def asked_in(record: dict) -> list:
         turns = hh_turns(turns) or [said("user", turns + more)]
     if not isinstance(turns, list):
         raise UserError(f"found {found_in(turns)}, expected a list of messages")
-    return in_context(record, turns) if turns else []
+    return in_context(record, turns) if turns and first(record, ("history", *SYSTEM)) else turns
 
 
 def chat_of(record: dict) -> Record:
