@@ -207,7 +207,7 @@ def messages_of(turns) -> list[dict]:
         if role == due:
             due = "assistant" if role == "user" else "user"
         elif messages or role != "system":
-            raise UserError(f"found the role {found_in(name)}, expected the {due}; turns alternate")
+            raise UserError(f"found the role {ascii(name)[:40]}, expected the {due}; turns alternate")
         plain = len(turn) == 2 and name == role and turn.get("content") is content
         messages.append(turn if plain else said(role, content))
         if len(turn) > 2 and (turn.get("weight") == 0 or False in (turn.get("train"), turn.get("loss"))):
@@ -342,7 +342,7 @@ def preference_of(record: dict) -> Record:
 def read(data, strict: bool = False, *, record_of: Callable[[dict], Record]) -> Records:
     """What can be used of the files that --data names, as record_of makes it."""
     records = Records(data)
-    gc.disable()  # with more and more records it would look through all of them, over and over
+    gc.disable()  # else it looks through all records again and again while they become more
     try:
         for path in find_files(data):
             records.take(path, read_text(path, "surrogateescape"), record_of)

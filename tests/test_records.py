@@ -167,7 +167,7 @@ UNUSABLE = {  # what the file holds beside good records, and words of the reason
     "preferences": (b'{"prompt": "a", "chosen": "b", "rejected": "c"}\n', ["preferences"]),
     "messages is a number": (b'{"messages": 3}\n', ["int", "list"]),
     "unknown role": (chat(USER, {"role": "asistant", "content": "a"}), ["asistant", "the assistant"]),
-    "role is a list": (chat({"role": ["user"], "content": "a"}), ["list"]),
+    "role is a list": (chat({"role": ["user"], "content": "a"}), ["['user']"]),
     "a megabyte as role": (chat({"role": "x" * 1_000_000, "content": "a"}), ["xxx"]),
     "starts with the assistant": (chat(REPLY, USER), ["assistant", "expected the user"]),
     "two user turns": (chat(USER, USER, REPLY), ["user", "expected the assistant"]),
