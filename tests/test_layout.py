@@ -54,6 +54,17 @@ def test_no_words_of_a_list_that_a_reader_does_not_have():
                 for n, line in enumerate(path.read_text().split("\n"), 1) if (found := word.search(line))]
 
 
+@pytest.mark.parametrize("path", [*ROOT.glob("README*.md"), *ROOT.glob("docs/*.md")], ids=lambda p: p.name)
+def test_a_page_is_short(path):
+    """Outside tables and code no line is wider than 160 columns, and no word stands twice in a row."""
+    text = path.read_text(encoding="utf-8")
+    free = {"log.md": 999, "exercises.md": 999, "troubleshooting.md": 999, "results.md": 150}
+    assert text.count("\n") <= free.get(path.name, 60 if path.parent.name == "docs" else 120)
+    prose = re.sub(r"^```.*?^```|^\|.*?$", "", text, flags=re.M | re.S)
+    assert not [line for line in prose.split("\n") if len(line) > 160]
+    assert not [found[0] for found in re.finditer(r"\b([A-Za-z]+)\s+\1\b", prose, re.I)]
+
+
 def place(module: str) -> str:
     """Where a module belongs: an entry of FLOOR or ABOVE, "tests"; "" if it is none of ours."""
     first = module.split(".")[0]
