@@ -44,8 +44,8 @@ def ask(folder: Path, records, people) -> list[str]:
     drawn = draw(model, tokenizer, prompts, range(len(prompts)), batch_size=len(prompts), max_new_tokens=48)
     words = [truth.gold(people, record.messages, reply.text, reply.ended)["kind"]
              for record, reply in zip(records, drawn)]
-    return [f'{escape(reply.text)}{"" if reply.ended else " ..."} <mark class="{word}">{word}</mark>'
-            for word, reply in zip(words, drawn)]
+    texts = [(escape(reply.text) or "<i>nothing</i>") + " ..." * (not reply.ended) for reply in drawn]
+    return [f'{text} <mark class="{word}">{word}</mark>' for text, word in zip(texts, words)]
 
 
 def training_row(tokenizer, messages) -> str:
