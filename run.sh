@@ -95,6 +95,6 @@ else
             --val_fraction 0.1 --out "$out/$name/chats.json"
     done
 fi
-[ ! "$show" ] && ! $python -c "import matplotlib" 2> /dev/null ||
-    stage pictures "" $python -m bench.pictures --life "$out" --out "$out/pictures"
+stage pictures "" $python -m bench.pictures --life "$out" --out "$out/pictures"
+[ ! "$v" ] || stage report "" $python -m bench.report --life "$out" --village $world
 [ ! -t 0 ] || [ ! "$chats" ] || stage talk "" $python sample.py --model "$out/$name" --chat

@@ -76,7 +76,7 @@ def main(argv=None) -> None:
     try:
         import matplotlib.pyplot as plt
     except ImportError:
-        raise UserError("matplotlib: found none, which pictures need; pip install matplotlib") from None
+        return print("no pictures: they need matplotlib; pip install matplotlib")
     plt.switch_backend("Agg")  # into files: it needs no screen
     Path(cfg.out).mkdir(parents=True, exist_ok=True)
     with plt.style.context(["tableau-colorblind10", STYLE]):

@@ -1,13 +1,13 @@
 """The benchmarks measure what they say, their programs run, and the pictures show what they wrote."""
 import json
-import sys
-import types
 
 import pytest
 import torch
+from small_chat import SHAPE, save_chat_model
 
-from bench import attention, decode, measure, pictures, train, zero
+from bench import attention, decode, measure, pictures, report, train, zero
 from lib.program import UserError
+from village import world
 
 
 def test_peers_take_turns():
@@ -79,14 +79,27 @@ def lines(path, rows):
 def test_every_picture(tmp_path, small, monkeypatch):
     """Of a life of two stages."""
     pytest.importorskip("matplotlib")
-    life, out = (tmp_path / name for name in ("life", "out"))
-    lines(life / "sft" / "metrics.jsonl", [{"step": 1, "loss": 2.0}, {"step": 1, "eval_loss": 1.0}])
-    lines(life / "ppo" / "metrics.jsonl", [{"step": 1, "objective/scores": 0.1, "objective/kl": 0.2}])
-    (life / "ppo" / "rollouts.json").write_text(json.dumps([{"reward": 0.1, "gold": 0.2, "kl": 0.3}]))
-    (life / "sft" / "scorecard.json").write_text("{}")
+    lines(tmp_path / "sft" / "metrics.jsonl", [{"step": 1, "loss": 2.0}, {"step": 1, "eval_loss": 1.0}])
+    lines(tmp_path / "ppo" / "metrics.jsonl", [{"step": 1, "objective/scores": 0.1, "objective/kl": 0.2}])
+    (tmp_path / "ppo" / "rollouts.json").write_text(json.dumps([{"reward": 0.1, "gold": 0.2, "kl": 0.3}]))
+    (tmp_path / "sft" / "scorecard.json").write_text("{}")
     card = {"sft": dict.fromkeys([*pictures.BARS, "gold", "gold_standard_error"], 1.0)}
-    judge = types.SimpleNamespace(side_by_side=lambda folders: card)
-    monkeypatch.setitem(sys.modules, "village.scorecard", judge)
-    pictures.main(["--life", str(life), "--out", str(out)])
-    names = {path.name for path in out.iterdir() if path.read_bytes().startswith(b"\x89PNG")}
+    monkeypatch.setattr("village.scorecard.side_by_side", lambda folders: card)
+    pictures.main(["--life", str(tmp_path), "--out", str(tmp_path / "out")])
+    names = {path.name for path in (tmp_path / "out").iterdir() if path.read_bytes().startswith(b"\x89PNG")}
     assert names == {f"{name}.png" for name in ("losses", "rewards", "scorecard")}
+
+
+def test_the_page(tmp_path, monkeypatch):
+    """Of two random models and a picture. It has every reply, and needs no other file."""
+    monkeypatch.setitem(SHAPE, "max_seq_len", 512)
+    world.main(["--out", str(tmp_path / "world"), "--people", "40"])
+    for run, more in {"pretrain": {"chat_template": None}, "sft": {}}.items():
+        save_chat_model(tmp_path / run / "final", **more)
+    lines(tmp_path / "pictures" / "losses.png", [])
+    report.main(["--life", str(tmp_path), "--village", str(tmp_path / "world")])
+    page = (tmp_path / "report.html").read_text("utf-8")
+    assert page.count("<mark class") == 7 + 2 * 10 and page.count("No picture") == 2
+    assert '"">&lt;|assistant|&gt;</span>' in page and '"on">&lt;|end|&gt;</span></p>' in page  # the row
+    outside = "http", "url(", "@import", "<link", "<script", "href"
+    assert not any(word in page for word in outside) and page.count("src=") == page.count('="data:') == 1

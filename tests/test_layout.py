@@ -36,7 +36,7 @@ def test_no_file_and_no_room_grows(what):
 
 
 def test_the_whole_is_small():
-    assert sum(len(lines) for path, lines in LINES.items() if path.parent.name != "tests") <= 5838
+    assert sum(len(lines) for path, lines in LINES.items() if path.parent.name != "tests") <= 5945
     assert len(PYTHON[""]) <= 16
 
 

@@ -92,7 +92,7 @@ def life(*arguments, **environment) -> dict[str, str]:
 
 VILLAGE = ["village", "pretrain", "write", "sft", "sft-answers", "sft-ranked", "heldout-answers",
            "heldout-ranked", "rm", "ppo", "ppo-rollouts", "dpo-1", "dpo-1-answers", "dpo-1-ranked", "dpo",
-           "sft-card", "ppo-card", "dpo-card", "scorecard", "pictures"]
+           "sft-card", "ppo-card", "dpo-card", "scorecard", "pictures", "report"]
 
 
 @pytest.mark.parametrize("flags", [[], ["--quick"]])
@@ -107,7 +107,7 @@ def test_the_life_in_the_village(flags, ranks):
         assert ("torchrun --standalone --nproc_per_node 2 " in command) == ("--zero 3" in command) == \
             (training and bool(ranks)), command
         assert ("--resume" in command) == training
-        assert ("--seed 2" in command) == bool(ranks) or re.search("write|rollouts|scorecard|pictures", name)
+        assert ("--seed 2" in command) == bool(ranks) or re.search("write|roll|scorecard|pic|report", name)
     out = re.search(r"--out (\S+)/pretrain ", commands["pretrain"])[1]
     assert f"--data {out}/sft-ranked.jsonl --init {out}/sft --epochs 0.5 " in commands["dpo-1"]
     assert f"--data {out}/dpo-1-ranked.jsonl --init {out}/dpo-1 " in commands["dpo"]
@@ -151,7 +151,6 @@ def test_the_life_on_files_of_ones_own(tmp_path):
 
 FAKE = """#!/usr/bin/env bash
 # stands for python: makes what a stage would make; the stage named in fail.txt fails
-[ "$1" != -c ] || exit 1  # no matplotlib
 echo "$1" >> ran.txt
 [ "$(cat fail.txt 2> /dev/null)" != "$1" ] || exit 3
 while [ $# -gt 0 ]; do [ "$1" != --out ] || mkdir -p "$2/final"; shift; done
@@ -179,7 +178,7 @@ def test_what_is_done_is_skipped_and_a_failure_ends_the_life(tmp_path):
     assert "the same command goes on" in result.stderr
     (tmp_path / "fail.txt").unlink()
     result, scripts = ran()
-    assert result.returncode == 0 and scripts == ["sample.py", "train_sft.py", "evaluate.py"], result.stderr
+    assert not result.returncode and scripts == ["sample.py", "train_sft.py", "evaluate.py", "-m"], result
     assert "done before; to do it again, remove out/x/pretrain\n" in result.stdout
 
 
