@@ -40,6 +40,15 @@ def test_the_whole_is_small():
     assert len(PYTHON[""]) <= 16
 
 
+@pytest.mark.parametrize("page", ["README.md", "README.zh.md"])
+def test_the_front_page_counts_the_lines(page):
+    """Of each file at the top level, and of each room but tests/."""
+    rows = re.findall(r"^\| \d+ \| \[([\w.]+)/?\]\((\1)\) \| (\d+) \|", (ROOT / page).read_text(), re.M)
+    counted = {path.name: len(LINES[path]) for path in PYTHON[""]}
+    counted |= {room: sum(len(LINES[path]) for path in PYTHON[room]) for room in ROOMS[1:-1]}
+    assert {name: int(n) for name, _, n in rows} == counted
+
+
 def test_lines_fit_on_a_screen():
     shell = {path: path.read_text().splitlines() for path in ROOT.glob("*.sh")}
     assert not [f"{path.relative_to(ROOT)}:{number}" for path, lines in {**LINES, **shell}.items()
