@@ -21,13 +21,11 @@ import tiktoken_ext.openai_public as named
 import torch
 
 import data
-from data import Windows, collate, encode_chat, eval_windows, pack
+from data import Windows, eval_windows
 from lib import corpora
 from lib.corpora import TokenFile, prepare, read_corpus, write_token_file
 from lib.program import UserError
-from lib.records import Record
 from lib.tokenizer import WORD_PATTERN, Tokenizer, make_tokenizer
-from model import GPT, GPTConfig
 
 MANY_SCRIPTS = "One line.\r\nनमस्ते दुनिया\n你好，世界\n😀👩‍👩‍👧 end\n"
 BYTES = make_tokenizer("byte")
@@ -321,34 +319,6 @@ def test_eval_windows_hold_every_target_once(tmp_path, n, seq_len, batch_size, w
 
 DIALOGUE = [{"role": role, "content": content} for role, content in (
     ("system", "S"), ("user", "ab"), ("assistant", "cd"), ("user", "e"), ("assistant", "你"))]
-
-
-def chats(n) -> list[Record]:
-    """One to three exchanges of random letters, sometimes with a system message."""
-    r, records = random.Random(0), []
-    for i in range(n):
-        turns = [{"role": role, "content": "".join(r.choices("abc 你🙂", k=r.randint(1, 12)))}
-                 for _ in range(r.randint(1, 3)) for role in ("user", "assistant")]
-        records.append(Record(DIALOGUE[:1] * (i % 3 == 0) + turns, where=f"file:{i}"))
-    return records
-
-
-def test_packed_rows_equal_one_row_each():
-    """Without leaks: the logits of each sequence in a packed row are those of the sequence read alone."""
-    sequences, masks = zip(*(encode_chat(BYTES, record.messages) for record in chats(9)))
-    rows = pack(list(map(len, sequences)), 128)
-    assert sorted(i for row in rows for i in row) == list(range(9)) and len(rows) < 6
-    ids, targets, segment_ids = collate(sequences, masks, rows, 128)
-    model = GPT(GPTConfig(vocab_size=262, n_layer=2, n_head=2, n_embd=16, max_seq_len=128)).double()
-    with torch.no_grad():
-        packed = model(ids, segment_ids=segment_ids)
-        for r, row in enumerate(rows):
-            for segment, i in enumerate(row):
-                alone = model(torch.tensor([sequences[i]]))[0]
-                here = segment_ids[r] == segment
-                torch.testing.assert_close(packed[r, here], alone, rtol=1e-9, atol=1e-12)
-                expected = [t if m else -100 for t, m in zip(sequences[i][1:], masks[i][1:])] + [-100]
-                assert targets[r, here].tolist() == expected
 
 
 def test_command_shows_what_training_reads(tmp_path, capsys, monkeypatch):
