@@ -25,6 +25,7 @@ from data import Conversations, Replies, Windows, eval_windows
 from lib.corpora import TokenFile, prepare, write_token_file
 from lib.program import UserError
 from lib.records import read_chats, read_preferences, read_prompts
+from lib.run import RunConfig
 from lib.tokenizer import Tokenizer, make_tokenizer
 
 SECONDS = 5  # of computing, so that a busy machine is no failure
@@ -126,6 +127,7 @@ def use_chat(folder: Path, r: random.Random):
     if records[0].messages[-1]["role"] == "assistant":
         chats = Conversations(records, BYTES, 48, turns=r.choice(("all", "last", "each")), batch_size=2)
         chats.report()
+        RunConfig(data=str(path), steps=1, seq_len=48).fit_steps(len(chats))
         chats.rows(chats.of_step(0))
 
 
@@ -135,6 +137,7 @@ def use_preference(folder: Path, r: random.Random):
     kind = r.choice(("none", "best-worst", "all"))
     pairs = Replies(read_preferences(path), BYTES, 48, batch_size=2, pairs=kind)
     pairs.report()
+    RunConfig(data=str(path), steps=1, seq_len=48).fit_steps(len(pairs))
     list(pairs.batches(pairs.of_step(0)))
 
 
