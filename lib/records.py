@@ -212,7 +212,7 @@ def messages_of(turns) -> list[dict]:
         messages.append(turn if plain else said(role, content))
         if len(turn) > 2 and (turn.get("weight") == 0 or False in (turn.get("train"), turn.get("loss"))):
             messages[-1]["train"] = False
-    return messages
+    return messages or messages_of(messages)  # nothing is left of a blank system message alone: an error
 
 
 def hh_turns(text: str) -> list[dict]:

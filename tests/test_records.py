@@ -161,6 +161,7 @@ UNUSABLE = {  # what the file holds beside good records, and words of the reason
     "JSON cut off": (GOOD[:30] + b"\n", ["JSON"]),
     "thousands of brackets": (b'{"a":' * 100_000 + b"\n", ["JSON"]),
     "no record": (b'"text"\n', ["str", "a record"]),
+    "a blank system alone": (chat({"role": "system", "content": " "}), ["list []"]),
     "other keys": (b'{"text": "a"}\n', ["'text'", "messages"]),
     "KTO": (b'{"prompt": "a", "completion": "b", "label": true}\n', ["KTO records (one reply with"]),
     "stepwise": (b'{"prompt": "a", "completions": ["b"], "labels": [true]}\n', ["stepwise"]),
