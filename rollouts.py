@@ -75,8 +75,7 @@ def draw(prompts: list[list[int]], step: int, actor: GPT, zero, tokenizer, cfg, 
     return Rollout(
         prompts, replies, ended, [prompt + reply + end for prompt, reply, end in parts],
         [[0] * len(prompt) + [1] * len(reply) + [0] * len(end) for prompt, reply, end in parts],
-        mask, sampled_logp,
-        *(torch.zeros_like(sampled_logp) for _ in range(3)), torch.zeros(len(prompts), device=ranks.device))
+        mask, sampled_logp, *sampled_logp.new_zeros(3, *mask.shape), sampled_logp.new_zeros(len(prompts)))
 
 
 def minibatches(cfg, step: int, epoch: int) -> list[list[int]]:

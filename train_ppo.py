@@ -251,6 +251,7 @@ def main(argv=None) -> int:
 
         if not any(rollout.ended):
             run.say("    no reply ended in time; give more --max_new_tokens, or train SFT for longer")
+
         # rewards and advantages: the same numbers on every rank
         unended = ~torch.tensor(rollout.ended, device=ranks.device)
         scores = rollout.scores - cfg.missing_eos_penalty * unended.float()

@@ -118,8 +118,8 @@ def kinds_of_pairs(replies: Replies, pairs) -> dict[str, list[int]]:
 def evaluate(rewards, replies: Replies, cfg: Config) -> dict:
     """What the rewards (n,) of all replies are worth against the labels, for all pairs and by kind of pair.
 
-    agreement: accuracy against the order of the replies' scores, which have no noise. ceiling: accuracy of
-    that order against the labels."""
+    accuracy: of pairs; its error: of prompts, whose pairs are not independent. agreement: accuracy against
+    the order of the replies' scores, which have no noise. ceiling: accuracy of that order on the labels."""
     if not len(replies):
         return {}
     sizes = replies.sizes(range(len(replies)))
@@ -131,7 +131,7 @@ def evaluate(rewards, replies: Replies, cfg: Config) -> dict:
     known, differ = gaps.abs() >= 0, (gaps.abs() > 0) & (gaps.abs() >= cfg.score_gap - 1e-9)
     of_prompts = [part.mean() for part in wins(differences).split([math.comb(K, 2) for K in sizes])]
     result = {"loss": rm_loss(rewards, sizes, cfg.centre).item() / len(sizes),
-              **with_error("accuracy", torch.stack(of_prompts), share=True),
+              **with_error("accuracy", torch.stack(of_prompts), share=True),  # its mean is replaced below
               **pair_metrics(rewards, sizes), "calibration_error": calibration_error(differences)}
     for kind, members in {"": list(range(len(differences))), **kinds_of_pairs(replies, pairs)}.items():
         chosen = torch.zeros(len(differences), dtype=torch.bool).index_fill(0, torch.tensor(members), True)
