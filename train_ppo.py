@@ -165,8 +165,8 @@ def add_gradients(rollout: Rollout, chosen: list[int], advantages, returns, mode
         value_loss, value_sums = ppo_value_loss(values, rollout.values[which], returns[which], mask,
                                                 cfg.cliprange_value or math.inf)
         critic.backward(value_loss / n_tokens)
-        sums.update({"loss/policy_avg": policy_loss.detach(), "loss/value_avg": value_loss.detach(),
-                     **policy_sums, **value_sums})
+        found = {"loss/policy_avg": policy_loss, "loss/value_avg": value_loss, **policy_sums, **value_sums}
+        sums.update({name: x.detach() for name, x in found.items()})  # a sum would keep each graph
     return {"tokens": n_tokens, **dict(zip(sums, ranks.sum(*sums.values())))}
 
 

@@ -16,7 +16,8 @@ from rollouts import Models, draw, in_slots, micro_batches, minibatches, score
 
 TOKENIZER = make_tokenizer("char", "abcdefg ")
 ONE = SimpleNamespace(rank=0, world=1, device=torch.device("cpu"), all_reduce=lambda x: x,
-                      sum=lambda *numbers: [float(n) for n in numbers])  # a process alone
+                      # a process alone. numpy() refuses a number that holds on to the graph it came from.
+                      sum=lambda *numbers: [float(torch.as_tensor(n).numpy()) for n in numbers])
 WHOLE = SimpleNamespace(gathered=contextlib.nullcontext)  # in place of Zero: nothing is sharded
 
 
