@@ -77,6 +77,7 @@ def answer(model, tokenizer, messages: list[dict], turn: int, cfg: Config) -> li
 def chat(model, tokenizer, cfg: Config) -> None:
     """Answer what is typed, until /quit or the end of the input. /reset forgets the turns before."""
     messages, turn = [], 0
+    print("/reset forgets what was said, /quit leaves")
     while True:
         try:
             said = input("> ").strip()

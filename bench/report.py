@@ -3,6 +3,7 @@
     python -m bench.pictures --life out/village --out out/village/pictures    the page holds these pictures
     python -m bench.report --life out/village --village data/village
 
+It prints the replies of all stages to five questions, one of each kind, and whom one can ask about in a chat.
 bench/report.html has the words of the page and its looks. The program fills in each $name.
 """
 import base64
@@ -36,16 +37,15 @@ class Config:
     out: str = ""  # file for the page; empty: report.html in the folder of the life
 
 
-def ask(folder: Path, records, people) -> list[str]:
-    """Each record's reply and the judge's word. A model that knows no turns goes on with the question."""
+def ask(folder: Path, records, people) -> list[tuple[str, str]]:
+    """(reply, the judge's word) to each record. A model that knows no turns goes on with the question."""
     model, tokenizer, config = load_model(folder, head="lm")
     prompts = [encode_prompt(tokenizer, record.messages) if config.get("chat_template") else
                [tokenizer.bos_id, *tokenizer.encode(record.messages[-1]["content"])] for record in records]
     drawn = draw(model, tokenizer, prompts, range(len(prompts)), batch_size=len(prompts), max_new_tokens=48)
-    words = [truth.gold(people, record.messages, reply.text, reply.ended)["kind"]
-             for record, reply in zip(records, drawn)]
-    texts = [(escape(reply.text) or "<i>nothing</i>") + " ..." * (not reply.ended) for reply in drawn]
-    return [f'{text} <mark class="{word}">{word}</mark>' for text, word in zip(texts, words)]
+    return [(reply.text + " ..." * (not reply.ended),
+             truth.gold(people, record.messages, reply.text, reply.ended)["kind"])
+            for record, reply in zip(records, drawn)]
 
 
 def training_row(tokenizer, messages) -> str:
@@ -68,14 +68,23 @@ def rows(table, cell: str = "td") -> str:
     return "".join(f"\n<tr><{cell}>" + f"<{cell}>".join(row) for row in texts)
 
 
-def side_by_side_replies(records, said: dict[str, list[str]]) -> str:
-    """said: {stage: what it says to each record}."""
+def side_by_side_replies(records, said: dict[str, list]) -> str:
+    """said: {stage: (reply, word) to each record}."""
     found = ""
     for i, record in enumerate(records):
         found += f'<h3>{escape(record.messages[0]["content"])} <small>{record.tag}</small></h3>\n'
-        cells = [f"<div><small>{stage}</small><br>{its[i]}</div>" for stage, its in said.items()]
+        cells = [f'<div><small>{stage}</small><br>{escape(its[i][0]) or "<i>nothing</i>"} '
+                 f'<mark class="{its[i][1]}">{its[i][1]}</mark></div>' for stage, its in said.items()]
         found += '<div class="replies">' + "\n".join(cells) + "</div>\n"
     return found
+
+
+def print_replies(records, said: dict[str, list]) -> None:
+    """Those to every other question: one of each kind."""
+    for i, record in list(enumerate(records))[::2]:
+        print(f'\n{record.messages[0]["content"]}  ({record.tag})')
+        for stage, its in said.items():
+            print(f"    {stage:12} {' '.join(its[i][0].split())[:90]}  [{its[i][1]}]")
 
 
 def main(argv=None) -> None:
@@ -100,7 +109,12 @@ def main(argv=None) -> None:
     with replacing(out) as temporary:
         words = Path(__file__).with_suffix(".html").read_text("utf-8")
         temporary.write_text(Template(words).substitute(parts), "utf-8")
-    print(out)
+    print_replies(asked, said)
+    *some, last = list(people)[-3:]  # of the half that no later stage was trained on
+    print(f"""
+The word in brackets is the judge's, who knows the truth. More replies, figures and pictures: {out}
+In a chat, ask about {", ".join(some)} or {last}. The models were trained to keep door codes
+private, and to say so when they do not know. Birthdays, for example, stand in no text.""")
 
 
 if __name__ == "__main__":

@@ -182,17 +182,36 @@ def test_what_is_done_is_skipped_and_a_failure_ends_the_life(tmp_path):
     assert "done before; to do it again, remove out/x/pretrain\n" in result.stdout
 
 
+SHORT = {"run.sh": "--quick", "train_pretrain.py": "--steps 2 --n_layer 1", "train_sft.py": "--steps 2"}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("flags, ranks", [(["--hack"], {}), ([], {"NPROC": "2", "ZERO": "3"})])
-def test_a_short_life(tmp_path, flags, ranks):
-    """run.sh --quick in a copy of the project, really run, to its end."""
-    root = tmp_path / "copy"
+def test_every_command_of_the_front_page_runs(tmp_path):
+    """In a copy of the project, made short. Both machines of the last command are this one."""
+    root, text = tmp_path / "copy", (ROOT / "README.md").read_text()
     shutil.copytree(ROOT, root, ignore=shutil.ignore_patterns(".*", "out", "data", "tests", "shared"))
-    (root / ".venv" / "bin").mkdir(parents=True)
-    shutil.copy(ROOT / "requirements.txt", root / ".venv")
+    for folder in (root / "DIR", root / ".venv" / "bin"):
+        folder.mkdir(parents=True)
+    (root / "test.sh").write_text("")  # it would make the environment, and run us
     for name, module in (("python", ""), ("torchrun", "-m torch.distributed.run ")):
         (root / ".venv" / "bin" / name).write_text(f'#!/bin/sh\nexec {sys.executable} {module}"$@"\n')
         (root / ".venv" / "bin" / name).chmod(0o755)
-    result = run_sh("--quick", *flags, root=root, timeout=900, OUT="out/short", **ranks)
-    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
-    assert "right" in result.stdout.split("--cards")[1]
+    chats = ('{"prompt": "After %d?", "response": "%d."}\n' % (i, i + 1) for i in range(200))
+    words = (ROOT / "docs" / "log.md").read_text()
+    for path, content in (("text.txt", words), ("chats.jsonl", "".join(chats))):
+        (root / path).write_text(content)
+        (root / "DIR" / path).write_text(content)
+    lines = "".join(re.findall(r"^```bash\n(.*?)^```", text, re.M | re.S)).splitlines()
+    lines += re.findall(r"`((?:\w+=\w+ )*(?:bash|python) [^`]+)`", text)
+    assert len(lines) >= 10
+    for command in dict.fromkeys(re.sub(" +#.*", "", line) for line in lines):
+        script = re.search(r"\w+\.(sh|py)\b", command)[0]
+        more = "--pretrain '--steps 2' --sft '--steps 2'" if "DIR" in command else SHORT.get(script, "")
+        env = {"PATH": f"{root}/.venv/bin:{os.environ['PATH']}"}
+        env |= {"OUT": "out/two"} if "NPROC" in command else {}
+        short = command.replace("out/village", "out/village-quick").replace("A:", "localhost:")
+        with open(tmp_path / "said.txt", "w+") as said:
+            machines = [subprocess.Popen(["bash", "-c", f"{short} {more}"], cwd=root, env=env, stdout=said,
+                                         stderr=said, stdin=subprocess.DEVNULL)
+                        for _ in range(2 if "--nnodes 2" in command else 1)]
+            assert not any([machine.wait(900) for machine in machines]), (short, said.seek(0), said.read())

@@ -159,7 +159,8 @@ def test_a_chat_remembers_resets_and_quits(finished, monkeypatch, capsys):
     assert prompts == [f"{start}ab<|end|><|assistant|>",
                        f"{start}ab<|end|><|assistant|>é中<|end|><|user|>cd<|end|><|assistant|>",
                        f"{start}ef<|end|><|assistant|>"]
-    assert capsys.readouterr().out == "é中\n" * 3 and next(lines) == "gh"
+    said = capsys.readouterr().out.split("\n", 1)
+    assert "/reset" in said[0] and said[1] == "é中\n" * 3 and next(lines) == "gh"
 
 
 def test_a_chat_forgets_its_oldest_turns(finished, monkeypatch):
