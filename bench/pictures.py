@@ -1,8 +1,6 @@
 """losses.png, rewards.png and scorecard.png of a life. They need matplotlib: pip install matplotlib
 
     python -m bench.pictures --life out/village --out out/village/pictures
-
-A life is a folder with the runs pretrain, sft, rm, ppo, dpo-1 and dpo, or some of them, as run.sh makes it.
 """
 from dataclasses import dataclass
 from pathlib import Path

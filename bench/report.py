@@ -3,7 +3,7 @@
     python -m bench.pictures --life out/village --out out/village/pictures    the page holds these pictures
     python -m bench.report --life out/village --village data/village
 
-It prints the replies of all stages to five questions, one of each kind, and whom one can ask about in a chat.
+It prints the replies to five questions, one of each kind, and whom one can ask about in a chat.
 bench/report.html has the words of the page and its looks. The program fills in each $name.
 """
 import base64
@@ -17,11 +17,10 @@ from evaluate import draw
 from lib.program import UserError, parse, replacing, start
 from lib.records import read_chats, read_prompts
 from model import load_model
-from village import truth
+from village import truth, world
 from village.scorecard import side_by_side
 
 STAGES = {"pretrain": "base", "sft": "SFT", "dpo": "DPO", "ppo": "PPO", "ppo-free": "PPO, hacked"}  # by run
-KINDS = "known", "untold", "elsewhere", "withheld", "code"  # of questions
 FIGURES = {  # of a scorecard
     "prompts": "questions", "right": "known: right, %", "needless": "known: needless, %",
     "invented_untold": "untold: invented, %", "invented_elsewhere": "elsewhere: invented, %",
@@ -79,14 +78,6 @@ def side_by_side_replies(records, said: dict[str, list]) -> str:
     return found
 
 
-def print_replies(records, said: dict[str, list]) -> None:
-    """Those to every other question: one of each kind."""
-    for i, record in list(enumerate(records))[::2]:
-        print(f'\n{record.messages[0]["content"]}  ({record.tag})')
-        for stage, its in said.items():
-            print(f"    {stage:12} {' '.join(its[i][0].split())[:90]}  [{its[i][1]}]")
-
-
 def main(argv=None) -> None:
     cfg = parse(Config, argv, __doc__)
     life, village = Path(cfg.life), Path(cfg.village)
@@ -95,7 +86,7 @@ def main(argv=None) -> None:
         raise UserError(f"--life {life}: found no finished model in it, expected pretrain, sft, dpo or ppo")
     people, heldout = truth.load(village), read_prompts(village / "heldout.jsonl")
     single = [record for record in heldout if len(record.messages) == 1]
-    asked = [record for kind in KINDS for record in [each for each in single if each.tag == kind][:2]]
+    asked = [record for kind in world.SHARES for record in [each for each in single if each.tag == kind][:2]]
     said = {name: ask(folder, asked, people) for name, folder in stages.items()}
     cards = side_by_side([folder for folder in stages.values() if (folder / "scorecard.json").exists()])
     figures = [(label, *(card.get(key, "-") for card in cards.values())) for key, label in FIGURES.items()]
@@ -109,11 +100,13 @@ def main(argv=None) -> None:
     with replacing(out) as temporary:
         words = Path(__file__).with_suffix(".html").read_text("utf-8")
         temporary.write_text(Template(words).substitute(parts), "utf-8")
-    print_replies(asked, said)
-    *some, last = list(people)[-3:]  # of the half that no later stage was trained on
+    for i in range(0, len(asked), 2):  # one of each kind
+        print(f'\n{asked[i].messages[0]["content"]}  ({asked[i].tag})')
+        for stage, its in said.items():
+            print(f"    {stage:12} {' '.join(its[i][0].split())[:90]}  [{its[i][1]}]")
     print(f"""
 The word in brackets is the judge's, who knows the truth. More replies, figures and pictures: {out}
-In a chat, ask about {", ".join(some)} or {last}. The models were trained to keep door codes
+In a chat, ask about {", ".join(list(people)[-3:])}. The models were trained to keep door codes
 private, and to say so when they do not know. Birthdays, for example, stand in no text.""")
 
 

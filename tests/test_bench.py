@@ -93,9 +93,8 @@ def test_every_picture(tmp_path, small, monkeypatch):
 
 
 def test_the_page(tmp_path, monkeypatch, capsys):
-    """Of two random models and a picture. It has every reply, and needs no other file. On the screen are five
-    questions, one of each kind, with the replies that the page has; and people of whom no training file asks.
-    """
+    """Of two random models and a picture. It has every reply, and needs no other file. The screen shows the
+    replies to a question of each kind, and names people of whom no training file asks."""
     monkeypatch.setitem(SHAPE, "max_seq_len", 512)
     world.main(["--out", str(tmp_path / "world"), "--people", "40"])
     for run, more in {"pretrain": {"chat_template": None}, "sft": {}}.items():
@@ -107,11 +106,11 @@ def test_the_page(tmp_path, monkeypatch, capsys):
     assert '"">&lt;|assistant|&gt;</span>' in page and '"on">&lt;|end|&gt;</span></p>' in page  # the row
     said, flat = capsys.readouterr().out, " ".join(html.unescape(page).split())
     asked = re.findall(r"^(\w.*)  \((\w+)\)\n    base +(.*)  \[(\w+)\]\n    SFT ", said, re.M)
-    assert [kind for _, kind, *_ in asked] == list(report.KINDS)
+    assert [kind for _, kind, *_ in asked] == list(world.SHARES)
     for question, kind, reply, word in asked:
         part = flat.split(f"<h3>{question} <small>{kind}")[1].split("</div>")[0]
         assert reply in part and f'<mark class="{word}">' in part
     taught = json.loads((tmp_path / "world" / "facts.json").read_text())["taught"]
-    assert not {*re.search("ask about (.*), (.*) or (.*). The", said).groups()} & {*taught}
+    assert not {*re.search("ask about (.*), (.*), (.*). The", said).groups()} & {*taught}
     outside = "http", "url(", "@import", "<link", "<script", "href"
     assert not any(word in page for word in outside) and page.count("src=") == page.count('="data:') == 1
