@@ -18,7 +18,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from kernels import flash_attention, naive_attention, sdpa_attention, target_logp
+from kernels import RMSNorm, flash_attention, naive_attention, sdpa_attention, target_logp
 from lib.checkpoint import final_folder, load_final
 from lib.program import UserError
 from lib.tokenizer import Tokenizer
@@ -59,7 +59,7 @@ class GPTConfig:
 
 def norm(width: int, config: GPTConfig) -> nn.Module:
     if config.norm == "rms":
-        return nn.RMSNorm(width, config.norm_eps)
+        return RMSNorm(width, config.norm_eps)
     return nn.LayerNorm(width, config.norm_eps, bias=config.bias)
 
 
@@ -329,11 +329,11 @@ def generate(model, prompts, *, max_new_tokens, temperature=1.0, top_k=0, top_p=
     seeds = range(len(prompts)) if seeds is None else seeds
     uniforms = [np.random.Generator(np.random.Philox(s)).random(max(room)) for s in seeds]  # it mixes s first
     uniforms = torch.from_numpy(np.stack(uniforms)).to(device)  # (B, max(room))
+    banned = torch.tensor(banned, dtype=torch.long, device=device)
     new, logps, rows = [[] for _ in prompts], [[] for _ in prompts], list(range(len(prompts)))
     for t in range(max(room)):
         full = model(ids, positions=positions, cache=cache)[:, -1].float()  # (b, V)
-        allowed = full.index_fill(-1, torch.tensor(banned, device=device), -torch.inf) if banned else full
-        drawn = choose(allowed, uniforms[:, t], temperature, top_k, top_p)  # (b,)
+        drawn = choose(full.index_fill(-1, banned, -torch.inf), uniforms[:, t], temperature, top_k, top_p)
         if return_logp:
             scaled = (full / (temperature or 1.0)).log_softmax(-1).gather(-1, drawn[:, None])[:, 0].tolist()
         going = []  # which of the rows go on
