@@ -296,7 +296,7 @@ class RehearsalConfig:
     # optimisation
     ptx: float = 0.0  # weight of the pretraining loss that is mixed in, against forgetting; 0: off
     ptx_data: str = ""  # its text: .txt, .json or .jsonl
-    ptx_rows = 8  # rows of that text per update over all ranks
+    ptx_rows = 4  # rows of that text per update over all ranks
 
 
 class Rehearsal:

@@ -222,7 +222,6 @@ def initialise(module: nn.Module, seed: int, prefix: str = "") -> None:
     """Fill every parameter from its own random stream, a function of (seed, its full name). So a model built
     whole and one built unit by unit on several ranks start from the same numbers. Choices:
     - matrices N(0, 1/fan_in): this keeps the variance of what passes through;
-    - 0 for matrices that write into the residual stream: each block starts as the identity;
     - 0 for an untied head: the first loss is ln V, and no step is spent on unlearning random guesses;
     - embeddings N(0, 1), the scale that norms give everything else; if tied N(0, 0.02^2), as GPT-2, since a
       token's logit for itself would start at sqrt(C)."""
@@ -233,7 +232,7 @@ def initialise(module: nn.Module, seed: int, prefix: str = "") -> None:
         with torch.no_grad():
             if p.dim() == 1:
                 p.fill_(1.0 if "norm" in name and name.endswith("weight") else 0.0)
-            elif kind in ("proj", "down") or (kind == "head" and not tied):
+            elif kind == "head" and not tied:
                 p.zero_()
             else:
                 std = (0.02 if tied else 1.0) if kind == "embed" else p.shape[1] ** -0.5
@@ -286,7 +285,7 @@ class KVCache:
         return [buffer[:, :, :self.used] for buffer in self.layers[layer]]
 
     def keep(self, rows) -> None:
-        """Forget all rows but these."""
+        """Go on with these rows alone, in this order; one may come several times."""
         self.layers = [[buffer[rows] for buffer in layer] for layer in self.layers]
         self.segment_ids = None if self.segment_ids is None else self.segment_ids[rows]
 
@@ -321,18 +320,23 @@ def generate(model, prompts, *, max_new_tokens, temperature=1.0, top_k=0, top_p=
     room = [max_new_tokens or limit - len(prompt) for prompt in prompts]  # most new ids of each
     if T + (max_new_tokens or 1) > limit:
         raise UserError(f"{T} + {max_new_tokens} new tokens exceed max_seq_len {limit}; shorten the prompt")
-    ids = torch.tensor([[0] * (T - len(p)) + list(p) for p in prompts], device=device)  # padded left, (B, T)
-    positions = torch.tensor([range(len(p) - T, len(p)) for p in prompts], device=device)  # (B, T)
-    padded = F.pad(torch.where(positions < 0, -1, 0), (0, max(room)))  # (B, T + max(room))
+    once = {p: i for i, p in enumerate(dict.fromkeys(map(tuple, prompts)))}  # equal prompts are read once
+    ids = torch.tensor([[0] * (T - len(p)) + list(p) for p in once], device=device)  # padded left, (b, T)
+    positions = torch.tensor([range(len(p) - T, len(p)) for p in once], device=device)  # (b, T)
+    padded = F.pad(torch.where(positions < 0, -1, 0), (0, max(room)))  # (b, T + max(room))
     cache = KVCache(len(model.blocks), padded.shape[1], padded if min(map(len, prompts)) < T else None)
     positions = positions.clamp(min=0)
-    seeds = range(len(prompts)) if seeds is None else seeds
+    seeds = seeds or range(len(prompts))
     uniforms = [np.random.Generator(np.random.Philox(s)).random(max(room)) for s in seeds]  # it mixes s first
     uniforms = torch.from_numpy(np.stack(uniforms)).to(device)  # (B, max(room))
     banned = torch.tensor(banned, dtype=torch.long, device=device)
     new, logps, rows = [[] for _ in prompts], [[] for _ in prompts], list(range(len(prompts)))
     for t in range(max(room)):
         full = model(ids, positions=positions, cache=cache)[:, -1].float()  # (b, V)
+        if len(full) < len(rows):  # the prompts are read: from here on every reply has its own row
+            each = [once[tuple(prompt)] for prompt in prompts]
+            cache.keep(each)
+            full, positions = full[each], positions[each]  # (B, V), (B, T)
         drawn = choose(full.index_fill(-1, banned, -torch.inf), uniforms[:, t], temperature, top_k, top_p)
         if return_logp:
             scaled = (full / (temperature or 1.0)).log_softmax(-1).gather(-1, drawn[:, None])[:, 0].tolist()

@@ -22,7 +22,7 @@ from lib.ranks import together
 from lib.records import Record
 from model import GPT, generate_sorted
 
-AT_ONCE = 32  # replies drawn at once per rank, to prompts of like length
+AT_ONCE = 64  # replies drawn at once per rank, to prompts of like length
 SAMPLING, ORDER = 2, 4  # uses of random numbers (data.py has 0 and 1); ORDER + epoch
 
 

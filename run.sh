@@ -67,7 +67,7 @@ Pretraining takes 3, SFT 4, the reward model 1, PPO 3, DPO 1, drawing replies an
 the same command goes on. At the end five questions are put to the model of every stage."
 # The life. ${v:+flags} are for the Village, ${q:+flags} for --quick. Of two equal flags the last one counts.
 [ ! "$v" ] || stage village $world/facts.json $python -m village.world --out $world $seed ${q:+--people 40}
-train pretrain --data "$text" ${v:+--tokenizer bpe --vocab_size 1184 --n_kv_head 2 --steps 1800 --lr 6e-3} \
+train pretrain --data "$text" ${v:+--tokenizer bpe --vocab_size 1184 --n_kv_head 2 --steps 1400 --lr 6e-3} \
     ${v:+--seq_len 128 --max_seq_len 192} ${q:+--vocab_size 1024 --n_layer 2 --n_embd 64 --steps 60}
 stage write "" $python sample.py --model "$out/pretrain" --n 2 --max_new_tokens 100
 rehearse="--seq_len 128 --ptx 1 --ptx_data $text"

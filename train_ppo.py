@@ -82,7 +82,7 @@ class Config(RunConfig, RehearsalConfig):  # the flags that all stages share are
     save_every: int = 50
     log_every: int = 1
 
-    ptx_rows, adam_eps, gamma = 4, 1e-5, 1.0  # no flags: rows of text rehearsed, AdamW's, discount per token
+    adam_eps, gamma = 1e-5, 1.0  # no flags: AdamW's, discount per token
     may_change = RunConfig.may_change | {"reward_model"}
 
     def __post_init__(self):

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from small_chat import calls_of
 from torch.utils.flop_counter import FlopCounterMode
 
 from kernels import RMSNorm
@@ -25,7 +26,7 @@ every_switch = pytest.mark.parametrize("switches", SWITCHES)
 
 
 def lively(seed=0, dtype=torch.float64, head="lm", **changes):
-    """A model in which nothing is zero: newborn blocks are the identity and would hide every bug."""
+    """A model in which nothing is zero: a newborn head is, and would hide every bug."""
     model = GPT(GPTConfig(**{**SMALL, **changes}), head=head, seed=seed).to(dtype)
     generator = torch.Generator().manual_seed(seed)
     for p in model.parameters():
@@ -229,17 +230,18 @@ def test_cached_generation_equals_recomputation(switches, temperature):
             ids.append(token)
 
 
-def test_generation_ends_at_eos_and_does_not_depend_on_neighbours():
+def test_generation_ends_at_eos_and_does_not_depend_on_neighbours(monkeypatch):
     """A row ends with its eos, and then leaves the batch. Its tokens and log-probabilities are the same alone
     and among others, of which it outlives some, and through generate_sorted. Banned ids are never drawn."""
     model = lively(dtype=torch.float32)
-    prompts = [[1, 2], [3, 4, 5], [6], [8, 9, 10, 1], [2]]
+    prompts = [[1, 2], [3, 4, 5], [6], [3, 4, 5], [2]]  # one comes twice: it is read once
+    read = calls_of(monkeypatch, model, "forward")
     how = dict(max_new_tokens=30, eos_id=7, temperature=1.5, banned=(0, 11), return_logp=True)
     seen, done, seeds = [], [], range(21, 26)
     together, logps = generate(model, prompts, seeds=seeds, on_token=lambda *x: seen.append(x), **how)
     replies = generate_sorted(model, prompts, batch_size=2, seeds=seeds, progress=lambda *x: done.append(x),
                               **how)
-    assert done == [(2, 5), (4, 5), (5, 5)]
+    assert done == [(2, 5), (4, 5), (5, 5)] and [len(ids) for ids, in read[:2]] == [4, 5]
     assert len({*map(len, together)}) > 3 and together[0] != max(together, key=len)
     for i, prompt in enumerate(prompts):
         (alone,), (its,) = generate(model, [prompt], seeds=[i + 21], **how)

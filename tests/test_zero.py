@@ -28,7 +28,7 @@ LARGER = GPTConfig(vocab_size=512, n_layer=2, n_head=4, n_embd=256, max_seq_len=
 
 
 def gpt(tied=False, seed=0, **changes):
-    """Nothing in it is zero: at birth the blocks are the identity, and their gradients hide mistakes."""
+    """Nothing in it is zero: at birth the head is, and then no gradient reaches the blocks."""
     model = GPT(GPTConfig(**{**SMALL, "tie_embeddings": tied, **changes}), seed=seed)
     generator = torch.Generator().manual_seed(seed)
     for p in model.parameters():
