@@ -196,7 +196,7 @@ def test_every_command_of_the_front_page_runs(tmp_path):
     for name, module in (("python", ""), ("torchrun", "-m torch.distributed.run ")):
         (root / ".venv" / "bin" / name).write_text(f'#!/bin/sh\nexec {sys.executable} {module}"$@"\n')
         (root / ".venv" / "bin" / name).chmod(0o755)
-    chats = ('{"prompt": "After %d?", "response": "%d."}\n' % (i, i + 1) for i in range(200))
+    chats = (f'{{"prompt": "After {i}?", "response": "{i + 1}."}}\n' for i in range(200))
     words = (ROOT / "docs" / "log.md").read_text()
     for path, content in (("text.txt", words), ("chats.jsonl", "".join(chats))):
         (root / path).write_text(content)
