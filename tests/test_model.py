@@ -83,8 +83,8 @@ def test_packed_documents_equal_separate_ones(switches):
 
 
 def test_the_norm_is_pytorchs():
-    """Values and gradients are those of torch.nn.RMSNorm, also for a row of zeros and for views. The bits are the
-    same with and without gradients: else the first ratio of PPO would not be 1."""
+    """Values and gradients are those of torch.nn.RMSNorm, also for a row of zeros and for views. The bits are
+    the same with and without gradients: else the first ratio of PPO would not be 1."""
     for dtype, close in ((torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 0)):
         module = RMSNorm(16, 1e-3).to(dtype)
         module.weight.data.normal_(generator=torch.Generator().manual_seed(1))
