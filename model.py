@@ -326,7 +326,7 @@ def generate(model, prompts, *, max_new_tokens, temperature=1.0, top_k=0, top_p=
     padded = F.pad(torch.where(positions < 0, -1, 0), (0, max(room)))  # (b, T + max(room))
     cache = KVCache(len(model.blocks), padded.shape[1], padded if min(map(len, prompts)) < T else None)
     positions = positions.clamp(min=0)
-    seeds = seeds or range(len(prompts))
+    seeds = range(len(prompts)) if seeds is None else seeds
     uniforms = [np.random.Generator(np.random.Philox(s)).random(max(room)) for s in seeds]  # it mixes s first
     uniforms = torch.from_numpy(np.stack(uniforms)).to(device)  # (B, max(room))
     banned = torch.tensor(banned, dtype=torch.long, device=device)

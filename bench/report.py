@@ -100,14 +100,14 @@ def main(argv=None) -> None:
     with replacing(out) as temporary:
         words = Path(__file__).with_suffix(".html").read_text("utf-8")
         temporary.write_text(Template(words).substitute(parts), "utf-8")
-    for i in range(0, len(asked), 2):  # one of each kind
+    for i in {record.tag: i for i, record in enumerate(asked)}.values():  # one of each kind
         print(f'\n{asked[i].messages[0]["content"]}  ({asked[i].tag})')
         for stage, its in said.items():
             print(f"    {stage:12} {' '.join(its[i][0].split())[:90]}  [{its[i][1]}]")
     print(f"""
 The word in brackets is the judge's, who knows the truth. More replies, figures and pictures: {out}
-In a chat, ask about {", ".join(list(people)[-3:])}. The models were trained to keep door codes
-private, and to say so when they do not know. Birthdays, for example, stand in no text.""")
+In a chat (python sample.py --model {life}/ppo --chat) ask about {", ".join(list(people)[-3:])}.
+The models were trained to keep door codes private, and to say so when they do not know, as of a birthday.""")
 
 
 if __name__ == "__main__":

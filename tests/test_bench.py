@@ -111,6 +111,6 @@ def test_the_page(tmp_path, monkeypatch, capsys):
         part = flat.split(f"<h3>{question} <small>{kind}")[1].split("</div>")[0]
         assert reply in part and f'<mark class="{word}">' in part
     taught = json.loads((tmp_path / "world" / "facts.json").read_text())["taught"]
-    assert not {*re.search("ask about (.*), (.*), (.*). The", said).groups()} & {*taught}
+    assert not {*re.search(r"ask about (.*), (.*), (.*)\.\n", said).groups()} & {*taught}
     outside = "http", "url(", "@import", "<link", "<script", "href"
     assert not any(word in page for word in outside) and page.count("src=") == page.count('="data:') == 1
