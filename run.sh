@@ -53,7 +53,7 @@ answers() {  # answers NAME MODEL PROMPTS flags ...: draw eight answers to each 
 }
 ppo() {  # ppo NAME REWARD_MODEL flags ...: train, and in the Village ask the judge about the rollouts
     train "$1" --data "${prompts:-$preferences}" --init "$out/sft" --reward_model "$out/$2" \
-        ${v:+--steps 120 --ppo_epochs 1 --lr 5e-4 --critic_lr 1e-3 --lam 1 --ptx 0.5 --ptx_data $text} \
+        ${v:+--steps 100 --ppo_epochs 1 --lr 5e-4 --critic_lr 1e-3 --lam 1 --ptx 0.5 --ptx_data $text} \
         "${@:3}" ${q:+--steps 3 --batch_size 16 --minibatches 2 --max_new_tokens 16 --eval_prompts 16}
     [ ! "$v" ] || stage "$1-rollouts" "$out/$1/rollouts.json" $python -m village.scorecard --village $world \
         --rollouts "$out/$1/samples.jsonl"
@@ -62,8 +62,8 @@ card() {  # card NAME flags ...: what the model does in the Village
     stage "$1-card" "$out/$1/scorecard.json" $python -m village.scorecard --model "$out/$1" --village $world \
         --rm "$out/rm" $seed "${@:2}" ${q:+--max_new_tokens 16 --batch_size 64}
 }
-[ ! "$v" ] || [ "$q$show" ] || echo "A model of 1 million parameters; about 14 minutes on two quiet cores.
-Pretraining takes 3, SFT 4, the reward model 1, PPO 3, DPO 1, drawing replies and scorecards 2. Ctrl-C stops,
+[ ! "$v" ] || [ "$q$show" ] || echo "A model of 1 million parameters; about 11 minutes on two quiet cores.
+Pretraining takes 3, SFT 3, the reward model 1, PPO 2, DPO 1, drawing replies and scorecards 2. Ctrl-C stops,
 the same command goes on. At the end five questions are put to the model of every stage."
 # The life. ${v:+flags} are for the Village, ${q:+flags} for --quick. Of two equal flags the last one counts.
 [ ! "$v" ] || stage village $world/facts.json $python -m village.world --out $world $seed ${q:+--people 40}

@@ -7,8 +7,9 @@ import pytest
 import torch
 from small_chat import SHAPE, save_chat_model
 
-from bench import attention, decode, measure, pictures, report, train, zero
+from bench import attention, decode, measure, peers, pictures, report, train, zero
 from lib.program import UserError
+from model import GPT, GPTConfig
 from village import world
 
 
@@ -76,6 +77,14 @@ def test_zero_trains_as_its_peers():
 def lines(path, rows):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.mark.parametrize("peer", [0, 1])
+def test_a_peer_gets_every_weight_once(peer):
+    model = GPT(GPTConfig(vocab_size=9, n_layer=2, n_head=4, n_kv_head=2, n_embd=32))
+    its = peers.renamed(model, "layer.", peer)
+    assert len(its) == 3 + 2 * 11 and sum(x.numel() for x in its.values()) == model.parameter_count()
+    assert its[f"layer.1.{peers.NAMES['attn.k'][peer]}.weight"].shape == (16, 32)
 
 
 def test_every_picture(tmp_path, small, monkeypatch):
