@@ -131,14 +131,14 @@ def test_every_configuration_overfits_four_lines(switches):
 
 def test_first_loss_is_ln_V_and_every_parameter_gets_a_number():
     """An untied head starts at zero: the first loss is exactly ln V. The seed decides all parameters; none
-    is left as it was allocated, and none of a block is 0. A gradient reaches every parameter of a model in which nothing is zero."""
+    is left as it was allocated, none of a block is 0. A gradient reaches all of a model without zeros."""
     model, ids = GPT(GPTConfig(**SMALL)), some_ids(4, 20)
     assert -model(ids, ids.roll(-1, 1)).mean().item() == pytest.approx(math.log(37), abs=1e-6)
     again, other = GPT(GPTConfig(**SMALL)), GPT(GPTConfig(**SMALL), seed=1)
     both = zip(model.parameters(), again.parameters())
     assert all(p.isfinite().all() and torch.equal(p, q) for p, q in both)
     assert not torch.equal(model.embed.weight, other.embed.weight)
-    assert all(p.any() for p in model.blocks.parameters())  # a start at 0 costs the Village 400 of 1,800 steps
+    assert all(p.any() for p in model.blocks.parameters())  # from 0 the Village needs 400 more steps
     for switches in SWITCHES:
         model = lively(**switches)
         model(ids, ids.roll(-1, 1)).sum().backward()

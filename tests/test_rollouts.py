@@ -92,7 +92,7 @@ def test_replies_depend_on_seed_step_and_place():
     first, again, later, other, mixed = (
         draw(some, step, actor, WHOLE, TOKENIZER, settings(seed=seed), ONE).replies for some, step, seed in (
             (prompts, 1, 5), (prompts, 1, 5), (prompts, 2, 5), (prompts, 1, 6), (some_prompts(12), 1, 5)))
-    assert first == again and len({tuple(reply) for reply in first + later + other}) > 30
+    assert first == again and len({tuple(reply) for reply in first + later + other}) > 24
     assert mixed[0] == first[0]
 
 
