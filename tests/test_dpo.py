@@ -97,12 +97,13 @@ def test_the_reference_is_read_once():
     """What is kept of a pair is bitwise what the batch that reads it first gives, and up to rounding what any
     batch gives. A pair that no step reaches has NaN."""
     model = random_model()
-    pairs = Replies(records_of(ranked()), TOKENIZER, 96, pairs="best-worst", batch_size=8, seed=3)
-    kept, few = (reference_logps(model, pairs, steps, 3, ONE) for steps in (100, 1))
-    torch.testing.assert_close(kept, all_logps(model, pairs, range(11), 1, ONE), rtol=1e-5, atol=1e-5)
-    first = pairs.of_step(0)
-    assert torch.equal(kept[first], all_logps(model, pairs, first, 3, ONE))
-    assert torch.equal(few[first], kept[first]) and few.isnan().any(1).sum() == 3
+    for seed in (1, 2, 3):  # whether a batch changes last bits is luck
+        pairs = Replies(records_of(ranked()), TOKENIZER, 96, pairs="best-worst", batch_size=8, seed=seed)
+        kept, few = (reference_logps(model, pairs, steps, 3, ONE) for steps in (100, 1))
+        torch.testing.assert_close(kept, all_logps(model, pairs, range(11), 1, ONE), rtol=1e-5, atol=1e-5)
+        first = pairs.of_step(0)
+        assert torch.equal(kept[first], all_logps(model, pairs, first, 3, ONE))
+        assert torch.equal(few[first], kept[first]) and few.isnan().any(1).sum() == 3
 
 
 @pytest.fixture(scope="module")
