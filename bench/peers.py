@@ -7,7 +7,7 @@ A Qwen3 of transformers and of llama.cpp is this model under other names. So all
 before the clock starts they must say the same greedy tokens. llama.cpp is asked through its server, a thread
 a reply, so that its time holds some JSON.
 """
-import importlib
+import importlib.util
 import itertools
 import re
 import tempfile
