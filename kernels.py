@@ -1,11 +1,10 @@
-"""Attention without T x T scores, log-probabilities without M x V logits, a norm in few operations: exact.
+"""Attention without T x T scores, and log-probabilities without M x V logits: exact.
 
 B batch, T time (Tq queries, Tk keys), H query heads, G key/value heads, group = H/G, D head width; M rows of
 hidden states, C width, V vocabulary."""
 import math
 
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
 
 LOG2E = math.log2(math.e)
@@ -329,47 +328,3 @@ class TiledLogp(torch.autograd.Function):
                 dh[rows] = product(dz, W, lse.new_empty(h.shape), 1 / temperature)
                 product(dz.T, h, dW, 1 / temperature, add=True)
         return dh.to(hidden.dtype), dW.to(weight.dtype), *[None] * 5
-
-
-# ---- norms -----------------------------------------------------------------------------------------------
-
-class RMSNorm(nn.RMSNorm):
-    """y = x w / s with s = sqrt(mean(x^2) + eps) over the last dimension (Zhang & Sennrich 2019); w (C,), x
-    (rows..., C). On a GPU PyTorch has one kernel for it; on a CPU it runs a dozen. Here are five."""
-
-    def __init__(self, width: int, eps: float):
-        super().__init__(width, eps)
-        self.root = torch.tensor(math.sqrt(eps), dtype=torch.float64, device="cpu")
-
-    def forward(self, x):
-        if x.is_cuda or x.dtype not in (torch.float32, torch.float64):
-            return super().forward(x)
-        if torch.is_grad_enabled():
-            return Normalised.apply(x, self.weight, self.root)
-        return normalised(x, self.weight, self.root)[0]  # bitwise the same, without the cost of a node
-
-
-def normalised(x, w, root):
-    s = torch.linalg.vector_norm(x, dim=-1, keepdim=True).mul_(len(w) ** -0.5)  # sqrt(mean(x^2)), (..., 1)
-    s = torch.hypot(s, root)  # sqrt(s^2 + root^2)
-    return (x * w).div_(s), s
-
-
-class Normalised(torch.autograd.Function):
-    """With n = x / s:  dw = sum(dy n)  and  dx = (dy w - n mean(dy n w)) / s."""
-
-    @staticmethod
-    def forward(ctx, x, w, root):
-        y, s = normalised(x, w, root)
-        ctx.save_for_backward(x, w, s)
-        return y
-
-    @staticmethod
-    def backward(ctx, dy):
-        if torch.is_grad_enabled():
-            raise RuntimeError("there is no second derivative; call backward without create_graph")
-        x, w, s = ctx.saved_tensors
-        n = x / s  # (..., C)
-        dyn = dy * n
-        dx = (dy * w).sub_(n.mul_((dyn @ w)[..., None] / len(w))).div_(s)
-        return dx, dyn.flatten(0, -2).sum(0), None

@@ -18,7 +18,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from kernels import RMSNorm, flash_attention, naive_attention, sdpa_attention, target_logp
+from kernels import flash_attention, naive_attention, sdpa_attention, target_logp
 from lib.checkpoint import final_folder, load_final
 from lib.program import UserError
 from lib.tokenizer import Tokenizer
@@ -59,7 +59,7 @@ class GPTConfig:
 
 def norm(width: int, config: GPTConfig) -> nn.Module:
     if config.norm == "rms":
-        return RMSNorm(width, config.norm_eps)
+        return nn.RMSNorm(width, config.norm_eps)
     return nn.LayerNorm(width, config.norm_eps, bias=config.bias)
 
 
@@ -79,7 +79,7 @@ class Attention(nn.Module):
         self.H, self.G, self.D = config.n_head, config.n_kv_head, config.n_embd // config.n_head
         self.qkv = nn.Linear(config.n_embd, (self.H + 2 * self.G) * self.D, bias=config.bias)  # rows: q, k, v
         self.proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
-        self.q_norm, self.k_norm = (norm(self.D, config) if config.qk_norm else None for _ in range(2))
+        self.q_norm, self.k_norm = (norm(self.D, config) if config.qk_norm else nn.Identity() for _ in "qk")
         kernels = {"flash": flash_attention, "sdpa": sdpa_attention, "naive": naive_attention}
         self.attend = kernels[config.attention]
 
@@ -87,8 +87,7 @@ class Attention(nn.Module):
         B, T, C = x.shape
         qkv = self.qkv(x).view(B, T, self.H + 2 * self.G, self.D)
         q, k, v = qkv.split((self.H, self.G, self.G), dim=2)  # (B, T, H, D), (B, T, G, D) twice
-        if self.q_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = self.q_norm(q), self.k_norm(k)
         if rope is not None:
             q, k = rotate(q, *rope), rotate(k, *rope)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T, D), (B, G, T, D) twice
@@ -160,8 +159,7 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.embed = nn.Embedding(config.vocab_size, config.n_embd)
-        learned = config.position == "learned"
-        self.position = nn.Embedding(config.max_seq_len, config.n_embd) if learned else None
+        self.position = None if config.position == "rope" else nn.Embedding(config.max_seq_len, config.n_embd)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.norm = norm(config.n_embd, config)
         self.head = LMHead(config) if head == "lm" else nn.Linear(config.n_embd, 1)  # a reward or a value
@@ -320,21 +318,19 @@ def generate(model, prompts, *, max_new_tokens, temperature=1.0, top_k=0, top_p=
     room = [max_new_tokens or limit - len(prompt) for prompt in prompts]  # most new ids of each
     if T + (max_new_tokens or 1) > limit:
         raise UserError(f"{T} + {max_new_tokens} new tokens exceed max_seq_len {limit}; shorten the prompt")
-    once = {p: i for i, p in enumerate(dict.fromkeys(map(tuple, prompts)))}  # equal prompts are read once
-    ids = torch.tensor([[0] * (T - len(p)) + list(p) for p in once], device=device)  # padded left, (b, T)
-    positions = torch.tensor([range(len(p) - T, len(p)) for p in once], device=device)  # (b, T)
-    padded = F.pad(torch.where(positions < 0, -1, 0), (0, max(room)))  # (b, T + max(room))
+    ids = torch.tensor([[-1] * (T - len(p)) + list(p) for p in prompts], device=device)  # padded left, (B, T)
+    ids, each = ids.unique(dim=0, return_inverse=True)  # equal prompts are read once: (b, T), (B,)
+    positions = (ids >= 0).cumsum(1) - 1  # (b, T), -1 at padding
+    padded = F.pad(positions.clamp(max=0), (0, max(room)))  # (b, T + max(room)), the same
     cache = KVCache(len(model.blocks), padded.shape[1], padded if min(map(len, prompts)) < T else None)
-    positions = positions.clamp(min=0)
-    seeds = range(len(prompts)) if seeds is None else seeds
-    uniforms = [np.random.Generator(np.random.Philox(s)).random(max(room)) for s in seeds]  # it mixes s first
-    uniforms = torch.from_numpy(np.stack(uniforms)).to(device)  # (B, max(room))
+    ids, positions = ids.clamp(min=0), positions.clamp(min=0)
+    uniforms = [np.random.Generator(np.random.Philox(s)).random(max(room)) for s in seeds or range(len(room))]
+    uniforms = torch.from_numpy(np.stack(uniforms)).to(device)  # (B, max(room)); Philox mixes s first
     banned = torch.tensor(banned, dtype=torch.long, device=device)
     new, logps, rows = [[] for _ in prompts], [[] for _ in prompts], list(range(len(prompts)))
     for t in range(max(room)):
         full = model(ids, positions=positions, cache=cache)[:, -1].float()  # (b, V)
-        if len(full) < len(rows):  # the prompts are read: from here on every reply has its own row
-            each = [once[tuple(prompt)] for prompt in prompts]
+        if t == 0:  # the prompts are read: from here on every reply has its own row
             cache.keep(each)
             full, positions = full[each], positions[each]  # (B, V), (B, T)
         drawn = choose(full.index_fill(-1, banned, -torch.inf), uniforms[:, t], temperature, top_k, top_p)

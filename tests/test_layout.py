@@ -17,9 +17,9 @@ PYTHON = {room: sorted((ROOT / room).glob("*.py")) for room in ROOMS}  # room ""
 LINES = {path: path.read_text(encoding="utf-8").splitlines() for paths in PYTHON.values() for path in paths}
 TREES = {path: ast.parse("\n".join(lines)) for path, lines in LINES.items()}
 AT_MOST = {  # lines of a file, of some, of a room
-    "model.py": 385, "kernels.py": 375, "data.py": 360, "zero.py": 430, "sample.py": 170, "evaluate.py": 220,
+    "model.py": 380, "kernels.py": 340, "data.py": 360, "zero.py": 430, "sample.py": 170, "evaluate.py": 220,
     "train_pretrain.py": 160, "train_sft.py": 160, "train_rm.py": 210, "train_dpo.py": 220,
-    "train_ppo.py rollouts.py": 420, "lib": 1750, "village": 700, "bench": 735, "tests": 7060}
+    "train_ppo.py rollouts.py": 420, "lib": 1750, "village": 700, "bench": 735, "tests": 7045}
 FLOOR = ["lib", "kernels", "model", "data", "zero", "rollouts"]  # each may import those before it
 ABOVE = {"script": [], "evaluate": [], "sample": ["evaluate"], "village": ["evaluate", "village"],
          "bench": ["evaluate", "village", "bench"], "tools": ["script", "tools"]}  # the floor, and these
@@ -36,7 +36,7 @@ def test_no_file_and_no_room_grows(what):
 
 
 def test_the_whole_is_small():
-    assert sum(len(lines) for path, lines in LINES.items() if path.parent.name != "tests") <= 6135
+    assert sum(len(lines) for path, lines in LINES.items() if path.parent.name != "tests") <= 6085
     assert len(PYTHON[""]) <= 16
 
 

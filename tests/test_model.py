@@ -8,7 +8,6 @@ import torch.nn.functional as F
 from small_chat import calls_of
 from torch.utils.flop_counter import FlopCounterMode
 
-from kernels import RMSNorm
 from lib.checkpoint import save_final
 from lib.program import UserError
 from lib.tokenizer import make_tokenizer
@@ -80,24 +79,6 @@ def test_packed_documents_equal_separate_ones(switches):
     assert packed.isfinite().all()
     segments = torch.tensor([[0, 0, 0, 1, 1, 5, 5, -1, -1], [2, 2, 2, 2, 2, 2, 2, 2, 2]])
     assert restarting_positions(segments).tolist() == [[0, 1, 2, 0, 1, 0, 1, 0, 1], list(range(9))]
-
-
-def test_the_norm_is_pytorchs():
-    """Values and gradients are those of torch.nn.RMSNorm, also for a row of zeros and for views. The bits are
-    the same with and without gradients: else the first ratio of PPO would not be 1."""
-    for dtype, close in ((torch.float64, 1e-12), (torch.float32, 1e-5)):
-        module = RMSNorm(16, 1e-3).to(dtype)
-        module.weight.data.normal_(generator=torch.Generator().manual_seed(1))
-        x = torch.randn(3, 5, 2, 32, generator=torch.Generator().manual_seed(2)).to(dtype)
-        x[0, 0] = 0
-        x, found = x.requires_grad_(), []
-        for norm in (RMSNorm.forward, torch.nn.RMSNorm.forward):
-            y = norm(module, x[:, :, 1:, 8:24])
-            found.append((y, *torch.autograd.grad((y * y.cos()).sum(), (x, module.weight))))
-        for ours, theirs in zip(*found):
-            torch.testing.assert_close(ours, theirs, rtol=close, atol=close)
-        with torch.no_grad():
-            assert torch.equal(module(x[:, :, 1:, 8:24]), found[0][0])
 
 
 def test_rotary_matches_complex_multiplication():
