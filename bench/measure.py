@@ -75,12 +75,12 @@ def row(what: str, value: float, spread: str = "", **besides: float) -> None:
     print(f"| {what} | {value:.3g}{spread} | {more} |", flush=True)
 
 
-def compare(what: str, seconds: dict[str, list[float]], ours: str, peer: str, scale=1.0, **besides) -> None:
+def compare(what: str, seconds: dict[str, list[float]], above: str, below: str, scale=1.0, **besides):
     """A row: the ratio of two times, times scale, with its quartiles over the turns; and both medians."""
-    ratios = [scale * a / b for a, b in zip(seconds[ours], seconds[peer])]
+    ratios = [scale * a / b for a, b in zip(seconds[above], seconds[below])]
     low, median, high = statistics.quantiles(ratios, n=4)
-    times = {f"{name} ms": 1e3 * statistics.median(seconds[name]) for name in (ours, peer)}
-    row(f"{what}, {ours} / {peer}", median, f" ({low:.2f}..{high:.2f})", **times, **besides)
+    times = {f"{name} ms": 1e3 * statistics.median(seconds[name]) for name in (above, below)}
+    row(f"{what}, {above} / {below}", median, f" ({low:.2f}..{high:.2f})", **times, **besides)
 
 
 def run(doc: str, argv=None, **parts) -> None:

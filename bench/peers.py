@@ -1,19 +1,19 @@
-"""Tokens per second of generate beside transformers and llama.cpp, where they are installed.
+"""How long replies take in transformers and llama.cpp, where they are installed, and in ours. On the CPU.
 
     pip install transformers gguf xllamacpp     (llama.cpp as a wheel; it is built without AVX-512)
     OMP_NUM_THREADS=1 python -m bench.peers
 
 A Qwen3 of transformers and of llama.cpp is this model under other names. So all have the same weights, and
 before the clock starts they must say the same greedy tokens. llama.cpp is asked through its server, a thread
-a reply, so that its time holds some JSON.
+a reply: its time includes some JSON.
 """
+import importlib.metadata
 import importlib.util
 import itertools
 import re
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from pathlib import Path
 
 import torch
 
@@ -72,8 +72,8 @@ def of_transformers(model: GPT):
 def of_llama_cpp(model: GPT):
     """The same of llama.cpp, float32 throughout."""
     gguf, xllamacpp, c = importlib.import_module("gguf"), importlib.import_module("xllamacpp"), model.config
-    path = Path(tempfile.mkdtemp()) / "model.gguf"
-    file = gguf.GGUFWriter(path, "qwen3")
+    temporary = tempfile.NamedTemporaryFile(suffix=".gguf")  # removed at return, when the server has mapped it
+    file = gguf.GGUFWriter(temporary.name, "qwen3")
     D = c.n_embd // c.n_head
     for name, value in {"context_length": c.max_seq_len, "embedding_length": c.n_embd, "key_length": D,
                         "value_length": D, "block_count": c.n_layer, "feed_forward_length": c.mlp_hidden,
@@ -89,8 +89,8 @@ def of_llama_cpp(model: GPT):
     file.write_tensors_to_file()
     file.close()
     params = xllamacpp.CommonParams()
-    params.model.path, params.n_parallel, params.n_ctx = str(path), 32, 32 * c.max_seq_len
-    params.verbosity = 0
+    params.model.path, params.n_parallel, params.n_ctx = temporary.name, 32, 32 * c.max_seq_len
+    params.verbosity, params.port, params.cache_ram_mib = 0, 0, 0  # any free port; no copies of old prompts
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = torch.get_num_threads()
     params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
     params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
@@ -107,23 +107,22 @@ def of_llama_cpp(model: GPT):
 
 
 def peers(cfg):
-    new = 48 if cfg.quick else 240
+    new, found = 48 if cfg.quick else 240, {"transformers": of_transformers, "xllamacpp": of_llama_cpp}
+    found = {name: make for name, make in found.items() if importlib.util.find_spec(name)}
+    if not found:
+        raise UserError("found neither transformers nor xllamacpp, expected one of them; see --help")
     for layers, heads, width in (4, 4, 128), (6, 6, 384):
-        shape = {"n_layer": layers, "n_head": heads, "n_embd": width, "max_seq_len": 256}
-        model = GPT(GPTConfig(vocab_size=V, **shape)).eval()
-        with torch.no_grad():
-            model.head.weight.normal_(std=width**-0.5, generator=torch.Generator().manual_seed(0))
+        model = GPT(GPTConfig(vocab_size=V, n_layer=layers, n_head=heads, n_embd=width, max_seq_len=256))
+        model.head.weight.data.normal_(std=width**-0.5, generator=torch.Generator().manual_seed(0))
         ids = torch.randint(3, V, (32, OLD), generator=torch.Generator().manual_seed(0)).tolist()
-        replies = {}
-        for name, package, make in (("transformers", "transformers", of_transformers),
-                                    ("llama.cpp", "xllamacpp", of_llama_cpp)):
-            if importlib.util.find_spec(package):
-                replies[name] = make(model)
-                ours = generate(model, ids[:2], max_new_tokens=new, temperature=0)
-                if replies[name](ids[:2], new, True) != ours:
-                    raise UserError(f"{name}: says other greedy tokens; nothing to compare")
-        head(f"tokens/s, {model.parameter_count() / 1e6:.2f} M parameters, {OLD} + {new} tokens, "
-             f"{torch.get_num_threads()} threads")
+        ours, replies = generate(model, ids[:2], max_new_tokens=new, temperature=0), {}
+        for name, make in found.items():
+            reply = replies[name] = make(model)
+            if reply(ids[:2], new, True) != ours or {*map(len, reply(ids, new, False))} != {new}:
+                raise UserError(f"{name}: says other greedy tokens, or fewer; nothing to compare")
+            print(f"{name} {importlib.metadata.version(name)}: the same {2 * new} greedy tokens as ours")
+        head(f"CPU, {model.parameter_count() / 1e6:.2f} M parameters, {OLD} + {new} tokens, threads: "
+             f"{torch.get_num_threads()}; time of a peer / ours: above 1 ours is faster")
         for B, (name, reply) in itertools.product((1, 32), replies.items()):
             seconds = interleave({"ours": partial(generate, model, ids[:B], max_new_tokens=new),
                                   name: partial(reply, ids[:B], new, False)}, cfg.repeats)
