@@ -72,7 +72,7 @@ def of_transformers(model: GPT):
 def of_llama_cpp(model: GPT):
     """The same of llama.cpp, float32 throughout."""
     gguf, xllamacpp, c = importlib.import_module("gguf"), importlib.import_module("xllamacpp"), model.config
-    temporary = tempfile.NamedTemporaryFile(suffix=".gguf")  # removed at return, when the server has mapped it
+    temporary = tempfile.NamedTemporaryFile(suffix=".gguf")  # removed at return: then it is mapped
     file = gguf.GGUFWriter(temporary.name, "qwen3")
     D = c.n_embd // c.n_head
     for name, value in {"context_length": c.max_seq_len, "embedding_length": c.n_embd, "key_length": D,
