@@ -300,7 +300,8 @@ class TiledLogp(torch.autograd.Function):
             if ahead:
                 dz = p.div_(-l).scatter_add_(1, t, torch.ones_like(l))
                 made[0][rows] = product(dz, W, lse.new_empty(h.shape), 1 / temperature)
-                product(dz.T, h, made[1], 1 / temperature, add=True)
+                if ctx.needs_input_grad[1]:  # a frozen W needs none
+                    product(dz.T, h, made[1], 1 / temperature, add=True)
         ctx.save_for_backward(hidden, weight, bias, targets, entropy, lse, *made)
         ctx.options = temperature, with_stats
         ctx.mark_non_differentiable(correct)
@@ -326,5 +327,6 @@ class TiledLogp(torch.autograd.Function):
                     z.exp2_().mul_(-g[rows, None])
                 dz = z.scatter_add_(1, targets[rows, None], g[rows, None])
                 dh[rows] = product(dz, W, lse.new_empty(h.shape), 1 / temperature)
-                product(dz.T, h, dW, 1 / temperature, add=True)
+                if ctx.needs_input_grad[1]:
+                    product(dz.T, h, dW, 1 / temperature, add=True)
         return dh.to(hidden.dtype), dW.to(weight.dtype), *[None] * 5

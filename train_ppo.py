@@ -42,13 +42,14 @@ from lib.ranks import setup
 from lib.records import read_prompts, read_split
 from lib.run import Run, RunConfig, lr_at, with_error
 from lib.tokenizer import Tokenizer
-from model import load_model
+from lora import DeltaConfig, attach, base_of, final_of
+from model import GPT, load_model
 from rollouts import Models, Rollout, draw, in_slots, masked, micro_batches, minibatches, sample_lines, score
 from zero import Zero
 
 
 @dataclass
-class Config(RunConfig, RehearsalConfig):  # the flags that all stages share are in lib/run.py
+class Config(RunConfig, RehearsalConfig, DeltaConfig):  # the flags that all stages share are in lib/run.py
     # data
     data: str = ""  # prompts: {"prompt"}, or conversations less the last reply; files or a folder
     # rollouts
@@ -181,8 +182,12 @@ def load_models(cfg: Config) -> tuple[Models, Tokenizer, list]:
     if its_tokenizer.fingerprint != tokenizer.fingerprint:
         raise UserError(f"--reward_model {cfg.reward_model}: its tokenizer is not that of --init {cfg.init}")
     actor.head.forbid(tokenizer.specials_but_end)  # a reply never holds pad, bos or a role
+    for model, config in ((actor, born), (reward, its_config)):
+        attach(model, cfg, config)  # with --tune: a delta, and the rest frozen
     cfg.fit_rows(min(actor.config.max_seq_len, reward.config.max_seq_len))
     frozen = [config["files"].get("model.pt", {}).get("sha256") for config in (born, its_config)]
+    if cfg.tune:  # no second copies: the same two with their deltas off
+        return Models(actor, reward, base_of(actor), base_of(reward)), tokenizer, frozen
     return Models(actor, copy.deepcopy(reward), copy.deepcopy(actor), reward), tokenizer, frozen
 
 
@@ -236,7 +241,7 @@ def main(argv=None) -> int:
     train, records, val, read = load_prompts(cfg, tokenizer)
     text = Rehearsal(cfg, tokenizer, ranks)  # of --ptx; without it nothing
     actor, critic, *_ = (Zero(model, units=model.units(), frozen=model in models[2:],
-                              **cfg.zero_options(ranks)) for model in models)
+                              **cfg.zero_options(ranks)) for model in models if isinstance(model, GPT))
     run = Run(cfg, ranks, {"actor": actor, "critic": critic}, tokenizer, read=read,
               inputs={"data": train.fingerprint(), "frozen": frozen, "ptx_data": text.fingerprint()},
               final={"head": "lm", "chat_template": CHAT_TEMPLATE})
@@ -279,7 +284,7 @@ def main(argv=None) -> int:
                 **metrics_of(rollout, scores, returns), **{name: x / n_tokens for name, x in totals.items()},
                 lr=lr, episode=step * cfg.batch_size, updates=updates,
                 **{"grad_norm/actor": infos[0].norm, "grad_norm/critic": infos[1].norm})
-    return run.finish()
+    return run.finish(final_of(models.actor))
 
 
 if __name__ == "__main__":

@@ -119,11 +119,12 @@ def _remove(folder: Path) -> None:
     shutil.rmtree(gone, ignore_errors=True)
 
 
-def save_final(out: str, state_dict: dict[str, torch.Tensor], config: dict, tokenizer_path) -> None:
-    """Write out/final; rank 0 alone calls it. config: JSON-able, enough to build the model."""
-    folder = Path(out, "final")
+def save_final(out: str, state_dict: dict, config: dict, tokenizer_path, more: dict | None = None) -> None:
+    """Write out/final; rank 0 alone calls it. config: JSON-able, enough to build the model. more: {file:
+    tensors}. state_dict may be empty: the run made no model of its own."""
+    folder, model = Path(out, "final"), {"model.pt": state_dict} if state_dict else {}
     with replacing(folder) as tmp:
-        files = _write(tmp, {"model.pt": state_dict, "tokenizer.json": tokenizer_path})
+        files = _write(tmp, {**model, **(more or {}), "tokenizer.json": tokenizer_path})
         _write(tmp, {"config.json": {**config, "files": files}})
         if folder.exists():
             _remove(folder)
@@ -135,10 +136,14 @@ def final_folder(folder: str) -> str:
     return final if os.path.isdir(final) else folder
 
 
-def load_final(folder: str) -> tuple[dict, dict[str, torch.Tensor]]:
-    """(config, {name: tensor}) of a finished model, given its folder or the run's. UserError if damaged."""
+def load_final(folder: str, name: str = "model.pt") -> tuple[dict, dict]:
+    """(config, what the file `name` holds) of a finished run, given its folder or final/. UserError if it is
+    damaged, or not there."""
     folder = Path(final_folder(folder))
-    return {"files": {}, **_examine(folder, "config.json")}, _load_tensors(folder / "model.pt")
+    config = {"files": {}, **_examine(folder, "config.json")}
+    expect(name in config["files"] or (folder / name).exists() or "delta.pt" not in config["files"],
+           f"{folder}: holds a delta alone; give it as --delta, and the model that it was trained from")
+    return config, _load_tensors(folder / name)
 
 
 def _write(folder: Path, contents: dict) -> dict[str, dict]:
