@@ -335,10 +335,11 @@ def base_of(model: GPT):
     return base
 
 
-def final_of(model: GPT):
-    """What Run.finish does to the weights: what stays is the plain model that they amount to, or nothing if
-    there is none. Returns delta.pt: the delta, its flags, and which base it belongs to."""
+def final_of(model: GPT, first=lambda weights: None):
+    """What Run.finish does to the weights, after first(weights): what stays is the plain model that they are,
+    or nothing if there is none. Returns delta.pt: the delta, its flags, and which base it belongs to."""
     def change(weights: dict) -> dict:
+        first(weights)
         if not hasattr(model, "delta"):
             return {}
         cfg, names, base = model.delta

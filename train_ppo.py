@@ -88,8 +88,7 @@ class Config(RunConfig, RehearsalConfig, DeltaConfig):  # the flags that all sta
 
     def __post_init__(self):
         super().__post_init__()
-        require_positive(self, "epochs", "max_new_tokens", "temperature", "ppo_epochs", "minibatches",
-                         "cliprange")
+        require_positive(self, "max_new_tokens", "temperature", "ppo_epochs", "minibatches", "cliprange")
         if self.batch_size < self.minibatches:
             raise UserError(f"--minibatches {self.minibatches}: more than --batch_size {self.batch_size}")
 
@@ -175,14 +174,12 @@ def load_models(cfg: Config) -> tuple[Models, Tokenizer, list]:
     """(actor, critic, reference, reward model; their tokenizer; checksums of the frozen two)."""
     actor, tokenizer, born = load_model(cfg.init, "lm", attention=cfg.attention)
     reward, its_tokenizer, its_config = load_model(cfg.reward_model, "scalar", attention=cfg.attention)
-    expect_chat(cfg.init, born)
-    expect_chat(cfg.reward_model, its_config)
-    if its_config["head"] != "scalar":
-        raise UserError(f"--reward_model {cfg.reward_model}: found a language model; train_rm.py makes one")
-    if its_tokenizer.fingerprint != tokenizer.fingerprint:
-        raise UserError(f"--reward_model {cfg.reward_model}: its tokenizer is not that of --init {cfg.init}")
+    if its_config["head"] != "scalar" or its_tokenizer.fingerprint != tokenizer.fingerprint:
+        raise UserError(f"--reward_model {cfg.reward_model}: found another head or tokenizer, expected a "
+                        f"reward model that train_rm.py made from --init {cfg.init}")
     actor.head.forbid(tokenizer.specials_but_end)  # a reply never holds pad, bos or a role
-    for model, config in ((actor, born), (reward, its_config)):
+    for folder, model, config in ((cfg.init, actor, born), (cfg.reward_model, reward, its_config)):
+        expect_chat(folder, config)
         attach(model, cfg, config)  # with --tune: a delta, and the rest frozen
     cfg.fit_rows(min(actor.config.max_seq_len, reward.config.max_seq_len))
     frozen = [config["files"].get("model.pt", {}).get("sha256") for config in (born, its_config)]
@@ -226,12 +223,11 @@ def metrics_of(rollout: Rollout, scores, returns) -> dict[str, float]:
     """What a rollout is like, a mean per reply where nothing else is said. The names are TRL's."""
     n, mask = len(scores), rollout.mask
     explained = 1 - (returns - rollout.values)[mask].var(correction=0) / returns[mask].var(correction=0)
-    return {
-        "objective/scores": scores.mean().item(), "objective/kl": rollout.log_ratio().sum().item() / n,
-        "objective/entropy": -masked(rollout.logp, mask).sum().item() / n,
-        "val/explained_variance": explained.item(), "val/num_eos_tokens": sum(rollout.ended),
-        "val/response_length": mask.sum().item() / n,
-        "val/sampler_gap": masked(rollout.sampled_logp - rollout.logp, mask).abs().max().item()}
+    return {"objective/scores": scores.mean().item(), "objective/kl": rollout.log_ratio().sum().item() / n,
+            "objective/entropy": -masked(rollout.logp, mask).sum().item() / n,
+            "val/explained_variance": explained.item(), "val/num_eos_tokens": sum(rollout.ended),
+            "val/response_length": mask.sum().item() / n,
+            "val/sampler_gap": masked(rollout.sampled_logp - rollout.logp, mask).abs().max().item()}
 
 
 def main(argv=None) -> int:
@@ -253,7 +249,6 @@ def main(argv=None) -> int:
         rollout = draw([train.items[i] for i in chosen], step, models.actor, actor, tokenizer, cfg, ranks)
         score(rollout, minibatches(cfg, step, 0), models, cfg, ranks)
         run.append("samples.jsonl", sample_lines(rollout, step, [records[i] for i in chosen], tokenizer))
-
         if not any(rollout.ended):
             run.say("    no reply ended in time; give more --max_new_tokens, or train SFT for longer")
 

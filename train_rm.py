@@ -195,20 +195,15 @@ def main(argv=None) -> int:
                 epoch=step * cfg.batch_size / len(train))
     if run.stopped:
         return run.finish()
-
     # The loss knows r only up to a constant. We choose it: the mean over the best replies becomes 0.
-    known = [g for g, record in enumerate(train.records) if not record.negative]
-    known = known[:cfg.reference_prompts or None]
+    known = [g for g, each in enumerate(train.records) if not each.negative][:cfg.reference_prompts or None]
     rewards = all_rewards(model, train, known, micro or 16, ranks)  # (n,)
     best = [0, *itertools.accumulate(train.sizes(known))][:-1]  # each group's first reply
     mean, std = rewards[best].mean().item(), rewards.std().item()
     run.event(cfg.steps, reference_mean=mean, reward_std=std)
-
-    def centred(weights: dict) -> dict:
-        weights["head.tuned.bias" if cfg.tune else "head.bias"].sub_(mean)
-        return final_of(model)(weights)
-
-    return run.finish(centred, reward_std=std, reference="best")
+    bias = "head.tuned.bias" if cfg.tune else "head.bias"
+    change = final_of(model, lambda weights: weights[bias].sub_(mean))
+    return run.finish(change, reward_std=std, reference="best")
 
 
 if __name__ == "__main__":

@@ -167,8 +167,7 @@ class Zero:
             self.units.append(Unit(self, name or "root", module, trains, *collectives.take_out(parameters)))
             module.forward = self.units[-1].forward
         model.to(self.device)  # the buffers: the parameters are out of it
-        # Where lies what is never parked: buffers, and weights in use, with their unit.
-        self.stays = {buffer.data_ptr(): None for buffer in model.buffers()}
+        self.stays = {buffer.data_ptr(): None for buffer in model.buffers()}  # not parked, nor weights in use
         self.trained = [unit for unit in self.units if unit.trainable]
         self.frozen = not self.trained
         self.optimizer = None if self.frozen else self._optimizer(lr, betas, eps, weight_decay)
@@ -240,7 +239,7 @@ class Zero:
         held = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes()
                 for unit in self.units for x in vars(unit).values() if isinstance(x, torch.Tensor)}
         return (f"ZeRO stage {self.stage}, rank {self.comm.rank} of {world}: {total:,} parameters\n"
-                f"model states held: {sum(held.values()) / 2**20:.1f} MiB\n"
+                f"trained: {psi:,}; model states held: {sum(held.values()) / 2**20:.1f} MiB\n"
                 f"to send per step of one micro-batch: {sent / 2**20:.1f} MiB")
 
 
@@ -281,8 +280,7 @@ class Unit:
     """One module's parameters as one flat vector of N shard_size elements, the last of them padding.
 
     slots, values: the parameters in the order of the vector: with weight decay, then without.
-    decaying: how many of the slots are. low: the first element that this rank owns: shard_size of them, at
-    stage 0 all. decay, end: how many of those have weight decay, are no padding.
+    decaying: how many of the slots are. low: the first element that this rank owns, of shard_size or all.
     A module of which a part is frozen has two units: that of the frozen part calls the other, inner one.
     """
 
@@ -311,13 +309,11 @@ class Unit:
             self.master = self.master.clone()
         if stage == 3 and self.offloaded and "params" not in zero.offload:
             self.resident = memory.to_device(self.master, zero.dtype)
-
         self.is_block = name.split(".")[-1].isdigit()  # a member of a ModuleList
         self.original, self.is_inner = module.forward, False
-        compile = zero.compile and self.is_block
+        self.fwd = torch.compile(self.original) if zero.compile and self.is_block else self.original
         if zero.units and zero.units[-1].module is module:
-            self.name, zero.units[-1].is_inner, compile = f"{name}, frozen", True, False
-        self.fwd = torch.compile(self.original) if compile else self.original
+            self.name, self.fwd, zero.units[-1].is_inner = f"{name}, frozen", self.original, True
         self.filled = False  # whether grad holds gradients of this step
         if trainable:
             ends = [*(slot.start for slot in slots), self.length]

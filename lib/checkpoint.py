@@ -119,12 +119,12 @@ def _remove(folder: Path) -> None:
     shutil.rmtree(gone, ignore_errors=True)
 
 
-def save_final(out: str, state_dict: dict, config: dict, tokenizer_path, more: dict | None = None) -> None:
-    """Write out/final; rank 0 alone calls it. config: JSON-able, enough to build the model. more: {file:
-    tensors}. state_dict may be empty: the run made no model of its own."""
+def save_final(out: str, state_dict: dict, config: dict, tokenizer_path, more=()) -> None:
+    """Write out/final; rank 0 alone calls it. config: JSON-able, enough to build the model. more: other files
+    {name: tensors}. Without weights in state_dict there is no model.pt."""
     folder, model = Path(out, "final"), {"model.pt": state_dict} if state_dict else {}
     with replacing(folder) as tmp:
-        files = _write(tmp, {**model, **(more or {}), "tokenizer.json": tokenizer_path})
+        files = _write(tmp, {**model, **dict(more), "tokenizer.json": tokenizer_path})
         _write(tmp, {"config.json": {**config, "files": files}})
         if folder.exists():
             _remove(folder)
@@ -137,8 +137,7 @@ def final_folder(folder: str) -> str:
 
 
 def load_final(folder: str, name: str = "model.pt") -> tuple[dict, dict]:
-    """(config, what the file `name` holds) of a finished run, given its folder or final/. UserError if it is
-    damaged, or not there."""
+    """(config, contents of the file `name`) of a finished run, given its folder or final/. UserError."""
     folder = Path(final_folder(folder))
     config = {"files": {}, **_examine(folder, "config.json")}
     expect(name in config["files"] or (folder / name).exists() or "delta.pt" not in config["files"],

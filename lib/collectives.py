@@ -44,13 +44,11 @@ def group_parameters(model: nn.Module, units: list[nn.Module], frozen: bool) -> 
     for places in found.values():
         homes = [i for i, parts in enumerate(inside) if all(module in parts for _, module, _ in places)]
         members[homes[0] if len(homes) == 1 else -1].append(places)
-    names, groups = {module: name for name, module in model.named_modules()}, []
-    for module, some in zip([*units, model], members):
-        trains = [not frozen and getattr(*places[0][1:]).requires_grad for places in some]
-        for train in (True, False):
-            if part := [places for places, its in zip(some, trains) if its == train]:
-                groups.append((names[module], module, train, part))
-    return groups
+    names = {module: name for name, module in model.named_modules()}
+    parts = [(names[module], module, train, [places for places in some if train == (
+                  not frozen and getattr(*places[0][1:]).requires_grad)])
+             for module, some in zip([*units, model], members) for train in (True, False)]
+    return [part for part in parts if part[-1]]
 
 
 def materialise(parameters: list, device: torch.device) -> None:

@@ -228,14 +228,14 @@ class Run:
             with writing(path), open(path, "a", encoding="utf-8") as file:
                 file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
 
-    def finish(self, change: Callable[[dict], dict | None] | None = None, **config) -> int:
+    def finish(self, change: Callable[[dict], dict] | None = None, **config) -> int:
         """Write final/ unless the run was stopped. Returns the exit code. change(weights): a last edit of the
-        weights in place, on rank 0; it may return more files. config: what else config.json says."""
+        weights in place, on rank 0; it returns more files. config: what else config.json says."""
         if not self.stopped:
             weights = next(iter(self.models.values())).full_state_dict()
             if self.ranks.is_main:
-                more = change(weights) if change else None
-                save_final(self.cfg.out, weights, {**self.config, **config}, self.tokenizer.path, more or {})
+                files = change(weights) if change else {}
+                save_final(self.cfg.out, weights, {**self.config, **config}, self.tokenizer.path, files)
             self.say(f"finished: {self.cfg.out}/final")
         self.ranks.close()
         return 130 if self.ranks.stop_signal == signal.SIGINT else 0  # as shells expect; SIGTERM was obeyed

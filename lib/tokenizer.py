@@ -40,10 +40,8 @@ FORMAT = "llm-from-zero tokenizer, version 1"
 WORD_PATTERN = "|".join((
     r"'(?:[sdmt]|ll|ve|re)",
     r" ?\p{L}[\p{L}\p{M}\u200c\u200d]{0,31}",
-    r" ?\p{N}{1,3}",
-    r" ?[^\s\p{L}\p{N}]{1,32}",
-    r"\s{1,32}(?!\S)", r"\s{1,32}",
-))
+    r" ?\p{N}{1,3}", r" ?[^\s\p{L}\p{N}]{1,32}",
+    r"\s{1,32}(?!\S)", r"\s{1,32}"))
 
 
 def train_bpe(documents: list[str], vocab_size: int) -> list[bytes]:
