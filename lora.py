@@ -41,9 +41,10 @@ class DeltaConfig:
 
 # ---- beside one matrix: y (..., out) is W x + b ----------------------------------------------------------
 
-def lora(x, A, B, s: float):
-    """What is added to y: s B A x. Since B = 0 the start is the base, and at first only B has a gradient."""
-    return s * (x @ A.T @ B.T)
+def lora(x, y, A, B, s: float):
+    """y + s B A x. Since B = 0 the start is the base, and in the first step only B has a gradient."""
+    u = F.linear(x, A)  # (..., rank)
+    return torch.addmm(y.flatten(0, -2), u.flatten(0, -2), B.T, alpha=s).view_as(y)
 
 
 def row_lengths(W, A, B, s: float):
@@ -56,8 +57,9 @@ def dora(x, y, W, b, A, B, m, s: float):
     |W|. No gradient flows through |V| (section 4.3)."""
     with torch.no_grad():
         lengths = row_lengths(W, A, B, s)
-    g, Wx = m / lengths, y if b is None else y - b  # (out,), (..., out)
-    return y + (g - 1) * Wx + g * lora(x, A, B, s)
+    if b is None:
+        return m / lengths * lora(x, y, A, B, s)
+    return m / lengths * lora(x, y - b, A, B, s) + b
 
 
 def adapter(y, down, down_bias, up, up_bias):
@@ -116,7 +118,7 @@ class Tuned(nn.Linear):
             return y
         delta = {name: getattr(self, name) for name in self.names}
         if self.kind == "lora":
-            return y + lora(x, **delta, s=self.s)
+            return lora(x, y, **delta, s=self.s)
         if self.kind == "dora":
             W = (self.q * self.scale).to(x.dtype) if self.weight is None else self.weight
             return dora(x, y, W, self.bias, **delta, s=self.s)
