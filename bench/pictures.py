@@ -77,7 +77,7 @@ def main(argv=None) -> None:
         return print("no pictures: they need matplotlib; pip install matplotlib")
     plt.switch_backend("Agg")  # into files: it needs no screen
     Path(cfg.out).mkdir(parents=True, exist_ok=True)
-    with plt.style.context(["tableau-colorblind10", STYLE]):
+    with plt.style.context(["seaborn-v0_8-colorblind", STYLE]):
         for draw in (losses, rewards, scorecard):
             figure, path = plt.figure(), Path(cfg.out) / f"{draw.__name__}.png"
             if draw(figure, Path(cfg.life)):
