@@ -164,12 +164,13 @@ def main(argv=None) -> None:
     model, tokenizer, config = load_tuned(cfg.model, cfg.delta, head="lm")
     model.to(setup(cfg.device, catch_signals=False).device)
     if cfg.chats:
-        expect_chat(cfg.model, config)
+        expect_chat(cfg.delta or cfg.model, config)
         records = held_out(read_chats(cfg.chats, cfg.strict), split, cfg.val_fraction)
-        figures = {"model": cfg.model, "chats": cfg.chats, **answers(model, tokenizer, records, cfg)}
+        figures = {"model": cfg.delta or cfg.model, "chats": cfg.chats,
+                   **answers(model, tokenizer, records, cfg)}
     else:
         documents = held_out(read_corpus(cfg.data, strict=cfg.strict), split_documents, cfg.val_fraction)
-        figures = {"model": cfg.model, "data": cfg.data,
+        figures = {"model": cfg.delta or cfg.model, "data": cfg.data,
                    **perplexity(model, tokenizer, documents, cfg.stride, cfg.batch_size)}
     print(json.dumps(figures))
     if cfg.out:

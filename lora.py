@@ -12,10 +12,12 @@ PPO need no second model for their reference. docs/lora.md compares the methods.
 import contextlib
 import copy
 import dataclasses
+import math
 import zlib
+from collections import namedtuple
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 import torch.nn as nn
@@ -26,15 +28,16 @@ from lib.program import UserError, require_positive
 from model import GPT, Block, LMHead, initialise, load_model, restarting_positions
 
 Methods = Literal["", "lora", "dora", "adapter", "ladder", "prefix", "prompt", "bias", "norm", "last"]
+ALONE = ("adapter", "ladder", "prefix", "prompt")  # no plain model computes the same: there is no merging
 
 
 @dataclass
 class DeltaConfig:
     # delta tuning
     tune: Methods = ""  # what is trained: a delta, and the rest is frozen; empty: all weights (see lora.py)
-    rank: int = 8  # of lora and dora; the width of an adapter
+    rank: int = 8  # of lora and dora; the width of an adapter; others ignore it
     alpha: float = 16.0  # lora and dora: B A counts alpha / rank times
-    targets: str = "qkv,proj,up,down"  # of lora, dora, bias and adapter: matrices of a block
+    targets: str = "qkv,proj,up,down"  # of lora, dora, bias: matrices of a block; adapter: only proj, down
     length: int = 8  # of prefix and prompt, in tokens; of last, in blocks
     base: Literal["float", "int8"] = "float"  # how the frozen matrices of the blocks are held
 
@@ -47,18 +50,12 @@ def lora(x, y, A, B, s: float):
     return torch.addmm(y.flatten(0, -2), u.flatten(0, -2), B.T, alpha=s).view_as(y)
 
 
-def row_lengths(W, A, B, s: float):
-    """|V|, (out,), of V = W + s B A."""
-    return (W + s * B @ A).norm(dim=1)
-
-
 def dora(x, y, W, b, A, B, m, s: float):
     """W' = m V / |V| row by row: direction and length apart (Liu et al. 2024, equation 5); m (out,) starts as
     |W|. No gradient flows through |V| (section 4.3)."""
     with torch.no_grad():
-        lengths = row_lengths(W, A, B, s)
-    if b is None:
-        return m / lengths * lora(x, y, A, B, s)
+        lengths = (W + s * B @ A).norm(dim=1)  # (out,)
+    b = 0.0 if b is None else b
     return m / lengths * lora(x, y - b, A, B, s) + b
 
 
@@ -99,7 +96,7 @@ class Tuned(nn.Linear):
         if kind in ("lora", "dora"):
             new = {"A": normal(cfg.rank, n_in) * n_in**-0.5, "B": torch.zeros(n_out, cfg.rank)}
         if kind == "dora":
-            new["m"] = row_lengths(W, **new, s=self.s)
+            new["m"] = W.norm(dim=1)
         if kind == "adapter":
             new = {"down": normal(cfg.rank, n_out) * n_out**-0.5, "down_bias": torch.zeros(cfg.rank),
                    "up": torch.zeros(n_out, cfg.rank), "up_bias": torch.zeros(n_out)}
@@ -111,7 +108,8 @@ class Tuned(nn.Linear):
 
     def forward(self, x):
         if self.weight is None:
-            y = Int8Product.apply(x, self.q, self.scale) + (0.0 if self.bias is None else self.bias)
+            y = Int8Product.apply(x, self.q, self.scale)
+            y = y if self.bias is None else y + self.bias
         else:
             y = F.linear(x, self.weight, self.bias)
         if not self.on or not self.kind:
@@ -129,7 +127,9 @@ class Tuned(nn.Linear):
         if self.kind in ("lora", "dora"):
             V = W + self.s * delta["B"] @ delta["A"]
             W = V if self.kind == "lora" else V * (delta["m"] / V.norm(dim=1))[:, None]
-        return W, delta["shift"] + (0.0 if b is None else b) if self.kind == "bias" else b
+        if self.kind == "bias":
+            b = delta["shift"] if b is None else b + delta["shift"]
+        return W, b
 
 
 class Either(nn.Module):
@@ -189,7 +189,7 @@ class Prompt(nn.Module):
             x = block(x, rope, append=lambda k, v, kept=kept: kept.append((k[0], v[0])) or (k, v))
             prefix.keys, prefix.values = kept[0]  # (G, P, D) each
 
-    def before(self, model: GPT):
+    def in_front_of(self, model: GPT):
         """model.forward of texts that begin behind the prompt."""
         forward = model.forward
 
@@ -211,7 +211,8 @@ class Prompt(nn.Module):
 # tensor (B, T, C + c). The blocks of base and side take turns in model.blocks: each has its own KV cache.
 
 class Rung(nn.Module):
-    """A module of the base, or of the side, at its place: embed, base, side or norm."""
+    """A module at its place. embed: ids -> (h, s); base: (h, s) -> (block(h), s); side: (h, s) -> (h, block
+    of s and h); norm: (h, s) -> normalised h + up s, (B, T, C)."""
     on = True
 
     def __init__(self, place: str, module: nn.Module, C: int, c: int):
@@ -238,7 +239,7 @@ class Rung(nn.Module):
         return torch.cat((h, s), -1)
 
 
-def add_ladder(model: GPT) -> None:
+def add_ladder(model: GPT, seed: int) -> None:
     """The side has an eighth of the heads, at least one, as wide as the base's: so positions turn alike."""
     C, heads = model.config.n_embd, max(1, model.config.n_head // 8)
     c = C // model.config.n_head * heads
@@ -249,34 +250,38 @@ def add_ladder(model: GPT) -> None:
     bases = [Rung("base", block, C, c) for block in model.blocks]
     model.embed, model.norm = Rung("embed", model.embed, C, c), Rung("norm", model.norm, C, c)
     for name, part in (("bottom", model.embed.map), *((f"side.{i}", side) for i, side in enumerate(sides))):
-        initialise(part, 0, f"ladder.{name}")
+        initialise(part, seed, f"ladder.{name}")
     nn.init.zeros_(model.norm.map.weight)
     model.blocks = nn.ModuleList(rung for pair in zip(bases, sides) for rung in pair)
 
 
 # ---- the whole -------------------------------------------------------------------------------------------
 
-class Delta(NamedTuple):
-    cfg: DeltaConfig
-    names: list[str]  # of the parameters that are trained
-    base: str  # checksum of the weights that it belongs to
+Delta = namedtuple("Delta", "cfg names init checksum")  # flags; what is trained; the base's folder and sum
 
 
 def attach(model: GPT, cfg: DeltaConfig, born: dict) -> None:
     """Freeze the model and give it a delta, before Zero takes it; without --tune nothing is done. born: what
     load_model said of it. A new head of rewards is trained whole. UserError for flags that do not fit."""
     if not cfg.tune:
+        if cfg.base == "int8":
+            raise UserError("--base int8: found no --tune, expected one: weights in int8 cannot be trained")
         return
+    if cfg.tune in ALONE and not isinstance(model.head, LMHead) and born["head"] == "lm":
+        raise UserError(f"--tune {cfg.tune}: expected one that leaves a plain reward model, such as lora")
+    if cfg.length >= {"last": len(model.blocks), "prompt": model.config.max_seq_len}.get(cfg.tune, math.inf):
+        raise UserError(f"--tune {cfg.tune} --length {cfg.length}: nothing would be left; give less")
     require_positive(cfg, "rank", "alpha", "length")
-    targets, c = cfg.targets.split(","), model.config
+    targets, c, seed = cfg.targets.split(","), model.config, getattr(cfg, "seed", 0)
     if set(targets) - {"qkv", "proj", "up", "down"}:
         raise UserError(f"--targets {cfg.targets}: expected some of qkv,proj,up,down")
     if cfg.tune == "prompt" and getattr(cfg, "activation_checkpointing", False):
         raise UserError("--tune prompt: its blocks run twice a pass; leave out --activation_checkpointing")
     model.requires_grad_(False)
 
-    def normal(*shape, of: str):  # from a stream of its own, so that all ranks and resumed runs agree
-        return torch.randn(shape, generator=torch.Generator().manual_seed(zlib.crc32(of.encode())))
+    def normal(*shape, name: str):  # each from its own stream: all ranks and resumed runs agree
+        stream = torch.Generator().manual_seed(zlib.crc32(f"{seed}:{name}".encode()))
+        return torch.randn(shape, generator=stream)
 
     matrix = {"lora": targets, "dora": targets, "bias": targets, "adapter": {"proj", "down"} & {*targets}}
     for i, block in enumerate(model.blocks):
@@ -284,11 +289,12 @@ def attach(model: GPT, cfg: DeltaConfig, born: dict) -> None:
             model.blocks[i] = Either(block)
         for part, name in ((block.attn, "qkv"), (block.attn, "proj"), (block.mlp, "up"), (block.mlp, "down")):
             kind = cfg.tune if name in matrix.get(cfg.tune, ()) else ""
-            if kind or cfg.base == "int8":
-                setattr(part, name, Tuned(getattr(part, name), kind, cfg, partial(normal, of=f"{i}.{name}")))
+            if kind or cfg.base == "int8" and not isinstance(model.blocks[i], Either):
+                draw = partial(normal, name=f"{i}.{name}")
+                setattr(part, name, Tuned(getattr(part, name), kind, cfg, draw))
         if cfg.tune == "prefix":
             shape = c.n_kv_head, cfg.length, c.n_embd // c.n_head
-            block.attn.attend = Prefix(block.attn.attend, nn.Parameter(normal(*shape, of=f"prefix {i}")),
+            block.attn.attend = Prefix(block.attn.attend, nn.Parameter(normal(*shape, name=f"prefix.{i}")),
                                        nn.Parameter(torch.zeros(shape)))
         elif cfg.tune == "prompt":
             block.attn.attend = Prefix(block.attn.attend)
@@ -298,18 +304,21 @@ def attach(model: GPT, cfg: DeltaConfig, born: dict) -> None:
             if isinstance(child, norms):
                 setattr(part, name, Either(child))
     if cfg.tune == "ladder":
-        add_ladder(model)
+        add_ladder(model, seed)
     elif cfg.tune == "bias":
         model.config = dataclasses.replace(c, bias=True)
     elif cfg.tune == "prompt":  # it starts as random words, and takes its share of the positions
-        model.prompt = Prompt(model.embed.weight[normal(c.vocab_size, of="prompt").argsort()[:cfg.length]])
-        model.forward = model.prompt.before(model)
+        model.prompt = Prompt(model.embed.weight[normal(c.vocab_size, name="prompt").argsort()[:cfg.length]])
+        model.forward = model.prompt.in_front_of(model)
         model.config = dataclasses.replace(c, max_seq_len=c.max_seq_len - cfg.length)
     if not isinstance(model.head, LMHead):
         model.head = Either(model.head)
     names = [name for name, p in model.named_parameters() if p.requires_grad]
-    cfg = DeltaConfig(*(getattr(cfg, field.name) for field in dataclasses.fields(DeltaConfig)))
-    model.delta = Delta(cfg, names, born["files"].get("model.pt", {}).get("sha256", ""))
+    if not names:
+        raise UserError(f"--tune {cfg.tune} --targets {cfg.targets}: found nothing to train; name a matrix")
+    flags = DeltaConfig(*(getattr(cfg, field.name) for field in dataclasses.fields(DeltaConfig)))
+    checksum = born["files"].get("model.pt", {}).get("sha256", "")
+    model.delta = Delta(flags, names, getattr(cfg, "init", ""), checksum)
     model.flops_per_token = lambda T: 0  # a frozen weight takes less than the formula says: no MFU
 
 
@@ -331,10 +340,7 @@ def off(model: GPT):
 
 def base_of(model: GPT):
     """A function that computes what the base would: a second model without a second copy."""
-    def base(*args, **kwargs):
-        with torch.no_grad(), off(model):
-            return model(*args, **kwargs)
-    return base
+    return torch.no_grad()(off(model)(lambda *args, **kwargs: model(*args, **kwargs)))
 
 
 def final_of(model: GPT, first=lambda weights: None):
@@ -344,11 +350,14 @@ def final_of(model: GPT, first=lambda weights: None):
         first(weights)
         if not hasattr(model, "delta"):
             return {}
-        cfg, names, base = model.delta
-        file = {"config": dataclasses.asdict(cfg), "base": base, "weights": {n: weights[n] for n in names}}
-        if cfg.tune in ("adapter", "ladder", "prefix", "prompt"):
+        cfg, names, init, checksum = model.delta
+        delta = {"config": dataclasses.asdict(cfg), "base": checksum}
+        delta["weights"] = {name: weights[name] for name in names}
+        if cfg.tune in ALONE:
             weights.clear()
-            return {"delta.pt": file}
+            return {"delta.pt": delta}
+        base = load_final(init)[1] if init else {}  # a run in 16 bits has rounded it
+        weights |= {name: base[name] for name in weights.keys() & base.keys() - {*names}}
         for name, part in model.named_modules():
             if isinstance(part, Tuned):
                 W, b = (weights.pop(f"{name}.{key}", None) for key in ("weight", "bias"))
@@ -356,15 +365,14 @@ def final_of(model: GPT, first=lambda weights: None):
                 W = part.q.cpu() * part.scale.cpu() if W is None else W
                 W, b = part.merged(W.double(), None if b is None else b.double(), own)
                 weights |= {f"{name}.weight": W.float()} | ({} if b is None else {f"{name}.bias": b.float()})
-        for name in [name for name in weights if ".base." in name or ".tuned." in name]:
-            value = weights.pop(name)
-            if ".tuned." in name:
-                weights[name.replace(".tuned.", ".")] = value
+        for name in [name for name in weights if ".base." in name]:
+            del weights[name]
+            weights[name.replace(".base.", ".")] = weights.pop(name.replace(".base.", ".tuned."))
         if cfg.tune == "bias":  # of what is not among the targets
             with torch.device("meta"):
                 plain = GPT(model.config, "scalar" if "head.bias" in weights else "lm").state_dict()
             weights |= {name: torch.zeros(x.shape) for name, x in plain.items() if name not in weights}
-        return {"delta.pt": file}
+        return {"delta.pt": delta}
     return change
 
 
@@ -375,10 +383,7 @@ def load_tuned(folder: str, delta: str = "", head: str = "", attention: str = ""
     if delta:
         born, (config, file) = config, load_final(delta, "delta.pt")
         attach(model, DeltaConfig(**file["config"]), born)
-        if model.delta.base != file["base"]:
+        if (model.delta.checksum, {*model.delta.names}) != (file["base"], {*file["weights"]}):
             raise UserError(f"{delta}: found the delta of another model, expected one trained from {folder}")
-        parameters = dict(model.named_parameters())
-        with torch.no_grad():
-            for name, value in file["weights"].items():
-                parameters[name].copy_(value)
+        model.load_state_dict(file["weights"], strict=False)
     return model, tokenizer, config

@@ -132,7 +132,7 @@ def main(argv=None) -> None:
     model, tokenizer, config = load_tuned(cfg.model, cfg.delta, head="lm")
     model.to(setup(cfg.device, catch_signals=False).device)
     if cfg.chat or cfg.prompts:
-        expect_chat(cfg.model, config)
+        expect_chat(cfg.delta or cfg.model, config)
     if cfg.prompts:
         answer_file(model, tokenizer, cfg)
     elif cfg.chat and cfg.prompt:

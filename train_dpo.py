@@ -137,7 +137,8 @@ def main(argv=None) -> int:
 
     # models: the policy, and the reference, which stays as it is
     model, tokenizer, born = load_model(cfg.init, head="lm", attention=cfg.attention)
-    ref, ref_tokenizer, ref_born = load_model(cfg.ref or cfg.init, head="lm", attention=cfg.attention)
+    ref, ref_tokenizer, ref_born = (model, tokenizer, born) if cfg.tune and not cfg.ref else load_model(
+        cfg.ref or cfg.init, head="lm", attention=cfg.attention)
     expect_chat(cfg.init, born)
     expect_chat(cfg.ref or cfg.init, ref_born)
     if ref_tokenizer.fingerprint != tokenizer.fingerprint:

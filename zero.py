@@ -154,7 +154,7 @@ class Zero:
         self.wide = torch.float64 if dtype == torch.float64 else torch.float32
         self.device = torch.device(device or next(model.parameters()).device)
         self.memory, self.comm = collectives.Memory(self.device), collectives.Comm()
-        self.is_gathered, self.held = False, {}  # held: {unit: its weights} of the module where backward is
+        self.is_gathered, self.held = False, {}  # held: {unit: its weights} of backward's module
         self.loss_scale = 2.0**16 if dtype == torch.float16 else 1.0
         self.updates = self.good_steps = self.skipped = 0  # all; since the scale changed; skipped in a row
         if compile:  # torch.compile takes the blocks of all models for one function, and allows it 8 variants
@@ -235,7 +235,8 @@ class Zero:
         """For the log: bytes of model states held, counted; bytes to send, by the table above."""
         world, p, w = self.comm.world, self.dtype.itemsize, self.wide.itemsize
         psi, total = (sum(unit.numel for unit in units) for units in (self.trained, self.units))
-        sent = (1 - 1 / world) * psi * (2 * w, w + p, 2 * p, 3 * p)[self.stage]
+        sent = psi * (2 * w, w + p, 2 * p, p)[self.stage] + (total * 2 * p if self.stage == 3 else 0)
+        sent *= 1 - 1 / world
         held = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes()
                 for unit in self.units for x in vars(unit).values() if isinstance(x, torch.Tensor)}
         return (f"ZeRO stage {self.stage}, rank {self.comm.rank} of {world}: {total:,} parameters\n"

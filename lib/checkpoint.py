@@ -141,7 +141,7 @@ def load_final(folder: str, name: str = "model.pt") -> tuple[dict, dict]:
     folder = Path(final_folder(folder))
     config = {"files": {}, **_examine(folder, "config.json")}
     expect(name in config["files"] or (folder / name).exists() or "delta.pt" not in config["files"],
-           f"{folder}: holds a delta alone; give it as --delta, and the model that it was trained from")
+           f"{folder}: holds a delta alone; sample.py, evaluate.py and village.scorecard read it by --delta")
     return config, _load_tensors(folder / name)
 
 

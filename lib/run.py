@@ -134,7 +134,8 @@ class Run:
         model = next(iter(models.values())).model
         shape = dataclasses.asdict(model.config)
         self.config = {"model": shape, **final, "run": dataclasses.asdict(cfg)}
-        self.same = {"model": {**shape, "attention": ""}, "tokenizer": tokenizer.fingerprint}  # else: refused
+        self.same = {"model": {**shape, "attention": ""}, "tokenizer": tokenizer.fingerprint,  # else: refused
+                     "delta": str(model.delta[::3]) if hasattr(model, "delta") else None}
         self.should = {**inputs, **cfg.compared()}  # else: a warning
         found = load_checkpoint(cfg.out, models, same=self.same, bitwise=self.should) if cfg.resume else None
         self.start, saved = found or (0, {})

@@ -95,8 +95,8 @@ def test_who_imports_whom(path):
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_what_a_reader_meets_in_a_script(script):
-    """A short main(); few flags (those of the model's shape and of deltas aside); few names that must be known
-    to read the loop; and little that a sibling says as well."""
+    """A short main(); few flags (those of the model's shape and of deltas aside); few names that one must
+    know to read the loop; and little that a sibling says as well."""
     main, = (node for node in TREES[ROOT / f"{script}.py"].body if getattr(node, "name", "") == "main")
     loop, = (node for node in main.body if isinstance(node, ast.For) and node.target.id == "step")
     loaded, stored = ({node.id for node in ast.walk(loop) if isinstance(node, ast.Name) and

@@ -100,7 +100,8 @@ def scorecard(model, tokenizer, people, cfg: Config) -> dict:
     rm = load_model(cfg.rm)[0].to(device) if cfg.rm else None
     if rm and isinstance(rm.head, LMHead):
         raise UserError(f"{cfg.rm}: found a language model, expected a reward model")
-    card = {"model": cfg.model, "village": cfg.village, "prompts": Counter(record.tag for record in records)}
+    card = {"model": cfg.delta or cfg.model, "village": cfg.village,
+            "prompts": Counter(record.tag for record in records)}
     for way, temperature in (("greedy", 0.0), ("sampled", 1.0)):
         replies = replies_to(model, tokenizer, people, records, cfg, temperature)
         card[way] = tally(replies)
@@ -188,7 +189,7 @@ def main(argv=None) -> None:
         return save_figures(Path(cfg.rollouts).with_name("rollouts.json"), rows)
     model, tokenizer, config = load_tuned(cfg.model, cfg.delta, head="lm")
     model.to(setup(cfg.device, catch_signals=False).device)
-    expect_chat(cfg.model, config)
+    expect_chat(cfg.delta or cfg.model, config)
     card = scorecard(model, tokenizer, people, cfg)
     besides = {name: card.get(name, "-") for name in ("biographies_loss", "kl")}
     show({"sampled": card["sampled"] | besides, "greedy": card["greedy"]})
