@@ -235,8 +235,7 @@ class Zero:
         """For the log: bytes of model states held, counted; bytes to send, by the table above."""
         world, p, w = self.comm.world, self.dtype.itemsize, self.wide.itemsize
         psi, total = (sum(unit.numel for unit in units) for units in (self.trained, self.units))
-        sent = psi * (2 * w, w + p, 2 * p, p)[self.stage] + (total * 2 * p if self.stage == 3 else 0)
-        sent *= 1 - 1 / world
+        sent = (1 - 1 / world) * (psi * 2 * w, psi * (w + p), psi * 2 * p, psi * p + total * 2 * p)[self.stage]
         held = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes()
                 for unit in self.units for x in vars(unit).values() if isinstance(x, torch.Tensor)}
         return (f"ZeRO stage {self.stage}, rank {self.comm.rank} of {world}: {total:,} parameters\n"
