@@ -235,7 +235,7 @@ class Zero:
         """For the log: bytes of model states held, counted; bytes to send, by the table above."""
         world, p, w = self.comm.world, self.dtype.itemsize, self.wide.itemsize
         psi, total = (sum(unit.numel for unit in units) for units in (self.trained, self.units))
-        sent = (1 - 1 / world) * (psi * 2 * w, psi * (w + p), psi * 2 * p, psi * p + total * 2 * p)[self.stage]
+        sent = (psi * 2 * w, psi * (w + p), psi * 2 * p, (psi + 2 * total) * p)[self.stage] * (1 - 1 / world)
         held = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes()
                 for unit in self.units for x in vars(unit).values() if isinstance(x, torch.Tensor)}
         return (f"ZeRO stage {self.stage}, rank {self.comm.rank} of {world}: {total:,} parameters\n"
