@@ -235,12 +235,12 @@ class Zero:
         """For the log: bytes of model states held, counted; bytes to send, by the table above."""
         world, p, w = self.comm.world, self.dtype.itemsize, self.wide.itemsize
         psi, total = (sum(unit.numel for unit in units) for units in (self.trained, self.units))
-        sent = (psi * 2 * w, psi * (w + p), psi * 2 * p, (psi + 2 * total) * p)[self.stage] * (1 - 1 / world)
+        sent = (psi * 2 * w, psi * (w + p), psi * 2 * p, (psi + total + total * (psi > 0)) * p)[self.stage]
         held = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes()
                 for unit in self.units for x in vars(unit).values() if isinstance(x, torch.Tensor)}
         return (f"ZeRO stage {self.stage}, rank {self.comm.rank} of {world}: {total:,} parameters\n"
                 f"trained: {psi:,}; model states held: {sum(held.values()) / 2**20:.1f} MiB\n"
-                f"to send per step of one micro-batch: {sent / 2**20:.1f} MiB")
+                f"to send per step of one micro-batch: {sent * (1 - 1 / world) / 2**20:.1f} MiB")
 
 
 class Use(torch.autograd.Function):

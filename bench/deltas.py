@@ -29,6 +29,8 @@ RUNS = {  # rates: the best of three by the loss of held-out replies after 300 s
     "lora, rank 4": "--tune lora --rank 4 --alpha 8 --lr 2e-2",
     "lora, rank 16": "--tune lora --rank 16 --alpha 32 --lr 2e-2",
     "lora, rank 64": "--tune lora --rank 64 --alpha 128 --lr 1e-2",
+    "lora, rank 16, and rehearsal": f"--tune lora --rank 16 --alpha 32 --lr 2e-2 {REHEARSAL}",
+    "lora, rank 64, and rehearsal": f"--tune lora --rank 64 --alpha 128 --lr 1e-2 {REHEARSAL}",
     "dora, rank 4": "--tune dora --rank 4 --alpha 8 --lr 2e-2",
     "adapter, width 16": "--tune adapter --rank 16 --lr 1e-2", "ladder": "--tune ladder --lr 3e-2",
     "prefix, 16": "--tune prefix --length 16 --lr 1e-1", "prompt, 16": "--tune prompt --length 16 --lr 3e-1",

@@ -493,7 +493,8 @@ def test_report():
         states, total = float(zero.report().split("held: ")[1].split()[0]), zero.units[0].numel / 2**20
         expected = total * (dtype.itemsize if frozen else holds[dtype][stage])
         assert states == pytest.approx(expected, abs=0.2), (stage, dtype, frozen)
-        zero.comm.world, sent = 4, 0 if frozen else total * sends[dtype][stage]
+        zero.comm.world = 4  # a frozen model is gathered once, forward
+        sent = total * (0.75 * dtype.itemsize * (stage == 3) if frozen else sends[dtype][stage])
         assert float(zero.report().split()[-2]) == pytest.approx(sent, abs=0.06), (stage, dtype)
 
 
