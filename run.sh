@@ -62,9 +62,9 @@ card() {  # card NAME flags ...: what the model does in the Village
     stage "$1-card" "$out/$1/scorecard.json" $python -m village.scorecard --model "$out/$1" --village $world \
         --rm "$out/rm" $seed "${@:2}" ${q:+--max_new_tokens 16 --batch_size 64}
 }
-[ ! "$v" ] || [ "$q$show" ] || echo "A model of 1 million parameters; about 11 minutes on two quiet cores.
-Pretraining takes 3, SFT 3, the reward model 1, PPO 2, DPO 1, drawing replies and scorecards 2. Ctrl-C stops,
-the same command goes on. At the end five questions are put to the model of every stage."
+[ ! "$v" ] || [ "$q$show" ] || echo "A model of 1 million parameters; 11 to 17 minutes on two quiet cores.
+Pretraining takes 3 to 4, SFT 3 to 5, the reward model 1, PPO 2 to 4, DPO 1, drawing and scorecards 2. Ctrl-C
+stops, the same command goes on. At the end five questions are put to the model of every stage."
 # The life. ${v:+flags} are for the Village, ${q:+flags} for --quick. Of two equal flags the last one counts.
 [ ! "$v" ] || stage village $world/facts.json $python -m village.world --out $world $seed ${q:+--people 40}
 train pretrain --data "$text" ${v:+--tokenizer bpe --vocab_size 1184 --n_kv_head 2 --steps 1400 --lr 6e-3} \
