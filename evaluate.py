@@ -25,12 +25,14 @@ from lib.corpora import read_corpus, split_documents
 from lib.program import parse, replacing, require_positive, start
 from lib.ranks import setup
 from lib.records import Records, read_chats, split
-from model import LMHead, generate_sorted, load_model
+from lora import load_tuned
+from model import LMHead, generate_sorted
 
 
 @dataclass
 class Config:
     model: str = "out/pretrain"  # folder of a run, or of a finished model
+    delta: str = ""  # folder of a run with --tune whose base --model is; empty: none
     data: str = "stdlib"  # stdlib, shakespeare, or files: text, or records with "text"; or a folder
     chats: str = ""  # instead of data: conversations, in any form that train_sft.py reads
     strict: bool = False  # stop if a record cannot be used, instead of leaving it out
@@ -159,15 +161,16 @@ def save_figures(path, figures) -> None:
 def main(argv=None) -> None:
     cfg = parse(Config, argv, __doc__)
     require_positive(cfg, "batch_size", "max_new_tokens")
-    model, tokenizer, config = load_model(cfg.model, head="lm")
+    model, tokenizer, config = load_tuned(cfg.model, cfg.delta, head="lm")
     model.to(setup(cfg.device, catch_signals=False).device)
     if cfg.chats:
-        expect_chat(cfg.model, config)
+        expect_chat(cfg.delta or cfg.model, config)
         records = held_out(read_chats(cfg.chats, cfg.strict), split, cfg.val_fraction)
-        figures = {"model": cfg.model, "chats": cfg.chats, **answers(model, tokenizer, records, cfg)}
+        figures = {"model": cfg.delta or cfg.model, "chats": cfg.chats,
+                   **answers(model, tokenizer, records, cfg)}
     else:
         documents = held_out(read_corpus(cfg.data, strict=cfg.strict), split_documents, cfg.val_fraction)
-        figures = {"model": cfg.model, "data": cfg.data,
+        figures = {"model": cfg.delta or cfg.model, "data": cfg.data,
                    **perplexity(model, tokenizer, documents, cfg.stride, cfg.batch_size)}
     print(json.dumps(figures))
     if cfg.out:

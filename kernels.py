@@ -285,7 +285,8 @@ class TiledLogp(torch.autograd.Function):
     def forward(ctx, hidden, weight, bias, targets, temperature, with_stats, ahead):
         logp, entropy, lse = (hidden.new_zeros(len(hidden), dtype=dtypes(hidden)[1]) for _ in range(3))
         correct = torch.zeros_like(targets, dtype=torch.bool)
-        made = [lse.new_zeros(x.shape) for x in (hidden, weight)] if ahead else []
+        trained = weight if ctx.needs_input_grad[1] else weight[:0]  # a frozen W gets no gradient
+        made = [lse.new_zeros(x.shape) for x in (hidden, trained)] if ahead else []
         for rows, h, W, z in logits(hidden, weight, bias, targets, temperature):
             t, m = targets[rows, None], z.amax(-1, keepdim=True)  # (n, 1) twice
             chosen = z.sub_(m).gather(1, t)
@@ -300,7 +301,8 @@ class TiledLogp(torch.autograd.Function):
             if ahead:
                 dz = p.div_(-l).scatter_add_(1, t, torch.ones_like(l))
                 made[0][rows] = product(dz, W, lse.new_empty(h.shape), 1 / temperature)
-                product(dz.T, h, made[1], 1 / temperature, add=True)
+                if ctx.needs_input_grad[1]:
+                    product(dz.T, h, made[1], 1 / temperature, add=True)
         ctx.save_for_backward(hidden, weight, bias, targets, entropy, lse, *made)
         ctx.options = temperature, with_stats
         ctx.mark_non_differentiable(correct)
@@ -316,7 +318,8 @@ class TiledLogp(torch.autograd.Function):
         if made and len(trained) and bool((trained == trained[0]).all()):
             dh, dW = (x * trained[0] for x in made)
         else:
-            dh, dW = (lse.new_zeros(x.shape) for x in (hidden, weight))
+            needed = weight if ctx.needs_input_grad[1] else weight[:0]
+            dh, dW = (lse.new_zeros(x.shape) for x in (hidden, needed))
             for rows, h, W, z in logits(hidden, weight, bias, targets, temperature):
                 z.sub_(lse[rows, None])  # log2 p
                 if with_stats:
@@ -326,5 +329,6 @@ class TiledLogp(torch.autograd.Function):
                     z.exp2_().mul_(-g[rows, None])
                 dz = z.scatter_add_(1, targets[rows, None], g[rows, None])
                 dh[rows] = product(dz, W, lse.new_empty(h.shape), 1 / temperature)
-                product(dz.T, h, dW, 1 / temperature, add=True)
+                if ctx.needs_input_grad[1]:
+                    product(dz.T, h, dW, 1 / temperature, add=True)
         return dh.to(hidden.dtype), dW.to(weight.dtype), *[None] * 5

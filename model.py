@@ -284,7 +284,7 @@ class KVCache:
 
     def keep(self, rows) -> None:
         """Go on with these rows alone, in this order; one may come several times."""
-        self.layers = [[buffer[rows] for buffer in layer] for layer in self.layers]
+        self.layers = [layer and [buffer[rows] for buffer in layer] for layer in self.layers]
         self.segment_ids = None if self.segment_ids is None else self.segment_ids[rows]
 
 

@@ -19,12 +19,13 @@ from evaluate import Progress, Reply, draw
 from lib.program import UserError, parse, replacing, require_positive, start
 from lib.ranks import setup
 from lib.records import read_prompts
-from model import load_model
+from lora import load_tuned
 
 
 @dataclass
 class Config:
     model: str = "out/pretrain"  # folder of a run, or of a finished model
+    delta: str = ""  # folder of a run with --tune whose base --model is; empty: none
     prompt: str = ""  # text to go on with, or with --chat to answer; empty: a new text
     n: int = 1  # how many continuations
     chat: bool = False  # a conversation; with --prompt: one reply
@@ -128,10 +129,10 @@ def answer_file(model, tokenizer, cfg: Config) -> None:
 def main(argv=None) -> None:
     cfg = parse(Config, argv, __doc__)
     require_positive(cfg, "n", "k", "batch_size", "top_p")
-    model, tokenizer, config = load_model(cfg.model, head="lm")
+    model, tokenizer, config = load_tuned(cfg.model, cfg.delta, head="lm")
     model.to(setup(cfg.device, catch_signals=False).device)
     if cfg.chat or cfg.prompts:
-        expect_chat(cfg.model, config)
+        expect_chat(cfg.delta or cfg.model, config)
     if cfg.prompts:
         answer_file(model, tokenizer, cfg)
     elif cfg.chat and cfg.prompt:

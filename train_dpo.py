@@ -24,12 +24,13 @@ from lib.program import UserError, parse, require_positive, start
 from lib.ranks import setup
 from lib.records import read_preferences, read_split
 from lib.run import Run, RunConfig, lr_at, with_error
+from lora import DeltaConfig, attach, base_of, final_of
 from model import greedy_replies, load_model
 from zero import Zero
 
 
 @dataclass
-class Config(RunConfig, RehearsalConfig):  # the flags that all stages share are in lib/run.py
+class Config(RunConfig, RehearsalConfig, DeltaConfig):  # the flags that all stages share are in lib/run.py
     # data
     data: str = ""  # preferences: chosen and rejected, or ranked responses; files or a folder
     pairs: Literal["best-worst", "all"] = "best-worst"  # of ranked replies: first and last, or all C(K,2)
@@ -136,14 +137,19 @@ def main(argv=None) -> int:
 
     # models: the policy, and the reference, which stays as it is
     model, tokenizer, born = load_model(cfg.init, head="lm", attention=cfg.attention)
-    ref, ref_tokenizer, ref_born = load_model(cfg.ref or cfg.init, head="lm", attention=cfg.attention)
+    ref, ref_tokenizer, ref_born = (model, tokenizer, born) if cfg.tune and not cfg.ref else load_model(
+        cfg.ref or cfg.init, head="lm", attention=cfg.attention)
     expect_chat(cfg.init, born)
     expect_chat(cfg.ref or cfg.init, ref_born)
     if ref_tokenizer.fingerprint != tokenizer.fingerprint:
         raise UserError(f"--ref {cfg.ref}: found another tokenizer than that of --init {cfg.init}")
+    attach(model, cfg, born)  # with --tune: a delta, and the rest frozen
     cfg.fit_rows(model.config.max_seq_len)
     zero = Zero(model, units=model.units(), **cfg.zero_options(ranks))
-    ref_zero = Zero(ref, units=ref.units(), frozen=True, **cfg.zero_options(ranks))
+    if cfg.tune and not cfg.ref:  # no second model: the policy with its delta off
+        ref, ref_zero = base_of(model), None
+    else:
+        ref_zero = Zero(ref, units=ref.units(), frozen=True, **cfg.zero_options(ranks))
 
     # data
     *parts, report, counts = read_split(read_preferences, cfg)
@@ -191,7 +197,7 @@ def main(argv=None) -> int:
         run.log(step, tokens=n_read + n_text, skipped=info.skipped, loss=mean_loss,
                 **pair_metrics(logps, ref_logps, cfg.beta), grad_norm=info.norm, learning_rate=lr,
                 epoch=step * cfg.batch_size / len(train), **ptx)
-    return run.finish()
+    return run.finish(final_of(model))
 
 
 if __name__ == "__main__":

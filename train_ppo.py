@@ -42,13 +42,14 @@ from lib.ranks import setup
 from lib.records import read_prompts, read_split
 from lib.run import Run, RunConfig, lr_at, with_error
 from lib.tokenizer import Tokenizer
-from model import load_model
+from lora import DeltaConfig, attach, base_of, final_of
+from model import GPT, load_model
 from rollouts import Models, Rollout, draw, in_slots, masked, micro_batches, minibatches, sample_lines, score
 from zero import Zero
 
 
 @dataclass
-class Config(RunConfig, RehearsalConfig):  # the flags that all stages share are in lib/run.py
+class Config(RunConfig, RehearsalConfig, DeltaConfig):  # the flags that all stages share are in lib/run.py
     # data
     data: str = ""  # prompts: {"prompt"}, or conversations less the last reply; files or a folder
     # rollouts
@@ -87,8 +88,7 @@ class Config(RunConfig, RehearsalConfig):  # the flags that all stages share are
 
     def __post_init__(self):
         super().__post_init__()
-        require_positive(self, "epochs", "max_new_tokens", "temperature", "ppo_epochs", "minibatches",
-                         "cliprange")
+        require_positive(self, "max_new_tokens", "temperature", "ppo_epochs", "minibatches", "cliprange")
         if self.batch_size < self.minibatches:
             raise UserError(f"--minibatches {self.minibatches}: more than --batch_size {self.batch_size}")
 
@@ -174,15 +174,17 @@ def load_models(cfg: Config) -> tuple[Models, Tokenizer, list]:
     """(actor, critic, reference, reward model; their tokenizer; checksums of the frozen two)."""
     actor, tokenizer, born = load_model(cfg.init, "lm", attention=cfg.attention)
     reward, its_tokenizer, its_config = load_model(cfg.reward_model, "scalar", attention=cfg.attention)
-    expect_chat(cfg.init, born)
-    expect_chat(cfg.reward_model, its_config)
-    if its_config["head"] != "scalar":
-        raise UserError(f"--reward_model {cfg.reward_model}: found a language model; train_rm.py makes one")
-    if its_tokenizer.fingerprint != tokenizer.fingerprint:
-        raise UserError(f"--reward_model {cfg.reward_model}: its tokenizer is not that of --init {cfg.init}")
+    if its_config["head"] != "scalar" or its_tokenizer.fingerprint != tokenizer.fingerprint:
+        raise UserError(f"--reward_model {cfg.reward_model}: found another head or tokenizer, expected a "
+                        f"reward model that train_rm.py made from --init {cfg.init}")
     actor.head.forbid(tokenizer.specials_but_end)  # a reply never holds pad, bos or a role
+    for folder, model, config in ((cfg.init, actor, born), (cfg.reward_model, reward, its_config)):
+        expect_chat(folder, config)
+        attach(model, cfg, config)  # with --tune: a delta, and the rest frozen
     cfg.fit_rows(min(actor.config.max_seq_len, reward.config.max_seq_len))
     frozen = [config["files"].get("model.pt", {}).get("sha256") for config in (born, its_config)]
+    if cfg.tune:  # no second copies: the same two with their deltas off
+        return Models(actor, reward, base_of(actor), base_of(reward)), tokenizer, frozen
     return Models(actor, copy.deepcopy(reward), copy.deepcopy(actor), reward), tokenizer, frozen
 
 
@@ -221,12 +223,11 @@ def metrics_of(rollout: Rollout, scores, returns) -> dict[str, float]:
     """What a rollout is like, a mean per reply where nothing else is said. The names are TRL's."""
     n, mask = len(scores), rollout.mask
     explained = 1 - (returns - rollout.values)[mask].var(correction=0) / returns[mask].var(correction=0)
-    return {
-        "objective/scores": scores.mean().item(), "objective/kl": rollout.log_ratio().sum().item() / n,
-        "objective/entropy": -masked(rollout.logp, mask).sum().item() / n,
-        "val/explained_variance": explained.item(), "val/num_eos_tokens": sum(rollout.ended),
-        "val/response_length": mask.sum().item() / n,
-        "val/sampler_gap": masked(rollout.sampled_logp - rollout.logp, mask).abs().max().item()}
+    return {"objective/scores": scores.mean().item(), "objective/kl": rollout.log_ratio().sum().item() / n,
+            "objective/entropy": -masked(rollout.logp, mask).sum().item() / n,
+            "val/explained_variance": explained.item(), "val/num_eos_tokens": sum(rollout.ended),
+            "val/response_length": mask.sum().item() / n,
+            "val/sampler_gap": masked(rollout.sampled_logp - rollout.logp, mask).abs().max().item()}
 
 
 def main(argv=None) -> int:
@@ -236,7 +237,7 @@ def main(argv=None) -> int:
     train, records, val, read = load_prompts(cfg, tokenizer)
     text = Rehearsal(cfg, tokenizer, ranks)  # of --ptx; without it nothing
     actor, critic, *_ = (Zero(model, units=model.units(), frozen=model in models[2:],
-                              **cfg.zero_options(ranks)) for model in models)
+                              **cfg.zero_options(ranks)) for model in models if isinstance(model, GPT))
     run = Run(cfg, ranks, {"actor": actor, "critic": critic}, tokenizer, read=read,
               inputs={"data": train.fingerprint(), "frozen": frozen, "ptx_data": text.fingerprint()},
               final={"head": "lm", "chat_template": CHAT_TEMPLATE})
@@ -248,7 +249,6 @@ def main(argv=None) -> int:
         rollout = draw([train.items[i] for i in chosen], step, models.actor, actor, tokenizer, cfg, ranks)
         score(rollout, minibatches(cfg, step, 0), models, cfg, ranks)
         run.append("samples.jsonl", sample_lines(rollout, step, [records[i] for i in chosen], tokenizer))
-
         if not any(rollout.ended):
             run.say("    no reply ended in time; give more --max_new_tokens, or train SFT for longer")
 
@@ -279,7 +279,7 @@ def main(argv=None) -> int:
                 **metrics_of(rollout, scores, returns), **{name: x / n_tokens for name, x in totals.items()},
                 lr=lr, episode=step * cfg.batch_size, updates=updates,
                 **{"grad_norm/actor": infos[0].norm, "grad_norm/critic": infos[1].norm})
-    return run.finish()
+    return run.finish(final_of(models.actor))
 
 
 if __name__ == "__main__":

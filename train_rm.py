@@ -25,12 +25,13 @@ from lib.program import parse, start
 from lib.ranks import setup
 from lib.records import random_negatives, read_preferences, read_split
 from lib.run import Run, RunConfig, lr_at, with_error
+from lora import DeltaConfig, attach, final_of
 from model import load_model
 from zero import Zero
 
 
 @dataclass
-class Config(RunConfig):  # the flags that all stages share are in lib/run.py
+class Config(RunConfig, DeltaConfig):  # the flags that all stages share are in lib/run.py
     # data
     data: str = ""  # preferences: chosen and rejected, or ranked responses; files or a folder
     negatives: int = 0  # times each best reply is also compared with a random one to another prompt; 0: off
@@ -151,6 +152,7 @@ def main(argv=None) -> int:
     # model
     model, tokenizer, born = load_model(cfg.init, head="scalar", attention=cfg.attention)
     expect_chat(cfg.init, born)
+    attach(model, cfg, born)  # with --tune: a delta, and the rest frozen
     cfg.fit_rows(model.config.max_seq_len)
     zero = Zero(model, units=model.units(), **cfg.zero_options(ranks))
 
@@ -193,15 +195,15 @@ def main(argv=None) -> int:
                 epoch=step * cfg.batch_size / len(train))
     if run.stopped:
         return run.finish()
-
     # The loss knows r only up to a constant. We choose it: the mean over the best replies becomes 0.
-    known = [g for g, record in enumerate(train.records) if not record.negative]
-    known = known[:cfg.reference_prompts or None]
+    known = [g for g, each in enumerate(train.records) if not each.negative][:cfg.reference_prompts or None]
     rewards = all_rewards(model, train, known, micro or 16, ranks)  # (n,)
     best = [0, *itertools.accumulate(train.sizes(known))][:-1]  # each group's first reply
     mean, std = rewards[best].mean().item(), rewards.std().item()
     run.event(cfg.steps, reference_mean=mean, reward_std=std)
-    return run.finish(lambda weights: weights["head.bias"].sub_(mean), reward_std=std, reference="best")
+    bias = "head.tuned.bias" if cfg.tune else "head.bias"
+    change = final_of(model, lambda weights: weights[bias].sub_(mean))
+    return run.finish(change, reward_std=std, reference="best")
 
 
 if __name__ == "__main__":

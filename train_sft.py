@@ -20,12 +20,13 @@ from lib.program import parse, start
 from lib.ranks import setup, together
 from lib.records import read_chats, read_split
 from lib.run import Run, RunConfig, lr_at, with_error
+from lora import DeltaConfig, attach, final_of
 from model import greedy_replies, load_model
 from zero import Zero
 
 
 @dataclass
-class Config(RunConfig, RehearsalConfig):  # the flags that all stages share are in lib/run.py
+class Config(RunConfig, RehearsalConfig, DeltaConfig):  # the flags that all stages share are in lib/run.py
     # data
     data: str = ""  # conversations: messages, ShareGPT, Alpaca or prompt and completion; files or a folder
     turns: Literal["all", "last", "each"] = "all"  # train every turn in one pass, the last, or each by itself
@@ -68,7 +69,8 @@ def main(argv=None) -> int:
     ranks = setup(cfg.device)  # this process and its peers: rank, world, device, sum()
 
     # model
-    model, tokenizer, _ = load_model(cfg.init, head="lm", attention=cfg.attention)
+    model, tokenizer, born = load_model(cfg.init, head="lm", attention=cfg.attention)
+    attach(model, cfg, born)  # with --tune: a delta, and the rest frozen
     cfg.fit_rows(model.config.max_seq_len)
     zero = Zero(model, units=model.units(), **cfg.zero_options(ranks))
 
@@ -109,7 +111,7 @@ def main(argv=None) -> int:
         mean_loss, = ranks.sum(mean_loss)
         run.log(step, tokens=n_read + n_text, skipped=info.skipped, loss=mean_loss, grad_norm=info.norm,
                 learning_rate=lr, epoch=step * cfg.batch_size / len(train), **ptx)
-    return run.finish()
+    return run.finish(final_of(model))
 
 
 if __name__ == "__main__":

@@ -90,7 +90,7 @@ class Zero:
     def backward(self, loss: torch.Tensor) -> None:
         """loss: already divided by the global count; gradients of all ranks and micro-batches are summed."""
         (loss * self.loss_scale).backward()
-        self.held = None
+        self.held.clear()
 
     @torch.no_grad()
     def step(self, lr: float, clip: float | None = None) -> StepInfo:
@@ -154,20 +154,20 @@ class Zero:
         self.wide = torch.float64 if dtype == torch.float64 else torch.float32
         self.device = torch.device(device or next(model.parameters()).device)
         self.memory, self.comm = collectives.Memory(self.device), collectives.Comm()
-        self.is_gathered, self.held = False, None  # held: (unit, its weights) where backward is now
+        self.is_gathered, self.held = False, {}  # held: {unit: its weights} of backward's module
         self.loss_scale = 2.0**16 if dtype == torch.float16 else 1.0
         self.updates = self.good_steps = self.skipped = 0  # all; since the scale changed; skipped in a row
         if compile:  # torch.compile takes the blocks of all models for one function, and allows it 8 variants
             torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
         self.units = []
-        for name, module, parameters in collectives.group_parameters(model, units):
+        for name, module, trains, parameters in collectives.group_parameters(model, units, frozen):
             if init is not None:
                 collectives.materialise(parameters, self.device)
                 init(module, name)
-            self.units.append(Unit(self, name or "root", module, *collectives.take_out(parameters, frozen)))
+            self.units.append(Unit(self, name or "root", module, trains, *collectives.take_out(parameters)))
             module.forward = self.units[-1].forward
         model.to(self.device)  # the buffers: the parameters are out of it
-        self.stays = {buffer.data_ptr() for buffer in model.buffers()}  # and weights in use: never parked
+        self.stays = {buffer.data_ptr(): None for buffer in model.buffers()}  # not parked, nor weights in use
         self.trained = [unit for unit in self.units if unit.trainable]
         self.frozen = not self.trained
         self.optimizer = None if self.frozen else self._optimizer(lr, betas, eps, weight_decay)
@@ -235,12 +235,12 @@ class Zero:
         """For the log: bytes of model states held, counted; bytes to send, by the table above."""
         world, p, w = self.comm.world, self.dtype.itemsize, self.wide.itemsize
         psi, total = (sum(unit.numel for unit in units) for units in (self.trained, self.units))
-        sent = (1 - 1 / world) * psi * (2 * w, w + p, 2 * p, 3 * p)[self.stage]
+        sent = (psi * 2 * w, psi * (w + p), psi * 2 * p, (psi + total + total * (psi > 0)) * p)[self.stage]
         held = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes()
                 for unit in self.units for x in vars(unit).values() if isinstance(x, torch.Tensor)}
         return (f"ZeRO stage {self.stage}, rank {self.comm.rank} of {world}: {total:,} parameters\n"
-                f"model states held: {sum(held.values()) / 2**20:.1f} MiB\n"
-                f"to send per step of one micro-batch: {sent / 2**20:.1f} MiB")
+                f"trained: {psi:,}; model states held: {sum(held.values()) / 2**20:.1f} MiB\n"
+                f"to send per step of one micro-batch: {sent * (1 - 1 / world) / 2**20:.1f} MiB")
 
 
 class Use(torch.autograd.Function):
@@ -250,13 +250,11 @@ class Use(torch.autograd.Function):
     def forward(ctx, unit: "Unit", trigger: torch.Tensor):  # trigger: see Unit.run
         ctx.unit = unit
         ctx.set_materialize_grads(False)  # the gradient of an unused weight stays None
-        views = unit.views(unit.fetch())
-        ctx.mark_non_differentiable(*views[unit.trainable:])
-        return tuple(views)
+        return tuple(unit.views(unit.fetch()))
 
     @staticmethod
     def backward(ctx, *gradients):
-        ctx.unit.reduce(gradients[:ctx.unit.trainable])
+        ctx.unit.reduce(gradients)
         return None, None
 
 
@@ -281,18 +279,17 @@ def sum_of_squares(x: torch.Tensor) -> torch.Tensor:
 class Unit:
     """One module's parameters as one flat vector of N shard_size elements, the last of them padding.
 
-    slots, values: the parameters in the order of the vector: with weight decay, without, frozen.
-    trainable, decaying: how many of the slots are. ends[n]: where the first n slots end.
-    low: the first element that this rank owns: shard_size of them, at stage 0 all.
+    slots, values: the parameters in the order of the vector: with weight decay, then without.
+    decaying: how many of the slots are. low: the first element that this rank owns, of shard_size or all.
+    A module of which a part is frozen has two units: that of the frozen part calls the other, inner one.
     """
 
-    def __init__(self, zero: Zero, name: str, module: nn.Module, slots: list[Slot],
-                 values: list[torch.Tensor], trainable: int, decaying: int):
+    def __init__(self, zero: Zero, name: str, module: nn.Module, trainable: bool, slots: list[Slot],
+                 values: list[torch.Tensor], decaying: int):
         self.zero, self.name, self.module, self.slots, self.trainable = zero, name, module, slots, trainable
         memory, comm, stage = zero.memory, zero.comm, zero.stage
         self.numel = sum(slot.shape.numel() for slot in slots)
         self.length = aligned(slots[-1].start + slots[-1].shape.numel())
-        self.ends = [*(slot.start for slot in slots), self.length]
         self.shard_size = aligned(-(-self.length // comm.world))
         flat = memory.empty(self.shard_size * comm.world, zero.wide if trainable else zero.dtype).zero_()
         for view, value in zip(self.views(flat), values):
@@ -303,7 +300,7 @@ class Unit:
         self.low = comm.rank * size if stage > 0 else 0
         # resident: the weights that compute, as far as they stay on the device: all at stages 0-2; at stage 3
         # this rank's shard, if the optimizer alone is offloaded. master: what this rank owns, in float32.
-        self.offloaded = "params" in zero.offload or (trainable > 0 and "optim" in zero.offload)
+        self.offloaded = "params" in zero.offload or (trainable and "optim" in zero.offload)
         self.resident = flat.to(zero.dtype) if stage < 3 else None
         self.master = flat[self.low:self.low + size]
         if self.offloaded:
@@ -312,14 +309,15 @@ class Unit:
             self.master = self.master.clone()
         if stage == 3 and self.offloaded and "params" not in zero.offload:
             self.resident = memory.to_device(self.master, zero.dtype)
-
         self.is_block = name.split(".")[-1].isdigit()  # a member of a ModuleList
-        self.original = module.forward
+        self.original, self.is_inner = module.forward, False
         self.fwd = torch.compile(self.original) if zero.compile and self.is_block else self.original
-        self.address = None  # where in memory the weights lie while forward uses them
+        if zero.units and zero.units[-1].module is module:
+            self.name, self.fwd, zero.units[-1].is_inner = f"{name}, frozen", self.original, True
         self.filled = False  # whether grad holds gradients of this step
         if trainable:
-            self.decay, self.end = (min(max(self.ends[n] - self.low, 0), size) for n in (decaying, trainable))
+            ends = [*(slot.start for slot in slots), self.length]
+            self.decay, self.end = (min(max(ends[n] - self.low, 0), size) for n in (decaying, -1))
             self.exp_avg, self.exp_avg_sq, self.shard_grad = (
                 memory.empty(n, zero.wide, host=self.offloaded).zero_() for n in (self.end, self.end, size))
             self.grad = self.shard_grad if stage > 1 else memory.empty(flat.numel(), zero.wide).zero_()
@@ -339,7 +337,7 @@ class Unit:
     @torch.no_grad()
     def reduce(self, gradients) -> None:
         """Add up the gradients of one backward (None: unused): over all ranks at stages 2-3, else my own."""
-        self.zero.held = None
+        self.zero.held.pop(self, None)
         total = self.zero.memory.empty(self.shard_size * self.zero.comm.world, self.zero.dtype).zero_()
         for part, gradient in zip(self.views(total), gradients):
             if gradient is not None:
@@ -373,6 +371,8 @@ class Unit:
         """Takes the place of module.forward."""
         if self.zero.is_gathered:
             return self.original(*args, **kwargs)
+        if self.is_inner:  # what follows is done around the outer one
+            return self.run(*args, **kwargs)
         # Of nested saved_tensors_hooks only the innermost pair acts, so ours stand outside of checkpoint. It
         # calls `run` again in backward, which fetches the weights again.
         with self.hooks():
@@ -383,15 +383,14 @@ class Unit:
     def run(self, *args, **kwargs):
         train = self.trainable and torch.is_grad_enabled()
         weights = Use.apply(self, torch.zeros(0, requires_grad=True)) if train else self.views(self.fetch())
-        self.address = weights[0].untyped_storage().data_ptr()
-        self.zero.stays.add(self.address)
+        address = weights[0].untyped_storage().data_ptr()
+        self.zero.stays[address] = self
         plug(self.slots, weights)
         try:
             return self.fwd(*args, **kwargs)
         finally:
             plug(self.slots, None)
-            self.zero.stays.discard(self.address)
-            self.address = None
+            self.zero.stays.pop(address, None)
 
     def hooks(self):
         """What autograd keeps for backward. Of gathered weights: their place in the vector, which refetch()
@@ -402,8 +401,9 @@ class Unit:
 
         def pack(x):
             address, size = x.untyped_storage().data_ptr(), x.untyped_storage().nbytes()
-            if zero.stage == 3 and address == self.address and self.module is not zero.model:
-                fetch = self.refetch  # but the root is kept: it is needed until the end of backward
+            unit = zero.stays.get(address)
+            if zero.stage == 3 and unit and unit.module is not zero.model:
+                fetch = unit.refetch  # but the root is kept: it is needed until the end of backward
             elif "acts" in zero.offload and size >= collectives.PARK_BYTES and address not in zero.stays:
                 fetch = zero.memory.park(x)
             else:  # detached: x may be the output of the node that keeps it, a circle that nobody would free
@@ -421,8 +421,10 @@ class Unit:
         return saved_tensors_hooks(pack, unpack)
 
     def refetch(self) -> torch.Tensor:
-        """The weights again, in backward. The last unit's are held, because autograd asks several times."""
-        if self.zero.held is None or self.zero.held[0] is not self:
-            self.zero.held = None  # first let go of the other unit's
-            self.zero.held = self, self.fetch()
-        return self.zero.held[1]
+        """The weights again, in backward. They are held for a module, because autograd asks several times."""
+        held = self.zero.held
+        if self not in held:
+            for other in [unit for unit in held if unit.module is not self.module]:
+                del held[other]  # first let go of the other module's
+            held[self] = self.fetch()
+        return held[self]

@@ -119,11 +119,12 @@ def _remove(folder: Path) -> None:
     shutil.rmtree(gone, ignore_errors=True)
 
 
-def save_final(out: str, state_dict: dict[str, torch.Tensor], config: dict, tokenizer_path) -> None:
-    """Write out/final; rank 0 alone calls it. config: JSON-able, enough to build the model."""
-    folder = Path(out, "final")
+def save_final(out: str, state_dict: dict, config: dict, tokenizer_path, more=()) -> None:
+    """Write out/final; rank 0 alone calls it. config: JSON-able, enough to build the model. more: other files
+    {name: tensors}. Without weights in state_dict there is no model.pt."""
+    folder, model = Path(out, "final"), {"model.pt": state_dict} if state_dict else {}
     with replacing(folder) as tmp:
-        files = _write(tmp, {"model.pt": state_dict, "tokenizer.json": tokenizer_path})
+        files = _write(tmp, {**model, **dict(more), "tokenizer.json": tokenizer_path})
         _write(tmp, {"config.json": {**config, "files": files}})
         if folder.exists():
             _remove(folder)
@@ -135,10 +136,13 @@ def final_folder(folder: str) -> str:
     return final if os.path.isdir(final) else folder
 
 
-def load_final(folder: str) -> tuple[dict, dict[str, torch.Tensor]]:
-    """(config, {name: tensor}) of a finished model, given its folder or the run's. UserError if damaged."""
+def load_final(folder: str, name: str = "model.pt") -> tuple[dict, dict]:
+    """(config, contents of the file `name`) of a finished run, given its folder or final/. UserError."""
     folder = Path(final_folder(folder))
-    return {"files": {}, **_examine(folder, "config.json")}, _load_tensors(folder / "model.pt")
+    config = {"files": {}, **_examine(folder, "config.json")}
+    expect(name in config["files"] or (folder / name).exists() or "delta.pt" not in config["files"],
+           f"{folder}: holds a delta alone; sample.py, evaluate.py and village.scorecard read it by --delta")
+    return config, _load_tensors(folder / name)
 
 
 def _write(folder: Path, contents: dict) -> dict[str, dict]:

@@ -32,9 +32,10 @@ def aligned(numel: int) -> int:
     return -(-numel // ALIGN) * ALIGN
 
 
-def group_parameters(model: nn.Module, units: list[nn.Module]) -> list[tuple[str, nn.Module, list]]:
-    """Share out the parameters: [(name, module, [places of each of its parameters])] per unit that has any.
-    A parameter that is not inside exactly one unit belongs to the model itself, the last entry."""
+def group_parameters(model: nn.Module, units: list[nn.Module], frozen: bool) -> list[tuple]:
+    """Share out the parameters: [(name, module, whether they train, [places of each])] per unit that has any.
+    A parameter that is not inside exactly one unit belongs to the model itself, the last entry. A module of
+    which a part is frozen gives two entries, since only the other part has gradients and an optimizer."""
     found: dict[nn.Parameter, list] = {}
     for name, p in model.named_parameters(remove_duplicate=False):
         path, _, key = name.rpartition(".")
@@ -44,7 +45,10 @@ def group_parameters(model: nn.Module, units: list[nn.Module]) -> list[tuple[str
         homes = [i for i, parts in enumerate(inside) if all(module in parts for _, module, _ in places)]
         members[homes[0] if len(homes) == 1 else -1].append(places)
     names = {module: name for name, module in model.named_modules()}
-    return [(names[module], module, members) for module, members in zip([*units, model], members) if members]
+    parts = [(names[module], module, train, [places for places in some if train == (
+                  not frozen and getattr(*places[0][1:]).requires_grad)])
+             for module, some in zip([*units, model], members) for train in (True, False)]
+    return [part for part in parts if part[-1]]
 
 
 def materialise(parameters: list, device: torch.device) -> None:
@@ -56,22 +60,18 @@ def materialise(parameters: list, device: torch.device) -> None:
             setattr(module, key, fresh)
 
 
-def take_out(parameters: list, frozen: bool) -> tuple[list[Slot], list[torch.Tensor], int, int]:
-    """Delete the parameters from their modules. Returns (slots, values, how many train, how many decay).
-    Matrices, which have weight decay, come first; then norms and biases; then what is frozen."""
-    def kind(p) -> int:
-        return 2 if frozen or not p.requires_grad else 0 if p.dim() >= 2 else 1
-
+def take_out(parameters: list) -> tuple[list[Slot], list[torch.Tensor], int]:
+    """Delete the parameters from their modules. Returns (slots, values, how many have weight decay): the
+    matrices, which come first; then norms and biases."""
     taken = [(getattr(*places[0][1:]), places) for places in parameters]
-    taken.sort(key=lambda entry: kind(entry[0]))
+    taken.sort(key=lambda entry: entry[0].dim() < 2)
     slots, start = [], 0
     for p, places in taken:
         slots.append(Slot(start, p.shape, places))
         start = aligned(start + p.numel())
         for _, module, key in places:
             module._parameters.pop(key, None)
-    kinds = [kind(p) for p, _ in taken]
-    return slots, [p.detach() for p, _ in taken], sum(k < 2 for k in kinds), kinds.count(0)
+    return slots, [p.detach() for p, _ in taken], sum(p.dim() >= 2 for p, _ in taken)
 
 
 class Comm:

@@ -134,7 +134,8 @@ class Run:
         model = next(iter(models.values())).model
         shape = dataclasses.asdict(model.config)
         self.config = {"model": shape, **final, "run": dataclasses.asdict(cfg)}
-        self.same = {"model": {**shape, "attention": ""}, "tokenizer": tokenizer.fingerprint}  # else: refused
+        self.same = {"model": {**shape, "attention": ""}, "tokenizer": tokenizer.fingerprint,  # else: refused
+                     "delta": str(model.delta[::3]) if hasattr(model, "delta") else None}
         self.should = {**inputs, **cfg.compared()}  # else: a warning
         found = load_checkpoint(cfg.out, models, same=self.same, bitwise=self.should) if cfg.resume else None
         self.start, saved = found or (0, {})
@@ -228,15 +229,14 @@ class Run:
             with writing(path), open(path, "a", encoding="utf-8") as file:
                 file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
 
-    def finish(self, change: Callable[[dict], None] | None = None, **config) -> int:
+    def finish(self, change: Callable[[dict], dict] | None = None, **config) -> int:
         """Write final/ unless the run was stopped. Returns the exit code. change(weights): a last edit of the
-        weights in place, on rank 0. config: what else config.json says."""
+        weights in place, on rank 0; it returns more files. config: what else config.json says."""
         if not self.stopped:
             weights = next(iter(self.models.values())).full_state_dict()
             if self.ranks.is_main:
-                if change:
-                    change(weights)
-                save_final(self.cfg.out, weights, {**self.config, **config}, self.tokenizer.path)
+                files = change(weights) if change else {}
+                save_final(self.cfg.out, weights, {**self.config, **config}, self.tokenizer.path, files)
             self.say(f"finished: {self.cfg.out}/final")
         self.ranks.close()
         return 130 if self.ranks.stop_signal == signal.SIGINT else 0  # as shells expect; SIGTERM was obeyed

@@ -5,6 +5,7 @@ import weakref
 import pytest
 import torch
 import torch.nn.functional as F
+from small_chat import calls_of
 from test_attention import Peak, mutant, normal
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
@@ -158,6 +159,17 @@ def test_what_is_saved_is_enough(options):
     assert alive() is None
     for other in (loss, again, freed):
         assert all(torch.equal(a, b) for a, b in zip(torch.autograd.grad(other, (hidden, shard)), plain))
+
+
+@pytest.mark.parametrize("equal_weights", [False, True])
+def test_a_frozen_weight_costs_no_gradient(monkeypatch, equal_weights):
+    """Without it, dh is the same to the last bit, and the products that make dW are left out."""
+    (hidden, weight), targets, _ = inputs(14, 5, 4, 4)
+    found, products = [], calls_of(monkeypatch, kernels, "product")
+    for frozen in (weight, weight.detach()):
+        loss = target_logp(hidden, frozen, targets, equal_weights=equal_weights).sum()
+        found.append((torch.autograd.grad(loss, hidden)[0], len(products)))
+    assert torch.equal(found[0][0], found[1][0]) and found[1][1] == 2 * found[0][1] - 1
 
 
 def test_second_derivative_is_refused():

@@ -131,7 +131,7 @@ BUGS = {  # where, what stands there, the bug, and who must notice it
                      [2, 4, 3, 9], 0.0, 1e5),
     "reward a token early": ("read_rewards", "rows.ends[1]]", "rows.ends[1] - 1]", ALONE, 0),
     "neighbours are seen": ("read_rewards", "=rows.segment_ids", "=None", ALONE, 0),
-    "negatives are references": ("main", "if not record.negative", "if True",
+    "negatives are references": ("main", "if not each.negative", "if True",
                                  test_zero_is_the_mean_of_the_best_replies,
                                  "--negatives 1 --reference_prompts 0", 9),
 }

@@ -270,7 +270,7 @@ SEEDED_BUGS = {
     "forget to publish": (Unit, "publish", lambda real, unit: None, (1, 2)),
     "the norm of one rank": (Comm, "all_reduce", lambda real, comm, x: None, (1, 2, 3)),
     "decay everything": (collectives, "take_out", lambda real, *args: [
-        *(found := real(*args))[:3], found[2]], (1, 2, 3))}
+        *(found := real(*args))[:2], len(found[0])], (1, 2, 3))}
 BUGGY_RUNS = [(name, stage) for name, (*_, stages) in SEEDED_BUGS.items() for stage in stages]
 
 
@@ -493,7 +493,8 @@ def test_report():
         states, total = float(zero.report().split("held: ")[1].split()[0]), zero.units[0].numel / 2**20
         expected = total * (dtype.itemsize if frozen else holds[dtype][stage])
         assert states == pytest.approx(expected, abs=0.2), (stage, dtype, frozen)
-        zero.comm.world, sent = 4, 0 if frozen else total * sends[dtype][stage]
+        zero.comm.world = 4  # a frozen model is gathered once, forward
+        sent = total * (0.75 * dtype.itemsize * (stage == 3) if frozen else sends[dtype][stage])
         assert float(zero.report().split()[-2]) == pytest.approx(sent, abs=0.06), (stage, dtype)
 
 
@@ -505,12 +506,12 @@ def test_peak_of_gathered_weights(recompute):
     zero = Zero(model, units=model.units(), stage=3, activation_checkpointing=recompute)
     with counted() as (_, peak):
         zero.backward(loss_of(model, batches(1, 1)[0, 0, 0], 24))
-    assert peak[0] == 4 * (sizes["root"] + sizes["blocks.0"]) and zero.held is None
+    assert peak[0] == 4 * (sizes["root"] + sizes["blocks.0"]) and not zero.held
     model = in_a_row(*(nn.Linear(16, 16).requires_grad_(i in (0, 3)) for i in range(5)))
     zero = Zero(model, units=list(model.blocks), stage=3, activation_checkpointing=recompute)
     with counted() as (_, peak):
         zero.backward(model(torch.randn(4, 16)).sum())
-    assert peak[0] == 4 * zero.units[0].shard_size and zero.held is None
+    assert peak[0] == 4 * zero.units[0].shard_size and not zero.held
 
 
 class Spy(nn.Module):

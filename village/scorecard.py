@@ -20,6 +20,7 @@ from lib.corpora import read_corpus
 from lib.program import UserError, parse, require_positive, start
 from lib.ranks import setup
 from lib.records import prompt_of, read_prompts, read_records
+from lora import load_tuned
 from model import LMHead, load_model
 from village import truth, words, world
 
@@ -27,6 +28,7 @@ from village import truth, words, world
 @dataclass
 class Config:
     model: str = "out/sft"  # folder of a run, or of a finished model
+    delta: str = ""  # folder of a run with --tune whose base --model is; empty: none
     village: str = "data/village"  # folder of the world
     against: str = ""  # another model, for the win rate and the KL to it; empty: none
     rm: str = ""  # a reward model, to score the replies and choose the best of several; empty: none
@@ -98,7 +100,8 @@ def scorecard(model, tokenizer, people, cfg: Config) -> dict:
     rm = load_model(cfg.rm)[0].to(device) if cfg.rm else None
     if rm and isinstance(rm.head, LMHead):
         raise UserError(f"{cfg.rm}: found a language model, expected a reward model")
-    card = {"model": cfg.model, "village": cfg.village, "prompts": Counter(record.tag for record in records)}
+    card = {"model": cfg.delta or cfg.model, "village": cfg.village,
+            "prompts": Counter(record.tag for record in records)}
     for way, temperature in (("greedy", 0.0), ("sampled", 1.0)):
         replies = replies_to(model, tokenizer, people, records, cfg, temperature)
         card[way] = tally(replies)
@@ -184,13 +187,13 @@ def main(argv=None) -> None:
         for row in rows[:: -(-len(rows) // 10)]:  # the file has them all
             print("step {step:5}: reward {reward:7.3f}, gold {gold:6.3f}, KL {kl:6.3f}".format(**row))
         return save_figures(Path(cfg.rollouts).with_name("rollouts.json"), rows)
-    model, tokenizer, config = load_model(cfg.model, head="lm")
+    model, tokenizer, config = load_tuned(cfg.model, cfg.delta, head="lm")
     model.to(setup(cfg.device, catch_signals=False).device)
-    expect_chat(cfg.model, config)
+    expect_chat(cfg.delta or cfg.model, config)
     card = scorecard(model, tokenizer, people, cfg)
     besides = {name: card.get(name, "-") for name in ("biographies_loss", "kl")}
     show({"sampled": card["sampled"] | besides, "greedy": card["greedy"]})
-    save_figures(Path(cfg.model) / "scorecard.json", card)
+    save_figures(Path(cfg.delta or cfg.model) / "scorecard.json", card)
 
 
 if __name__ == "__main__":

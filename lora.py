@@ -1,0 +1,389 @@
+"""Delta tuning: train a small part of a model, or beside it, and leave the rest, the base, as it is.
+
+    LoRA: W' = W + s B A,  s = alpha / rank;  A (rank, in) random, B (out, rank) zero  (Hu et al. 2021, eq. 3)
+
+The base has no gradients and no optimizer, which would take three times the memory of its weights. What is
+trained is a file of kilobytes, delta.pt. With its delta off a model is its base, to the last bit: so DPO and
+PPO need no second model for their reference. docs/lora.md compares the methods.
+
+    python train_sft.py --data chats.jsonl --init out/pretrain --tune lora --out out/lora
+    python sample.py --model out/pretrain --delta out/lora --chat
+"""
+import contextlib
+import copy
+import dataclasses
+import math
+import zlib
+from collections import namedtuple
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from lib.checkpoint import load_final
+from lib.program import UserError, require_positive
+from model import GPT, Block, LMHead, initialise, load_model, restarting_positions
+
+Methods = Literal["", "lora", "dora", "adapter", "ladder", "prefix", "prompt", "bias", "norm", "last"]
+ALONE = ("adapter", "ladder", "prefix", "prompt")  # no plain model computes the same: there is no merging
+
+
+@dataclass
+class DeltaConfig:
+    # delta tuning
+    tune: Methods = ""  # what is trained: a delta, and the rest is frozen; empty: all weights (see lora.py)
+    rank: int = 8  # of lora and dora; the width of an adapter; others ignore it
+    alpha: float = 16.0  # lora and dora: B A counts alpha / rank times
+    targets: str = "qkv,proj,up,down"  # of lora, dora, bias: matrices of a block; adapter: only proj, down
+    length: int = 8  # of prefix and prompt, in tokens; of last, in blocks
+    base: Literal["float", "int8"] = "float"  # how the frozen matrices of the blocks are held
+
+
+# ---- beside one matrix: y (..., out) is W x + b ----------------------------------------------------------
+
+def lora(x, y, A, B, s: float):
+    """y + s B A x. Since B = 0 the start is the base, and in the first step only B has a gradient."""
+    u = F.linear(x, A)  # (..., rank)
+    return torch.addmm(y.flatten(0, -2), u.flatten(0, -2), B.T, alpha=s).view_as(y)
+
+
+def dora(x, y, W, b, A, B, m, s: float):
+    """W' = m V / |V| row by row: direction and length apart (Liu et al. 2024, equation 5); m (out,) starts as
+    |W|. No gradient flows through |V| (section 4.3)."""
+    with torch.no_grad():
+        lengths = (W + s * B @ A).norm(dim=1)  # (out,)
+    b = 0.0 if b is None else b
+    return m / lengths * lora(x, y - b, A, B, s) + b
+
+
+def adapter(y, down, down_bias, up, up_bias):
+    """A small network, before y joins the residual stream (Houlsby et al. 2019). up starts at 0."""
+    return y + F.linear(F.gelu(F.linear(y, down, down_bias)), up, up_bias)
+
+
+class Int8Product(torch.autograd.Function):
+    """x W^T, W = scale q. F.linear would keep W until backward; this makes it twice."""
+
+    @staticmethod
+    def forward(ctx, x, q, scale):
+        ctx.save_for_backward(q, scale)
+        return x @ (q * scale).to(x.dtype).T
+
+    @staticmethod
+    def backward(ctx, grad):
+        q, scale = ctx.saved_tensors
+        return grad @ (q * scale).to(grad.dtype), None, None
+
+
+class Tuned(nn.Linear):
+    """A linear layer with a frozen W (out, in) and a delta of some kind. int8: W is held as scale q, a scale
+    a row, so that |error| <= scale / 2. normal(rows, columns): random numbers."""
+    on = True
+
+    def __init__(self, linear: nn.Linear, kind: str, cfg: DeltaConfig, normal):
+        nn.Module.__init__(self)  # nn.Linear's own would make another weight
+        self.weight, self.bias, self.kind, self.s = linear.weight, linear.bias, kind, cfg.alpha / cfg.rank
+        (n_out, n_in), W = linear.weight.shape, linear.weight.detach()
+        new = {}
+        if cfg.base == "int8":
+            scale = W.abs().amax(1, keepdim=True).clamp(min=1e-30) / 127  # (out, 1)
+            self.register_buffer("scale", scale, persistent=False)
+            self.register_buffer("q", (W / scale).round().to(torch.int8), persistent=False)
+            self.weight, W = None, self.q * self.scale
+        if kind in ("lora", "dora"):
+            new = {"A": normal(cfg.rank, n_in) * n_in**-0.5, "B": torch.zeros(n_out, cfg.rank)}
+        if kind == "dora":
+            new["m"] = W.norm(dim=1)
+        if kind == "adapter":
+            new = {"down": normal(cfg.rank, n_out) * n_out**-0.5, "down_bias": torch.zeros(cfg.rank),
+                   "up": torch.zeros(n_out, cfg.rank), "up_bias": torch.zeros(n_out)}
+        if kind == "bias":  # BitFit (Ben Zaken et al. 2022)
+            new = {"shift": torch.zeros(n_out)}
+        self.names = list(new)
+        for name, value in new.items():
+            setattr(self, name, nn.Parameter(value))
+
+    def forward(self, x):
+        if self.weight is None:
+            y = Int8Product.apply(x, self.q, self.scale)
+            y = y if self.bias is None else y + self.bias
+        else:
+            y = F.linear(x, self.weight, self.bias)
+        if not self.on or not self.kind:
+            return y
+        delta = {name: getattr(self, name) for name in self.names}
+        if self.kind == "lora":
+            return lora(x, y, **delta, s=self.s)
+        if self.kind == "dora":
+            W = (self.q * self.scale).to(x.dtype) if self.weight is None else self.weight
+            return dora(x, y, W, self.bias, **delta, s=self.s)
+        return adapter(y, **delta) if self.kind == "adapter" else y + self.shift
+
+    def merged(self, W, b, delta: dict):
+        """(W', b') of a plain layer, all float64 and so rounded once, when they are saved."""
+        if self.kind in ("lora", "dora"):
+            V = W + self.s * delta["B"] @ delta["A"]
+            W = V if self.kind == "lora" else V * (delta["m"] / V.norm(dim=1))[:, None]
+        if self.kind == "bias":
+            b = delta["shift"] if b is None else b + delta["shift"]
+        return W, b
+
+
+class Either(nn.Module):
+    """A module that is trained whole: a copy of it, and the base for off()."""
+    on = True
+
+    def __init__(self, base: nn.Module):
+        super().__init__()
+        self.base, self.tuned = base, copy.deepcopy(base).requires_grad_(True)
+
+    def forward(self, *args, **kwargs):
+        return (self.tuned if self.on else self.base)(*args, **kwargs)
+
+
+# ---- in front of the text --------------------------------------------------------------------------------
+
+class Prefix(nn.Module):
+    """Attention whose queries also see P keys and values that are no tokens (Li & Liang 2021), of G heads and
+    without a position. Each document in a row sees its own copy. It never is the base: even values of 0 take
+    their share of the attention."""
+    on = True
+
+    def __init__(self, attend, keys=None, values=None):  # (G, P, D) each; None: a Prompt fills them in
+        super().__init__()
+        self.attend, self.keys, self.values = attend, keys, values
+
+    def forward(self, q, k, v, *, segment_ids, kv_segment_ids):
+        if self.on and self.keys is not None:
+            n = 1 if segment_ids is None else int(segment_ids.max()) + 1  # documents in a row
+            k, v = (torch.cat((own.repeat(1, n, 1).expand(len(x), -1, -1, -1), x), 2)  # (B, G, n P + Tk, D)
+                    for own, x in ((self.keys, k), (self.values, v)))
+            if segment_ids is not None:
+                copies = torch.arange(n, device=q.device).repeat_interleave(self.keys.shape[1])  # (n P,)
+                ids = segment_ids if kv_segment_ids is None else kv_segment_ids
+                kv_segment_ids = torch.cat((copies.expand(len(ids), -1), ids), 1)  # (B, n P + Tk)
+        return self.attend(q, k, v, segment_ids=segment_ids, kv_segment_ids=kv_segment_ids)
+
+
+class Prompt(nn.Module):
+    """P embeddings in front of each text (Lester et al. 2021), at positions 0 to P - 1. They see only each
+    other, so one pass reads them for all texts: what they say in a layer is that layer's prefix."""
+    on = True
+
+    def __init__(self, rows):
+        super().__init__()
+        self.rows = nn.Parameter(rows)  # (P, C)
+
+    def read(self, model: GPT) -> None:
+        place = torch.arange(len(self.rows), device=self.rows.device)[None]  # (1, P)
+        x, rope = self.rows[None], None  # (1, P, C)
+        if model.position is not None:
+            x = x + model.position(place)
+        else:
+            rope = [turn[place][:, :, None].to(x.dtype) for turn in (model.cos, model.sin)]  # (1, P, 1, D)
+        for prefix, block in ((block.attn.attend, block) for block in model.blocks):
+            kept, prefix.keys = [], None  # that of the last pass: they do not see it
+            x = block(x, rope, append=lambda k, v, kept=kept: kept.append((k[0], v[0])) or (k, v))
+            prefix.keys, prefix.values = kept[0]  # (G, P, D) each
+
+    def in_front_of(self, model: GPT):
+        """model.forward of texts that begin behind the prompt."""
+        forward = model.forward
+
+        def behind(ids, targets=None, *, segment_ids=None, positions=None, cache=None, **options):
+            if self.on:
+                if cache is None or not cache.used:  # a text that grows has it already
+                    self.read(model)
+                if positions is None:
+                    positions = restarting_positions(ids * 0 if segment_ids is None else segment_ids)
+                positions = positions + len(self.rows)  # (B, T)
+            return forward(ids, targets, segment_ids=segment_ids, positions=positions, cache=cache, **options)
+        return behind
+
+
+# ---- beside the whole model ------------------------------------------------------------------------------
+# Ladder side tuning (Sung et al. 2022). h_i: hidden states of the base, C wide; s_i: the side's, c wide:
+#     s_0 = down h_0   s_i = block_i(mu s_i-1 + (1 - mu) down_i h_i), mu = sigmoid(10 a_i)  out = h_L + up s_L
+# No gradient enters the base. up starts at 0, so that the start is the base (our choice). Both travel as one
+# tensor (B, T, C + c). The blocks of base and side take turns in model.blocks: each has its own KV cache.
+
+class Rung(nn.Module):
+    """A module at its place. embed: ids -> (h, s); base: (h, s) -> (block(h), s); side: (h, s) -> (h, block
+    of s and h); norm: (h, s) -> normalised h + up s, (B, T, C)."""
+    on = True
+
+    def __init__(self, place: str, module: nn.Module, C: int, c: int):
+        super().__init__()
+        self.place, self.module, self.C = place, module, C
+        if place != "base":
+            self.map = nn.Linear(c, C, bias=False) if place == "norm" else nn.Linear(C, c, bias=False)
+        if place == "side":
+            self.a = nn.Parameter(torch.zeros(1))
+
+    def forward(self, x, *args):
+        if self.place == "embed":
+            h = self.module(x)  # (B, T, C)
+            return torch.cat((h, self.map(h)), -1)
+        h, s = x[..., :self.C], x[..., self.C:]  # (B, T, C), (B, T, c)
+        if self.place == "norm":
+            return self.module(h + self.map(s) if self.on else h)
+        if self.place == "base":
+            with torch.no_grad():
+                h = self.module(h, *args)
+        elif self.on:
+            mu = (10 * self.a).sigmoid()
+            s = self.module(mu * s + (1 - mu) * self.map(h), *args)
+        return torch.cat((h, s), -1)
+
+
+def add_ladder(model: GPT, seed: int) -> None:
+    """The side has an eighth of the heads, at least one, as wide as the base's: so positions turn alike."""
+    C, heads = model.config.n_embd, max(1, model.config.n_head // 8)
+    c = C // model.config.n_head * heads
+    narrow = dataclasses.replace(model.config, n_head=heads, n_kv_head=heads, n_embd=c, mlp_hidden=0)
+    if model.position is not None:
+        raise UserError("--tune ladder: found a table of positions, expected a model with --position rope")
+    sides = [Rung("side", Block(narrow), C, c) for _ in model.blocks]
+    bases = [Rung("base", block, C, c) for block in model.blocks]
+    model.embed, model.norm = Rung("embed", model.embed, C, c), Rung("norm", model.norm, C, c)
+    for name, part in (("bottom", model.embed.map), *((f"side.{i}", side) for i, side in enumerate(sides))):
+        initialise(part, seed, f"ladder.{name}")
+    nn.init.zeros_(model.norm.map.weight)
+    model.blocks = nn.ModuleList(rung for pair in zip(bases, sides) for rung in pair)
+
+
+# ---- the whole -------------------------------------------------------------------------------------------
+
+Delta = namedtuple("Delta", "cfg names init checksum")  # flags; what is trained; the base's folder and sum
+
+
+def attach(model: GPT, cfg: DeltaConfig, born: dict) -> None:
+    """Freeze the model and give it a delta, before Zero takes it; without --tune nothing is done. born: what
+    load_model said of it. A new head of rewards is trained whole. UserError for flags that do not fit."""
+    if not cfg.tune:
+        if cfg.base == "int8":
+            raise UserError("--base int8: found no --tune, expected one: weights in int8 cannot be trained")
+        return
+    if cfg.tune in ALONE and not isinstance(model.head, LMHead) and born["head"] == "lm":
+        raise UserError(f"--tune {cfg.tune}: expected one that leaves a plain reward model, such as lora")
+    if cfg.length >= {"last": len(model.blocks), "prompt": model.config.max_seq_len}.get(cfg.tune, math.inf):
+        raise UserError(f"--tune {cfg.tune} --length {cfg.length}: nothing would be left; give less")
+    require_positive(cfg, "rank", "alpha", "length")
+    targets, c, seed = cfg.targets.split(","), model.config, getattr(cfg, "seed", 0)
+    if set(targets) - {"qkv", "proj", "up", "down"}:
+        raise UserError(f"--targets {cfg.targets}: expected some of qkv,proj,up,down")
+    if cfg.tune == "prompt" and getattr(cfg, "activation_checkpointing", False):
+        raise UserError("--tune prompt: its blocks run twice a pass; leave out --activation_checkpointing")
+    model.requires_grad_(False)
+
+    def normal(*shape, name: str):  # each from its own stream: all ranks and resumed runs agree
+        stream = torch.Generator().manual_seed(zlib.crc32(f"{seed}:{name}".encode()))
+        return torch.randn(shape, generator=stream)
+
+    matrix = {"lora": targets, "dora": targets, "bias": targets, "adapter": {"proj", "down"} & {*targets}}
+    for i, block in enumerate(model.blocks):
+        if cfg.tune == "last" and i >= len(model.blocks) - cfg.length:
+            model.blocks[i] = Either(block)
+        for part, name in ((block.attn, "qkv"), (block.attn, "proj"), (block.mlp, "up"), (block.mlp, "down")):
+            kind = cfg.tune if name in matrix.get(cfg.tune, ()) else ""
+            if kind or cfg.base == "int8" and not isinstance(model.blocks[i], Either):
+                draw = partial(normal, name=f"{i}.{name}")
+                setattr(part, name, Tuned(getattr(part, name), kind, cfg, draw))
+        if cfg.tune == "prefix":
+            shape = c.n_kv_head, cfg.length, c.n_embd // c.n_head
+            block.attn.attend = Prefix(block.attn.attend, nn.Parameter(normal(*shape, name=f"prefix.{i}")),
+                                       nn.Parameter(torch.zeros(shape)))
+        elif cfg.tune == "prompt":
+            block.attn.attend = Prefix(block.attn.attend)
+    norms = (nn.RMSNorm, nn.LayerNorm)
+    for part in [*model.modules()] if cfg.tune == "norm" else [model] if cfg.tune == "last" else ():
+        for name, child in [*part.named_children()]:
+            if isinstance(child, norms):
+                setattr(part, name, Either(child))
+    if cfg.tune == "ladder":
+        add_ladder(model, seed)
+    elif cfg.tune == "bias":
+        model.config = dataclasses.replace(c, bias=True)
+    elif cfg.tune == "prompt":  # it starts as random words, and takes its share of the positions
+        model.prompt = Prompt(model.embed.weight[normal(c.vocab_size, name="prompt").argsort()[:cfg.length]])
+        model.forward = model.prompt.in_front_of(model)
+        model.config = dataclasses.replace(c, max_seq_len=c.max_seq_len - cfg.length)
+    if not isinstance(model.head, LMHead):
+        model.head = Either(model.head)
+    names = [name for name, p in model.named_parameters() if p.requires_grad]
+    if not names:
+        raise UserError(f"--tune {cfg.tune} --targets {cfg.targets}: found nothing to train; name a matrix")
+    flags = DeltaConfig(*(getattr(cfg, field.name) for field in dataclasses.fields(DeltaConfig)))
+    checksum = born["files"].get("model.pt", {}).get("sha256", "")
+    model.delta = Delta(flags, names, getattr(cfg, "init", ""), checksum)
+    model.flops_per_token = lambda T: 0  # a frozen weight takes less than the formula says: no MFU
+
+
+@contextlib.contextmanager
+def off(model: GPT):
+    """Inside, the model is its base. Only without gradients: a block that is computed again in backward would
+    find its delta on."""
+    if torch.is_grad_enabled():
+        raise RuntimeError("off() stands inside torch.no_grad()")
+    parts = [part for part in model.modules() if getattr(part, "on", False)]
+    try:
+        for part in parts:
+            part.on = False
+        yield
+    finally:
+        for part in parts:
+            part.on = True
+
+
+def base_of(model: GPT):
+    """A function that computes what the base would: a second model without a second copy."""
+    return torch.no_grad()(off(model)(lambda *args, **kwargs: model(*args, **kwargs)))
+
+
+def final_of(model: GPT, first=lambda weights: None):
+    """What Run.finish does to the weights, after first(weights): what stays is the plain model that they are,
+    or nothing if there is none. Returns delta.pt: the delta, its flags, and which base it belongs to."""
+    def change(weights: dict) -> dict:
+        first(weights)
+        if not hasattr(model, "delta"):
+            return {}
+        cfg, names, init, checksum = model.delta
+        delta = {"config": dataclasses.asdict(cfg), "base": checksum}
+        delta["weights"] = {name: weights[name] for name in names}
+        if cfg.tune in ALONE:
+            weights.clear()
+            return {"delta.pt": delta}
+        base = load_final(init)[1] if init else {}  # a run in 16 bits has rounded it
+        weights |= {name: base[name] for name in weights.keys() & base.keys() - {*names}}
+        for name, part in model.named_modules():
+            if isinstance(part, Tuned):
+                W, b = (weights.pop(f"{name}.{key}", None) for key in ("weight", "bias"))
+                own = {key: weights.pop(f"{name}.{key}").double() for key in part.names}
+                W = part.q.cpu() * part.scale.cpu() if W is None else W
+                W, b = part.merged(W.double(), None if b is None else b.double(), own)
+                weights |= {f"{name}.weight": W.float()} | ({} if b is None else {f"{name}.bias": b.float()})
+        for name in [name for name in weights if ".base." in name]:
+            del weights[name]
+            weights[name.replace(".base.", ".")] = weights.pop(name.replace(".base.", ".tuned."))
+        if cfg.tune == "bias":  # of what is not among the targets
+            with torch.device("meta"):
+                plain = GPT(model.config, "scalar" if "head.bias" in weights else "lm").state_dict()
+            weights |= {name: torch.zeros(x.shape) for name, x in plain.items() if name not in weights}
+        return {"delta.pt": delta}
+    return change
+
+
+def load_tuned(folder: str, delta: str = "", head: str = "", attention: str = ""):
+    """load_model; given the folder of a tuned run, with its delta and its config. UserError if it has another
+    base."""
+    model, tokenizer, config = load_model(folder, head, attention)
+    if delta:
+        born, (config, file) = config, load_final(delta, "delta.pt")
+        attach(model, DeltaConfig(**file["config"]), born)
+        if (model.delta.checksum, {*model.delta.names}) != (file["base"], {*file["weights"]}):
+            raise UserError(f"{delta}: found the delta of another model, expected one trained from {folder}")
+        model.load_state_dict(file["weights"], strict=False)
+    return model, tokenizer, config
