@@ -244,8 +244,6 @@ def add_ladder(model: GPT, seed: int) -> None:
     C, heads = model.config.n_embd, max(1, model.config.n_head // 8)
     c = C // model.config.n_head * heads
     narrow = dataclasses.replace(model.config, n_head=heads, n_kv_head=heads, n_embd=c, mlp_hidden=0)
-    if model.position is not None:
-        raise UserError("--tune ladder: found a table of positions, expected a model with --position rope")
     sides = [Rung("side", Block(narrow), C, c) for _ in model.blocks]
     bases = [Rung("base", block, C, c) for block in model.blocks]
     model.embed, model.norm = Rung("embed", model.embed, C, c), Rung("norm", model.norm, C, c)
@@ -260,23 +258,30 @@ def add_ladder(model: GPT, seed: int) -> None:
 Delta = namedtuple("Delta", "cfg names init checksum")  # flags; what is trained; the base's folder and sum
 
 
-def attach(model: GPT, cfg: DeltaConfig, born: dict) -> None:
-    """Freeze the model and give it a delta, before Zero takes it; without --tune nothing is done. born: what
-    load_model said of it. A new head of rewards is trained whole. UserError for flags that do not fit."""
-    if not cfg.tune:
-        if cfg.base == "int8":
-            raise UserError("--base int8: found no --tune, expected one: weights in int8 cannot be trained")
-        return
+def check(model: GPT, cfg: DeltaConfig, born: dict) -> None:
+    """UserError for flags that do not fit each other or the model."""
+    require_positive(cfg, "rank", "alpha", "length")
+    if set(cfg.targets.split(",")) - {"qkv", "proj", "up", "down"}:
+        raise UserError(f"--targets {cfg.targets}: expected some of qkv,proj,up,down")
     if cfg.tune in ALONE and not isinstance(model.head, LMHead) and born["head"] == "lm":
         raise UserError(f"--tune {cfg.tune}: expected one that leaves a plain reward model, such as lora")
     if cfg.length >= {"last": len(model.blocks), "prompt": model.config.max_seq_len}.get(cfg.tune, math.inf):
         raise UserError(f"--tune {cfg.tune} --length {cfg.length}: nothing would be left; give less")
-    require_positive(cfg, "rank", "alpha", "length")
-    targets, c, seed = cfg.targets.split(","), model.config, getattr(cfg, "seed", 0)
-    if set(targets) - {"qkv", "proj", "up", "down"}:
-        raise UserError(f"--targets {cfg.targets}: expected some of qkv,proj,up,down")
     if cfg.tune == "prompt" and getattr(cfg, "activation_checkpointing", False):
         raise UserError("--tune prompt: its blocks run twice a pass; leave out --activation_checkpointing")
+    if cfg.tune == "ladder" and model.position is not None:
+        raise UserError("--tune ladder: found a table of positions, expected a model with --position rope")
+
+
+def attach(model: GPT, cfg: DeltaConfig, born: dict) -> None:
+    """Freeze the model and give it a delta, before Zero takes it; without --tune nothing is done. born: what
+    load_model said of it. A new head of rewards is trained whole."""
+    if not cfg.tune:
+        if cfg.base == "int8":
+            raise UserError("--base int8: found no --tune, expected one: weights in int8 cannot be trained")
+        return
+    check(model, cfg, born)
+    targets, c, seed = cfg.targets.split(","), model.config, getattr(cfg, "seed", 0)
     model.requires_grad_(False)
 
     def normal(*shape, name: str):  # each from its own stream: all ranks and resumed runs agree
