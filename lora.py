@@ -44,38 +44,40 @@ class DeltaConfig:
 
 # ---- beside one matrix: y (..., out) is W x + b ----------------------------------------------------------
 
-def lora(x, y, A, B, s: float):
-    """y + s B A x. Since B = 0 the start is the base, and in the first step only B has a gradient."""
-    u = F.linear(x, A)  # (..., rank)
-    return torch.addmm(y.flatten(0, -2), u.flatten(0, -2), B.T, alpha=s).view_as(y)
+class LowRank(torch.autograd.Function):
+    """W x + s B A x with a frozen W (out, in); or W = scale q, made whole twice and not kept. A, B None: W x.
+    By hand, because autograd would add up the two gradients of x in a pass of its own."""
+
+    @staticmethod
+    def forward(ctx, x, W, scale, A, B, s: float):
+        ctx.shape, ctx.s, x = x.shape, s, x.flatten(0, -2)  # (n, in)
+        y, u = x @ whole(W, scale, x.dtype).T, None  # (n, out)
+        if A is not None:
+            u = x @ A.T  # (n, rank)
+            y.addmm_(u, B.T, alpha=s)
+        ctx.save_for_backward(None if A is None else x, W, scale, A, B, u)
+        return y.view(*ctx.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx, dy):
+        (x, W, scale, A, B, u), dy, dx = ctx.saved_tensors, dy.flatten(0, -2), None
+        if ctx.needs_input_grad[0]:
+            dx = dy @ whole(W, scale, dy.dtype)
+        if A is None:
+            return dx.view(ctx.shape), *[None] * 5
+        du = (B.T @ dy.T).mul_(ctx.s)  # (rank, n)
+        if dx is not None:
+            dx = dx.addmm_(du.T, A).view(ctx.shape)
+        return dx, None, None, du @ x, (u.T @ dy).mul_(ctx.s).T, None
 
 
-def dora(x, y, W, b, A, B, m, s: float):
-    """W' = m V / |V| row by row: direction and length apart (Liu et al. 2024, equation 5); m (out,) starts as
-    |W|. No gradient flows through |V| (section 4.3)."""
-    with torch.no_grad():
-        lengths = (W + s * B @ A).norm(dim=1)  # (out,)
-    b = 0.0 if b is None else b
-    return m / lengths * lora(x, y - b, A, B, s) + b
+def whole(W, scale, dtype):
+    return W if scale is None else (W * scale).to(dtype)
 
 
 def adapter(y, down, down_bias, up, up_bias):
     """A small network, before y joins the residual stream (Houlsby et al. 2019). up starts at 0."""
     return y + F.linear(F.gelu(F.linear(y, down, down_bias)), up, up_bias)
-
-
-class Int8Product(torch.autograd.Function):
-    """x W^T, W = scale q. F.linear would keep W until backward; this makes it twice."""
-
-    @staticmethod
-    def forward(ctx, x, q, scale):
-        ctx.save_for_backward(q, scale)
-        return x @ (q * scale).to(x.dtype).T
-
-    @staticmethod
-    def backward(ctx, grad):
-        q, scale = ctx.saved_tensors
-        return grad @ (q * scale).to(grad.dtype), None, None
 
 
 class Tuned(nn.Linear):
@@ -87,12 +89,13 @@ class Tuned(nn.Linear):
         nn.Module.__init__(self)  # nn.Linear's own would make another weight
         self.weight, self.bias, self.kind, self.s = linear.weight, linear.bias, kind, cfg.alpha / cfg.rank
         (n_out, n_in), W = linear.weight.shape, linear.weight.detach()
-        new = {}
+        q, scale, new = None, None, {}
         if cfg.base == "int8":
             scale = W.abs().amax(1, keepdim=True).clamp(min=1e-30) / 127  # (out, 1)
-            self.register_buffer("scale", scale, persistent=False)
-            self.register_buffer("q", (W / scale).round().to(torch.int8), persistent=False)
-            self.weight, W = None, self.q * self.scale
+            q = (W / scale).round().to(torch.int8)
+            self.weight, W = None, q * scale
+        self.register_buffer("q", q, persistent=False)
+        self.register_buffer("scale", scale, persistent=False)
         if kind in ("lora", "dora"):
             new = {"A": normal(cfg.rank, n_in) * n_in**-0.5, "B": torch.zeros(n_out, cfg.rank)}
         if kind == "dora":
@@ -107,20 +110,20 @@ class Tuned(nn.Linear):
             setattr(self, name, nn.Parameter(value))
 
     def forward(self, x):
-        if self.weight is None:
-            y = Int8Product.apply(x, self.q, self.scale)
+        kind, W = self.kind if self.on else "", self.weight if self.q is None else self.q
+        if kind in ("lora", "dora") or self.q is not None:
+            A, B = (self.A, self.B) if kind in ("lora", "dora") else (None, None)
+            y = LowRank.apply(x, W, self.scale, A, B, self.s)  # B starts at 0, and so y at W x
+            if kind == "dora":  # W' = m V / |V| row by row, V = W + s B A: length and direction apart
+                with torch.no_grad():  # (Liu et al. 2024, equation 5; no gradient through |V|, section 4.3)
+                    lengths = (whole(W, self.scale, x.dtype) + self.s * B @ A).norm(dim=1)  # (out,)
+                y = y * (self.m / lengths)
             y = y if self.bias is None else y + self.bias
         else:
-            y = F.linear(x, self.weight, self.bias)
-        if not self.on or not self.kind:
-            return y
-        delta = {name: getattr(self, name) for name in self.names}
-        if self.kind == "lora":
-            return lora(x, y, **delta, s=self.s)
-        if self.kind == "dora":
-            W = (self.q * self.scale).to(x.dtype) if self.weight is None else self.weight
-            return dora(x, y, W, self.bias, **delta, s=self.s)
-        return adapter(y, **delta) if self.kind == "adapter" else y + self.shift
+            y = F.linear(x, W, self.bias)
+        if kind == "adapter":
+            return adapter(y, *(getattr(self, name) for name in self.names))
+        return y + self.shift if kind == "bias" else y
 
     def merged(self, W, b, delta: dict):
         """(W', b') of a plain layer, all float64 and so rounded once, when they are saved."""

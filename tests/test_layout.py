@@ -20,7 +20,7 @@ TREES = {path: ast.parse("\n".join(lines)) for path, lines in LINES.items()}
 AT_MOST = {  # lines of a file, of some, of a room
     "model.py": 380, "kernels.py": 340, "data.py": 360, "zero.py": 430, "sample.py": 170, "evaluate.py": 220,
     "train_pretrain.py": 160, "train_sft.py": 160, "train_rm.py": 210, "train_dpo.py": 220,
-    "train_ppo.py rollouts.py": 420, "lora.py": 395, "lib": 1750, "village": 700, "bench": 860, "tests": 7500}
+    "train_ppo.py rollouts.py": 420, "lora.py": 400, "lib": 1750, "village": 700, "bench": 860, "tests": 7500}
 FLOOR = ["lib", "kernels", "model", "data", "zero", "lora", "rollouts"]  # each may import those before it
 ABOVE = {"script": [], "evaluate": [], "sample": ["evaluate"], "village": ["evaluate", "village"],
          "bench": ["evaluate", "village", "bench"], "tools": ["script", "tools"]}  # the floor, and these
@@ -37,7 +37,7 @@ def test_no_file_and_no_room_grows(what):
 
 
 def test_the_whole_is_small():
-    assert sum(len(lines) for path, lines in LINES.items() if path.parent.name != "tests") <= 6625
+    assert sum(len(lines) for path, lines in LINES.items() if path.parent.name != "tests") <= 6630
     assert len(PYTHON[""]) <= 16
 
 
