@@ -85,9 +85,11 @@ def draw(points: dict) -> None:
         figure = Figure()
         ax = figure.add_subplot(xscale="log", xlabel="numbers trained", ylabel="right, greedy, %")
         for name, (trained, right) in points.items():
-            ax.errorbar(trained, statistics.mean(right), [[statistics.mean(right) - min(right)],
-                        [max(right) - statistics.mean(right)]], fmt="o", ms=4, lw=1)
-            ax.annotate(name, (trained, statistics.mean(right)), xytext=(4, 4), textcoords="offset points")
+            mean, left = statistics.mean(right), trained > 3e5  # on which side its name stands
+            ax.errorbar(trained, mean, [[mean - min(right)], [max(right) - mean]], lw=1, ms=4,
+                        fmt="C1o" if "rehearsal" in name else "C0o")
+            ax.annotate(name, (trained, mean), (-5 if left else 5, -9 if left else 4),
+                        textcoords="offset points", ha="right" if left else "left")
         figure.savefig("docs/lora.png")
 
 

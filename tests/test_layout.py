@@ -37,7 +37,7 @@ def test_no_file_and_no_room_grows(what):
 
 
 def test_the_whole_is_small():
-    assert sum(len(lines) for path, lines in LINES.items() if path.parent.name != "tests") <= 6630
+    assert sum(len(lines) for path, lines in LINES.items() if path.parent.name != "tests") <= 6635
     assert len(PYTHON[""]) <= 16
 
 
