@@ -88,7 +88,7 @@ def draw(points: dict) -> None:
             mean, left = statistics.mean(right), trained > 3e5  # on which side its name stands
             ax.errorbar(trained, mean, [[mean - min(right)], [max(right) - mean]], lw=1, ms=4,
                         fmt="C1o" if "rehearsal" in name else "C0o")
-            ax.annotate(name, (trained, mean), (-5 if left else 5, -9 if left else 4),
+            ax.annotate(name, (trained, mean), (-5, -9 - 9 * (trained > 9e5)) if left else (5, 4),
                         textcoords="offset points", ha="right" if left else "left")
         figure.savefig("docs/lora.png")
 
