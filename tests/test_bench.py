@@ -7,7 +7,7 @@ import pytest
 import torch
 from small_chat import SHAPE, save_chat_model
 
-from bench import attention, decode, measure, peers, pictures, report, train, zero
+from bench import attention, decode, deltas, measure, peers, pictures, report, train, zero
 from lib.program import UserError
 from model import GPT, GPTConfig
 from village import world
@@ -54,7 +54,7 @@ def small(monkeypatch):
 
 @pytest.mark.parametrize("part, rows", [
     (attention.time_of_attention, 13), (attention.attention_by_length, 6), (attention.logp, 2),
-    (train.training, 5), (decode.decoding, 4)])
+    (train.training, 5), (decode.decoding, 4), (deltas.times, 9)])
 def test_a_part_at_its_smallest(part, rows, small, capsys):
     """It prints its table, of so many rows."""
     measure.run("", ["--quick", "--repeats", "2"], part=part)

@@ -20,7 +20,9 @@ TREES = {path: ast.parse("\n".join(lines)) for path, lines in LINES.items()}
 AT_MOST = {  # lines of a file, of some, of a room
     "model.py": 380, "kernels.py": 340, "data.py": 360, "zero.py": 430, "sample.py": 170, "evaluate.py": 220,
     "train_pretrain.py": 160, "train_sft.py": 160, "train_rm.py": 210, "train_dpo.py": 220,
-    "train_ppo.py rollouts.py": 420, "lora.py": 400, "lib": 1750, "village": 700, "bench": 860, "tests": 7500}
+    "train_ppo.py rollouts.py": 420, "lib": 1750, "village": 700, "bench": 735, "tests": 7060,
+    "lora.py": 400, "bench/deltas.py": 125, "tests/test_lora.py": 441}
+LATER = [ROOT / name for name in ("lora.py", "bench/deltas.py", "tests/test_lora.py")]  # not in the sums
 FLOOR = ["lib", "kernels", "model", "data", "zero", "lora", "rollouts"]  # each may import those before it
 ABOVE = {"script": [], "evaluate": [], "sample": ["evaluate"], "village": ["evaluate", "village"],
          "bench": ["evaluate", "village", "bench"], "tools": ["script", "tools"]}  # the floor, and these
@@ -32,12 +34,12 @@ SCRIPTS = {  # lines of main, flags, names from outside in the loop, share of li
 @pytest.mark.parametrize("what", AT_MOST)
 def test_no_file_and_no_room_grows(what):
     """A limit that no machine holds is missed."""
-    paths = PYTHON[what] if what in ROOMS else [ROOT / name for name in what.split()]
+    paths = {*PYTHON[what]} - {*LATER} if what in ROOMS else [ROOT / name for name in what.split()]
     assert sum(len(LINES[path]) for path in paths) <= AT_MOST[what]
 
 
 def test_the_whole_is_small():
-    assert sum(len(lines) for path, lines in LINES.items() if path.parent.name != "tests") <= 6635
+    assert sum(len(LINES[path]) for path in LINES.keys() - {*LATER, *PYTHON["tests"]}) <= 6135
     assert len(PYTHON[""]) <= 16
 
 
@@ -101,12 +103,11 @@ def test_what_a_reader_meets_in_a_script(script):
     loop, = (node for node in main.body if isinstance(node, ast.For) and node.target.id == "step")
     loaded, stored = ({node.id for node in ast.walk(loop) if isinstance(node, ast.Name) and
                        isinstance(node.ctx, kind)} for kind in (ast.Load, ast.Store))
-    shared_flags, shape, own = ({field.name for field in dataclasses.fields(config)} for config in
-                                (RunConfig, GPTConfig, importlib.import_module(script).Config))
-    shape |= {field.name for field in dataclasses.fields(DeltaConfig)}
+    shared_flags, shape, delta, own = ({field.name for field in dataclasses.fields(config)} for config in (
+        RunConfig, GPTConfig, DeltaConfig, importlib.import_module(script).Config))
     code = {name: [line.strip() for line in LINES[ROOT / f"{name}.py"] if line.strip()] for name in SCRIPTS}
     mine = code.pop(script)
-    found = (main.end_lineno - main.lineno + 1, len(own - (shape - shared_flags)),
+    found = (main.end_lineno - main.lineno + 1, len(own - (shape - shared_flags) - delta),
              len(loaded - stored - set(dir(builtins))),
              sum(any(line in other for other in code.values()) for line in mine) / len(mine))
     assert all(a <= b for a, b in zip(found, SCRIPTS[script])), found
