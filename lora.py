@@ -37,7 +37,7 @@ class DeltaConfig:
     tune: Methods = ""  # what is trained: a delta, and the rest is frozen; empty: all weights (see lora.py)
     rank: int = 8  # of lora and dora; the width of an adapter; others ignore it
     alpha: float = 16.0  # lora and dora: B A counts alpha / rank times
-    targets: str = "qkv,proj,up,down"  # of lora, dora, bias: matrices of a block; adapter: only proj, down
+    targets: str = "qkv,proj,up,down"  # of lora and dora: matrices of a block; adapter: only proj, down
     length: int = 8  # of prefix and prompt, in tokens; of last, in blocks
     base: Literal["float", "int8"] = "float"  # how the frozen matrices of the blocks are held
 
@@ -75,11 +75,6 @@ def whole(W, scale, dtype):
     return W if scale is None else (W * scale).to(dtype)
 
 
-def adapter(y, down, down_bias, up, up_bias):
-    """A small network, before y joins the residual stream (Houlsby et al. 2019). up starts at 0."""
-    return y + F.linear(F.gelu(F.linear(y, down, down_bias)), up, up_bias)
-
-
 class Tuned(nn.Linear):
     """A linear layer with a frozen W (out, in) and a delta of some kind. int8: W is held as scale q, a scale
     a row, so that |error| <= scale / 2. normal(rows, columns): random numbers."""
@@ -87,8 +82,8 @@ class Tuned(nn.Linear):
 
     def __init__(self, linear: nn.Linear, kind: str, cfg: DeltaConfig, normal):
         nn.Module.__init__(self)  # nn.Linear's own would make another weight
-        self.weight, self.bias, self.kind, self.s = linear.weight, linear.bias, kind, cfg.alpha / cfg.rank
-        (n_out, n_in), W = linear.weight.shape, linear.weight.detach()
+        self.weight, self.bias, self.s = linear.weight, linear.bias, cfg.alpha / cfg.rank
+        (n_out, n_in), r, W = linear.weight.shape, cfg.rank, linear.weight.detach()
         q, scale, new = None, None, {}
         if cfg.base == "int8":
             scale = W.abs().amax(1, keepdim=True).clamp(min=1e-30) / 127  # (out, 1)
@@ -96,13 +91,13 @@ class Tuned(nn.Linear):
             self.weight, W = None, q * scale
         self.register_buffer("q", q, persistent=False)
         self.register_buffer("scale", scale, persistent=False)
-        if kind in ("lora", "dora"):
-            new = {"A": normal(cfg.rank, n_in) * n_in**-0.5, "B": torch.zeros(n_out, cfg.rank)}
+        if kind in ("lora", "dora"):  # B starts at 0, and so y at W x
+            new = {"A": normal(r, n_in) * n_in**-0.5, "B": torch.zeros(n_out, r)}
         if kind == "dora":
             new["m"] = W.norm(dim=1)
         if kind == "adapter":
-            new = {"down": normal(cfg.rank, n_out) * n_out**-0.5, "down_bias": torch.zeros(cfg.rank),
-                   "up": torch.zeros(n_out, cfg.rank), "up_bias": torch.zeros(n_out)}
+            new = {"down": normal(r, n_out) * n_out**-0.5, "down_bias": torch.zeros(r),
+                   "up": torch.zeros(n_out, r), "up_bias": torch.zeros(n_out)}
         if kind == "bias":  # BitFit (Ben Zaken et al. 2022)
             new = {"shift": torch.zeros(n_out)}
         self.names = list(new)
@@ -110,28 +105,29 @@ class Tuned(nn.Linear):
             setattr(self, name, nn.Parameter(value))
 
     def forward(self, x):
-        kind, W = self.kind if self.on else "", self.weight if self.q is None else self.q
-        if kind in ("lora", "dora") or self.q is not None:
-            A, B = (self.A, self.B) if kind in ("lora", "dora") else (None, None)
-            y = LowRank.apply(x, W, self.scale, A, B, self.s)  # B starts at 0, and so y at W x
-            if kind == "dora":  # W' = m V / |V| row by row, V = W + s B A: length and direction apart
+        own = {name: getattr(self, name) for name in self.names if self.on}
+        if self.q is None and "A" not in own:
+            y = F.linear(x, self.weight, self.bias)
+        else:
+            W = self.weight if self.q is None else self.q
+            y = LowRank.apply(x, W, self.scale, own.get("A"), own.get("B"), self.s)
+            if "m" in own:  # DoRA: W' = m V / |V| row by row, V = W + s B A: length and direction apart
                 with torch.no_grad():  # (Liu et al. 2024, equation 5; no gradient through |V|, section 4.3)
-                    lengths = (whole(W, self.scale, x.dtype) + self.s * B @ A).norm(dim=1)  # (out,)
+                    lengths = (whole(W, self.scale, x.dtype) + self.s * self.B @ self.A).norm(dim=1)  # (out,)
                 y = y * (self.m / lengths)
             y = y if self.bias is None else y + self.bias
-        else:
-            y = F.linear(x, W, self.bias)
-        if kind == "adapter":
-            return adapter(y, *(getattr(self, name) for name in self.names))
-        return y + self.shift if kind == "bias" else y
+        if "up" in own:  # a small network, before y joins the residual stream (Houlsby et al. 2019)
+            y = y + F.linear(F.gelu(F.linear(y, self.down, self.down_bias)), self.up, self.up_bias)
+        return y + self.shift if "shift" in own else y
 
-    def merged(self, W, b, delta: dict):
+    def merged(self, W, b, own: dict):
         """(W', b') of a plain layer, all float64 and so rounded once, when they are saved."""
-        if self.kind in ("lora", "dora"):
-            V = W + self.s * delta["B"] @ delta["A"]
-            W = V if self.kind == "lora" else V * (delta["m"] / V.norm(dim=1))[:, None]
-        if self.kind == "bias":
-            b = delta["shift"] if b is None else b + delta["shift"]
+        if "A" in own:
+            W = W + self.s * own["B"] @ own["A"]
+        if "m" in own:
+            W = W * (own["m"] / W.norm(dim=1))[:, None]
+        if "shift" in own:
+            b = own["shift"] if b is None else b + own["shift"]
         return W, b
 
 
@@ -155,9 +151,9 @@ class Prefix(nn.Module):
     their share of the attention."""
     on = True
 
-    def __init__(self, attend, keys=None, values=None):  # (G, P, D) each; None: a Prompt fills them in
+    def __init__(self, attend):
         super().__init__()
-        self.attend, self.keys, self.values = attend, keys, values
+        self.attend, self.keys, self.values = attend, None, None  # (G, P, D) twice, parameters or a Prompt's
 
     def forward(self, q, k, v, *, segment_ids, kv_segment_ids):
         if self.on and self.keys is not None:
@@ -214,26 +210,22 @@ class Prompt(nn.Module):
 # tensor (B, T, C + c). The blocks of base and side take turns in model.blocks: each has its own KV cache.
 
 class Rung(nn.Module):
-    """A module at its place. embed: ids -> (h, s); base: (h, s) -> (block(h), s); side: (h, s) -> (h, block
-    of s and h); norm: (h, s) -> normalised h + up s, (B, T, C)."""
+    """base: (h, s) -> (block(h), s), and the first one makes s; side: (h, s) -> (h, block of s and h); norm:
+    (h, s) -> normalised h + up s, (B, T, C)."""
     on = True
 
-    def __init__(self, place: str, module: nn.Module, C: int, c: int):
+    def __init__(self, place: str, module: nn.Module, C: int, map: nn.Linear | None = None):
         super().__init__()
-        self.place, self.module, self.C = place, module, C
-        if place != "base":
-            self.map = nn.Linear(c, C, bias=False) if place == "norm" else nn.Linear(C, c, bias=False)
+        self.place, self.module, self.C, self.map = place, module, C, map
         if place == "side":
             self.a = nn.Parameter(torch.zeros(1))
 
     def forward(self, x, *args):
-        if self.place == "embed":
-            h = self.module(x)  # (B, T, C)
-            return torch.cat((h, self.map(h)), -1)
         h, s = x[..., :self.C], x[..., self.C:]  # (B, T, C), (B, T, c)
         if self.place == "norm":
             return self.module(h + self.map(s) if self.on else h)
         if self.place == "base":
+            s = s if self.map is None else self.map(h)
             with torch.no_grad():
                 h = self.module(h, *args)
         elif self.on:
@@ -247,13 +239,15 @@ def add_ladder(model: GPT, seed: int) -> None:
     C, heads = model.config.n_embd, max(1, model.config.n_head // 8)
     c = C // model.config.n_head * heads
     narrow = dataclasses.replace(model.config, n_head=heads, n_kv_head=heads, n_embd=c, mlp_hidden=0)
-    sides = [Rung("side", Block(narrow), C, c) for _ in model.blocks]
-    bases = [Rung("base", block, C, c) for block in model.blocks]
-    model.embed, model.norm = Rung("embed", model.embed, C, c), Rung("norm", model.norm, C, c)
-    for name, part in (("bottom", model.embed.map), *((f"side.{i}", side) for i, side in enumerate(sides))):
-        initialise(part, seed, f"ladder.{name}")
+    rungs = []
+    for i, block in enumerate(model.blocks):
+        rungs.append(Rung("base", block, C, None if i else nn.Linear(C, c, bias=False)))
+        rungs.append(Rung("side", Block(narrow), C, nn.Linear(C, c, bias=False)))
+        initialise(rungs[-1], seed, f"ladder.side.{i}")
+    initialise(rungs[0].map, seed, "ladder.bottom")
+    model.blocks = nn.ModuleList(rungs)
+    model.norm = Rung("norm", model.norm, C, nn.Linear(c, C, bias=False))
     nn.init.zeros_(model.norm.map.weight)
-    model.blocks = nn.ModuleList(rung for pair in zip(bases, sides) for rung in pair)
 
 
 # ---- the whole -------------------------------------------------------------------------------------------
@@ -272,6 +266,8 @@ def check(model: GPT, cfg: DeltaConfig, born: dict) -> None:
         raise UserError(f"--tune {cfg.tune} --length {cfg.length}: nothing would be left; give less")
     if cfg.tune == "prompt" and getattr(cfg, "activation_checkpointing", False):
         raise UserError("--tune prompt: its blocks run twice a pass; leave out --activation_checkpointing")
+    if cfg.tune == "bias" and model.config.norm == "layer" and not model.config.bias:
+        raise UserError("--tune bias: found layer norms without bias, expected a model of --bias or --norm rms")
     if cfg.tune == "ladder" and model.position is not None:
         raise UserError("--tune ladder: found a table of positions, expected a model with --position rope")
 
@@ -284,38 +280,39 @@ def attach(model: GPT, cfg: DeltaConfig, born: dict) -> None:
             raise UserError("--base int8: found no --tune, expected one: weights in int8 cannot be trained")
         return
     check(model, cfg, born)
-    targets, c, seed = cfg.targets.split(","), model.config, getattr(cfg, "seed", 0)
+    targets, c, seed = {*cfg.targets.split(",")}, model.config, getattr(cfg, "seed", 0)
+    targets = {"lora": targets, "dora": targets, "adapter": targets & {"proj", "down"},
+               "bias": {"qkv", "proj", "up", "down"}}.get(cfg.tune, ())
     model.requires_grad_(False)
 
     def normal(*shape, name: str):  # each from its own stream: all ranks and resumed runs agree
         stream = torch.Generator().manual_seed(zlib.crc32(f"{seed}:{name}".encode()))
         return torch.randn(shape, generator=stream)
 
-    matrix = {"lora": targets, "dora": targets, "bias": targets, "adapter": {"proj", "down"} & {*targets}}
     for i, block in enumerate(model.blocks):
         if cfg.tune == "last" and i >= len(model.blocks) - cfg.length:
             model.blocks[i] = Either(block)
+            continue
         for part, name in ((block.attn, "qkv"), (block.attn, "proj"), (block.mlp, "up"), (block.mlp, "down")):
-            kind = cfg.tune if name in matrix.get(cfg.tune, ()) else ""
-            if kind or cfg.base == "int8" and not isinstance(model.blocks[i], Either):
+            kind = cfg.tune if name in targets else ""
+            if kind or cfg.base == "int8":
                 draw = partial(normal, name=f"{i}.{name}")
                 setattr(part, name, Tuned(getattr(part, name), kind, cfg, draw))
+        if cfg.tune in ("prefix", "prompt"):
+            block.attn.attend = Prefix(block.attn.attend)
         if cfg.tune == "prefix":
             shape = c.n_kv_head, cfg.length, c.n_embd // c.n_head
-            block.attn.attend = Prefix(block.attn.attend, nn.Parameter(normal(*shape, name=f"prefix.{i}")),
-                                       nn.Parameter(torch.zeros(shape)))
-        elif cfg.tune == "prompt":
-            block.attn.attend = Prefix(block.attn.attend)
-    norms = (nn.RMSNorm, nn.LayerNorm)
+            block.attn.attend.keys = nn.Parameter(normal(*shape, name=f"prefix.{i}"))
+            block.attn.attend.values = nn.Parameter(torch.zeros(shape))
     for part in [*model.modules()] if cfg.tune == "norm" else [model] if cfg.tune == "last" else ():
         for name, child in [*part.named_children()]:
-            if isinstance(child, norms):
+            if isinstance(child, (nn.RMSNorm, nn.LayerNorm)):
                 setattr(part, name, Either(child))
     if cfg.tune == "ladder":
         add_ladder(model, seed)
-    elif cfg.tune == "bias":
+    if cfg.tune == "bias":
         model.config = dataclasses.replace(c, bias=True)
-    elif cfg.tune == "prompt":  # it starts as random words, and takes its share of the positions
+    if cfg.tune == "prompt":  # it starts as random words, and takes its share of the positions
         model.prompt = Prompt(model.embed.weight[normal(c.vocab_size, name="prompt").argsort()[:cfg.length]])
         model.forward = model.prompt.in_front_of(model)
         model.config = dataclasses.replace(c, max_seq_len=c.max_seq_len - cfg.length)
@@ -376,10 +373,6 @@ def final_of(model: GPT, first=lambda weights: None):
         for name in [name for name in weights if ".base." in name]:
             del weights[name]
             weights[name.replace(".base.", ".")] = weights.pop(name.replace(".base.", ".tuned."))
-        if cfg.tune == "bias":  # of what is not among the targets
-            with torch.device("meta"):
-                plain = GPT(model.config, "scalar" if "head.bias" in weights else "lm").state_dict()
-            weights |= {name: torch.zeros(x.shape) for name, x in plain.items() if name not in weights}
         return {"delta.pt": delta}
     return change
 

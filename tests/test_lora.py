@@ -186,8 +186,8 @@ def test_ladder_by_hand():
     """Its formula, with the blocks themselves for oracles."""
     model, ids = tuned("ladder"), ids_of(2, 9)
     rope = [turn[None, :9, None] for turn in (model.cos, model.sin)]
-    h = model.embed.module(ids)
-    s = h @ model.embed.map.weight.T
+    h = model.embed(ids)
+    s = h @ model.blocks[0].map.weight.T
     for below, side in zip(model.blocks[::2], model.blocks[1::2]):
         h, mu = below.module(h, rope), (10 * side.a).sigmoid()
         s = side.module(mu * s + (1 - mu) * h @ side.map.weight.T, rope)
