@@ -267,7 +267,7 @@ def check(model: GPT, cfg: DeltaConfig, born: dict) -> None:
     if cfg.tune == "prompt" and getattr(cfg, "activation_checkpointing", False):
         raise UserError("--tune prompt: its blocks run twice a pass; leave out --activation_checkpointing")
     if cfg.tune == "bias" and model.config.norm == "layer" and not model.config.bias:
-        raise UserError("--tune bias: found layer norms without bias, expected a model of --bias or --norm rms")
+        raise UserError("--tune bias: found layer norms without bias, expected --bias or --norm rms")
     if cfg.tune == "ladder" and model.position is not None:
         raise UserError("--tune ladder: found a table of positions, expected a model with --position rope")
 
