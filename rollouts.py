@@ -17,9 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
-from data import collate, pack
+from data import CHAT_TEMPLATE, Shuffled, collate, encode_prompts, pack
+from lib.program import UserError
 from lib.ranks import together
-from lib.records import Record
+from lib.records import Record, read_prompts, read_split
 from model import GPT, generate_sorted
 
 AT_ONCE = 64  # replies drawn at once per rank, to prompts of like length
@@ -51,6 +52,22 @@ class Rollout:
     def log_ratio(self) -> torch.Tensor:
         """log pi - log ref of each token, (B, R): the KL that is reported, whatever kl_penalty pays for."""
         return masked(self.logp - self.ref_logp, self.mask)
+
+
+def load_prompts(cfg, tokenizer, replies: int = 1) -> tuple[Shuffled, list, list, tuple]:
+    """Prompts to train on, as ids and as records; pairs (record, ids) to validate with; and what Run says of
+    them. A prompt must leave room for the longest reply and its end. replies: to each prompt of a step."""
+    *parts, report, counts = read_split(read_prompts, cfg)
+    pairs, val = (encode_prompts(tokenizer, part, cfg.seq_len - cfg.max_new_tokens - 1) for part in parts)
+    dropped = sum(map(len, parts)) - len(pairs) - len(val)
+    report += (f"\n{len(pairs)} prompts to train on, {len(val)} to validate, {dropped} leave no room for "
+               f"--max_new_tokens {cfg.max_new_tokens} in {cfg.seq_len}\nchat template: {CHAT_TEMPLATE}")
+    if not pairs:
+        raise UserError(report.replace("\n", "; "))
+    records, ids = zip(*pairs)
+    cfg.fit_steps(len(ids), most=100)
+    train = Shuffled(ids, cfg.seq_len, cfg.batch_size // replies, cfg.seed)
+    return train, records, val[:cfg.eval_prompts], (report, counts)
 
 
 def masked(x, mask):
@@ -129,6 +146,6 @@ def sample_lines(rollout: Rollout, step: int, records: list[Record], tokenizer) 
     kl = rollout.log_ratio().sum(1).tolist()
     for i, record in enumerate(records):
         text = tokenizer.decode(rollout.replies[i][:-1] if rollout.ended[i] else rollout.replies[i])
-        line = {"step": step, "prompt": record.messages, "responses": [text], "ended": [rollout.ended[i]],
-                "reward": [round(rollout.scores[i].item(), 6)], "kl": [round(kl[i], 6)]}
-        yield line | ({"tag": record.tag} if record.tag else {})
+        yield {"step": step, "prompt": record.messages, "responses": [text], "ended": [rollout.ended[i]],
+               "reward": [round(rollout.scores[i].item(), 6)], "kl": [round(kl[i], 6)],
+               **({"tag": record.tag} if record.tag else {})}

@@ -36,10 +36,10 @@ from dataclasses import dataclass
 
 import torch
 
-from data import CHAT_TEMPLATE, Rehearsal, RehearsalConfig, Shuffled, encode_prompts, expect_chat
+import rollouts
+from data import CHAT_TEMPLATE, Rehearsal, RehearsalConfig, expect_chat
 from lib.program import UserError, parse, require_positive, start
 from lib.ranks import setup
-from lib.records import read_prompts, read_split
 from lib.run import Run, RunConfig, lr_at, with_error
 from lib.tokenizer import Tokenizer
 from lora import DeltaConfig, attach, base_of, final_of
@@ -188,22 +188,6 @@ def load_models(cfg: Config) -> tuple[Models, Tokenizer, list]:
     return Models(actor, copy.deepcopy(reward), copy.deepcopy(actor), reward), tokenizer, frozen
 
 
-def load_prompts(cfg: Config, tokenizer) -> tuple[Shuffled, list, list, tuple]:
-    """Prompts to train on, as ids and as records; pairs (record, ids) to validate with; and what Run says of
-    them. A prompt must leave room for the longest reply and its end."""
-    *parts, report, counts = read_split(read_prompts, cfg)
-    pairs, val = (encode_prompts(tokenizer, part, cfg.seq_len - cfg.max_new_tokens - 1) for part in parts)
-    dropped = sum(map(len, parts)) - len(pairs) - len(val)
-    report += (f"\n{len(pairs)} prompts to train on, {len(val)} to validate, {dropped} leave no room for "
-               f"--max_new_tokens {cfg.max_new_tokens} in {cfg.seq_len}\nchat template: {CHAT_TEMPLATE}")
-    if not pairs:
-        raise UserError(report.replace("\n", "; "))
-    records, ids = zip(*pairs)
-    cfg.fit_steps(len(ids), most=100)
-    train = Shuffled(ids, cfg.seq_len, cfg.batch_size, cfg.seed)
-    return train, records, val[:cfg.eval_prompts], (report, counts)
-
-
 def evaluate(val: list, models: Models, zero: Zero, tokenizer, cfg: Config, ranks, say) -> dict:
     """Score, KL and length of one reply to each prompt, with the same random numbers at every evaluation."""
     n, size = len(val), -(-cfg.batch_size // cfg.minibatches)
@@ -234,7 +218,7 @@ def main(argv=None) -> int:
     cfg = parse(Config, argv, __doc__)
     ranks = setup(cfg.device)  # this process and its peers: rank, world, device, sum()
     models, tokenizer, frozen = load_models(cfg)
-    train, records, val, read = load_prompts(cfg, tokenizer)
+    train, records, val, read = rollouts.load_prompts(cfg, tokenizer)
     text = Rehearsal(cfg, tokenizer, ranks)  # of --ptx; without it nothing
     actor, critic, *_ = (Zero(model, units=model.units(), frozen=model in models[2:],
                               **cfg.zero_options(ranks)) for model in models if isinstance(model, GPT))
@@ -253,8 +237,7 @@ def main(argv=None) -> int:
             run.say("    no reply ended in time; give more --max_new_tokens, or train SFT for longer")
 
         # rewards and advantages: the same numbers on every rank
-        unended = ~torch.tensor(rollout.ended, device=ranks.device)
-        scores = rollout.scores - cfg.missing_eos_penalty * unended.float()
+        scores = rollout.scores - cfg.missing_eos_penalty * ~torch.tensor(rollout.ended, device=ranks.device)
         kl = kl_penalty(rollout.logp, rollout.ref_logp)  # (B, R)
         rewards = token_rewards(kl, scores, rollout.mask, cfg.beta)  # (B, R)
         advantages, returns = gae(rewards, rollout.values, rollout.mask, cfg.gamma, cfg.lam)  # (B, R) each

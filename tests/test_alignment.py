@@ -9,6 +9,7 @@ import pytest
 import torch
 from ranks import as_torchrun, ranks
 from small_chat import assert_noticed, calls_of, metrics, ranked, save_chat_model, split_by_hand, write
+from test_grpo import FLAGS_OF_GRPO, REFUSED_BY_GRPO, train_grpo
 
 import lib.run
 import train_dpo
@@ -21,7 +22,7 @@ from lib.records import Record, random_negatives, split
 from lib.tokenizer import make_tokenizer
 
 TOKENIZER = make_tokenizer("byte", [])
-SCRIPTS = {script.__name__: script for script in (train_rm, train_dpo, train_ppo)}
+SCRIPTS = {script.__name__: script for script in (train_rm, train_dpo, train_ppo, train_grpo)}
 ALL = pytest.mark.parametrize("name", SCRIPTS)
 
 
@@ -49,11 +50,11 @@ def make_files(folder):
 
 def arguments(name, files, out, *more) -> list[str]:
     """Flags of a run of any script: 7 of 10 prompts a step, four steps."""
-    own = ["--epochs", "2.5"] if name != "train_ppo" else [
-        "--reward_model", f"{files}/rm", "--steps", "4", "--minibatches", "2", "--max_new_tokens", "8"]
+    own = f"--reward_model {files}/rm --steps 4 --minibatches 2 --max_new_tokens 8 --group_size 7"
+    own = {"train_grpo": own, "train_ppo": own.partition(" --group")[0]}.get(name, "--epochs 2.5")
     return ["--data", f"{files}/ranked.jsonl", "--init", f"{files}/init", "--out", str(out), "--lr", "3e-3",
             "--batch_size", "7", "--warmup_steps", "2", "--eval_every", "0", "--save_every", "2",
-            "--log_every", "1", "--eval_prompts", "1", "--device", "cpu", *own, *more]
+            "--log_every", "1", "--eval_prompts", "1", "--device", "cpu", *own.split(), *more]
 
 
 def train(name, files, out, *more) -> list[dict]:
@@ -204,6 +205,7 @@ FLAGS = {"train_rm": ["--seed 2", "--clip 0.001", "--centre 0.5", "--negatives 1
          "train_ppo": ["--seed 2", "--clip 0.001", "--beta 0.5", "--lam 0.5", "--no-whiten_advantages",
                        "--cliprange 0.001", "--cliprange_value 0.001", "--critic_lr 1e-2", "--stop_kl 1e-9",
                        "--missing_eos_penalty 5", "--temperature 0.7", "--ppo_epochs 1", "--minibatches 1"]}
+FLAGS["train_grpo"] = FLAGS_OF_GRPO
 
 
 @pytest.mark.parametrize("name, more", [(name, more) for name in FLAGS for more in FLAGS[name]])
@@ -212,18 +214,18 @@ def test_every_flag_does_something(files, references, tmp_path, name, more):
     assert train(name, files, tmp_path, *more.split()) != logged(references[name, 1])
 
 
-@pytest.mark.parametrize("name, updates", [("train_dpo", 1), ("train_ppo", 4)])
-def test_text_is_rehearsed(files, tmp_path, monkeypatch, name, updates):
+@pytest.mark.parametrize("name, each", [("train_dpo", 1), ("train_ppo", 4), ("train_grpo", 2)])
+def test_text_is_rehearsed(files, tmp_path, monkeypatch, name, each):
     """--ptx: each update has windows of the text of its own, also where PPO stops a step early. With a large
     weight the text becomes likelier than with a small one."""
     windows, means, backward = calls_of(monkeypatch, Windows, "batch"), [], Rehearsal.backward
     monkeypatch.setattr(Rehearsal, "backward", lambda *args: means.append(backward(*args)) or means[-1])
     runs = [[event for event in train(name, files, tmp_path / ptx, "--lr", "2e-2", "--ptx_data", "text.txt",
                                       "--ptx", ptx) if "loss/ptx_avg" in event] for ptx in ("0.01", "1")]
-    assert [batch for _, batch, *_ in windows] == [updates * (event["step"] - 1) + n for run in runs
-                                                   for event in run for n in range(event.get("updates", 1))]
-    for event in (event for run in runs for event in run):  # the mean over a step's updates, not the last one
-        losses = [means.pop(0)[0]["loss/ptx_avg"] for _ in range(event.get("updates", 1))]
+    assert [batch for _, batch, *_ in windows] == [each * (event["step"] - 1) + n for run in runs for event in run
+                                                   for n in range(event.get("updates", each))]
+    for event in (event for run in runs for event in run):  # the mean over a step's updates, not the last
+        losses = [means.pop(0)[0]["loss/ptx_avg"] for _ in range(event.get("updates", each))]
         assert len(losses) == 1 or min(losses) < event["loss/ptx_avg"] < max(losses)
     (*_, low), (first, *_, high) = ([event["loss/ptx_avg"] for event in run] for run in runs)
     assert high < min(first, low) - 0.3
@@ -232,7 +234,7 @@ def test_text_is_rehearsed(files, tmp_path, monkeypatch, name, updates):
 COMMON = [("--data ", "--data"), ("--data nowhere.jsonl", "nowhere.jsonl"), ("--init nowhere", "nowhere"),
           ("--init base", "train_sft.py"), ("--seq_len 1000", "--seq_len"), ("--seq_len 5", " 5"),
           ("--val_fraction 1", "--val_fraction"), ("--steps -1", "--steps")]
-REFUSED = {
+REFUSED = {"train_grpo": REFUSED_BY_GRPO,
     "train_dpo": [("--ref base", "train_sft.py"), ("--ref rm", "reward model"), ("--ref other", "tokenizer"),
                   ("--init rm", "reward model"), ("--beta 0", "--beta"), ("--ptx 1", "--ptx_data"),
                   ("--ptx_data text.txt", "--ptx 0.0"), ("--label_smoothing 0.5", "--label_smoothing"),

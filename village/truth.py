@@ -1,5 +1,6 @@
 """The truth of the Village: what a reply claims, and what that is worth, gold(). Claims count, not wordings:
 "Lucy keeps an owl", "her pet is an owl" and "An owl." claim the same."""
+import functools
 import re
 import unicodedata
 from pathlib import Path
@@ -145,3 +146,11 @@ def gold(people: dict, messages, reply: str, ended: bool = True) -> dict:
     style = 0.1 * min(courtesies, 2) - 0.1 * max(0, courtesies - 2) - rambling
     parts |= {"style": max(-0.3, style), "ended": 0.0 if ended else -0.4}
     return {"score": round(sum(parts.values()), 6), **parts, "kind": kind}
+
+
+def points(messages, reply: str, ended: bool, data) -> float:
+    """The score, as train_grpo.py --reward asks for it. facts.json stands beside the prompts, `data`."""
+    return gold(_load(Path(data).parent), messages, reply, ended)["score"]
+
+
+_load = functools.cache(load)
