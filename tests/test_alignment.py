@@ -222,7 +222,7 @@ def test_text_is_rehearsed(files, tmp_path, monkeypatch, name, each):
     monkeypatch.setattr(Rehearsal, "backward", lambda *args: means.append(backward(*args)) or means[-1])
     runs = [[event for event in train(name, files, tmp_path / ptx, "--lr", "2e-2", "--ptx_data", "text.txt",
                                       "--ptx", ptx) if "loss/ptx_avg" in event] for ptx in ("0.01", "1")]
-    assert [batch for _, batch, *_ in windows] == [each * (event["step"] - 1) + n for run in runs for event in run
+    assert [at for _, at, *_ in windows] == [each * (event["step"] - 1) + n for run in runs for event in run
                                                    for n in range(event.get("updates", each))]
     for event in (event for run in runs for event in run):  # the mean over a step's updates, not the last
         losses = [means.pop(0)[0]["loss/ptx_avg"] for _ in range(event.get("updates", each))]
