@@ -4,16 +4,17 @@
 #   bash run.sh                  in the Village, a small world with a judge who knows the truth
 #   bash run.sh --quick          every stage at its smallest; --show: print the commands and run none
 #   bash run.sh --hack           also PPO on a lesser reward model, with and without a leash: reward hacking
+#   bash run.sh --grpo           also GRPO, PPO without a critic, on as many replies
 #   bash run.sh my_text.txt      a text of yours (or stdlib, which comes with Python): pretraining alone
 #   bash run.sh --data-from DIR  as far as your files reach: text.txt and chats, preferences, prompts.jsonl
 #   bash run.sh ... --sft "--epochs 2 --strict"   more flags of a stage: --pretrain --sft --rm --ppo --dpo
 # SEED=2: another world; OUT=out/mine: another folder; NPROC=2 ZERO=3: two processes, sharded by ZeRO stage 3
 set -euo pipefail
-v=yes own="" text="" q="" hack="" show="" chats="" preferences="" prompts=""
+v=yes own="" text="" q="" hack="" grpo="" show="" chats="" preferences="" prompts=""
 refuse() { echo "error: $*" >&2; exit 2; }
 while [ $# -gt 0 ]; do
     case $1 in
-        --quick) q=-quick ;; --hack) hack=yes ;; --show) show=yes ;;
+        --quick) q=-quick ;; --hack) hack=yes ;; --grpo) grpo=yes ;; --show) show=yes ;;
         --data-from) [ -d "${2:-}" ] || refuse "$1 ${2:-}: no folder"; v="" own=$(realpath "$2"); shift ;;
         --pretrain|--sft|--rm|--ppo|--dpo) declare "more_${1#--}=${2?$1 needs flags}"; shift ;;
         -*) refuse "unknown argument $1; see the first lines of run.sh" ;;
@@ -84,13 +85,15 @@ if [ "$v" ]; then  # DPO goes half the way on the SFT model's answers, then on i
     answers dpo-1 dpo-1 $prompts --limit 1500
     train dpo --data "$out/dpo-1-ranked.jsonl" --init "$out/dpo-1" $dpo
     card sft --best_of 16 ${q:+--best_of 4 --best_of_prompts 10}
-    for name in ppo dpo; do card $name --against "$out/sft"; done
+    [ ! "$grpo" ] || train grpo --data $prompts --init "$out/sft" --reward_model "$out/rm" --steps 100 \
+        --ptx 0.5 --ptx_data $text ${q:+--steps 3 --batch_size 16 --group_size 4 --max_new_tokens 16 --eval_prompts 16}
+    for name in ppo dpo ${grpo:+grpo}; do card $name --against "$out/sft"; done
     if [ "$hack" ]; then
         train rm-plain --data $preferences --init "$out/sft" $rm --negatives 0 ${q:+--steps 20}
         ppo ppo-free rm-plain --beta 0 --ptx 0 --ptx_data ""
         ppo ppo-leashed rm-plain --beta 0.3 --ptx 0 --ptx_data ""
     fi
-    stage scorecard "" $python -m village.scorecard --cards "$out/sft,$out/ppo,$out/dpo"
+    stage scorecard "" $python -m village.scorecard --cards "$out/sft,$out/ppo,$out/dpo${grpo:+,$out/grpo}"
 else
     [ ! "$preferences" ] || train dpo --data "$preferences" --init "$out/sft" $dpo
     for name in ${chats:+sft} ${preferences:+ppo dpo}; do

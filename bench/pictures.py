@@ -56,7 +56,7 @@ def rewards(figure, life: Path) -> bool:
 def scorecard(figure, life: Path) -> bool:
     """What each model does in the Village, in percent of the questions of that kind, and its gold."""
     from village.scorecard import side_by_side
-    folders = [life / run for run in ("sft", "ppo", "dpo")]
+    folders = [life / run for run in ("sft", "ppo", "dpo", "grpo")]
     models = side_by_side([folder for folder in folders if (folder / "scorecard.json").exists()])
     ax = figure.add_subplot()
     for i, (name, card) in enumerate(models.items()):

@@ -20,7 +20,8 @@ from model import load_model
 from village import truth, world
 from village.scorecard import side_by_side
 
-STAGES = {"pretrain": "base", "sft": "SFT", "dpo": "DPO", "ppo": "PPO", "ppo-free": "PPO, hacked"}  # by run
+STAGES = {"pretrain": "base", "sft": "SFT", "dpo": "DPO", "ppo": "PPO", "grpo": "GRPO",
+          "ppo-free": "PPO, hacked"}  # by run
 FIGURES = {  # of a scorecard
     "prompts": "questions", "right": "known: right, %", "needless": "known: needless, %",
     "invented_untold": "untold: invented, %", "invented_elsewhere": "elsewhere: invented, %",
