@@ -96,15 +96,15 @@ class Config(RunConfig, RehearsalConfig, DeltaConfig):  # the flags that all sta
 # ---- the algorithm: N replies of R slots, those of a group side by side ----------------------------------
 
 def group_advantages(rewards, group_size: int, variant: str):
-    """A of each reply, and the std of each group: (N,) -> (N,), (N / G,)."""
+    """A of each reply: (N,) -> (N,)."""
     r = rewards.view(-1, group_size)  # (N/G, G)
-    A, std = r - r.mean(1, keepdim=True), r.std(1)
+    A = r - r.mean(1, keepdim=True)
     if variant == "grpo":
-        A = A / (std[:, None] + 1e-4)
+        A = A / (r.std(1, keepdim=True) + 1e-4)
     if variant == "rloo":  # r_i - (sum - r_i) / (G - 1)
         A = A * group_size / (group_size - 1)
-    equal = (r == r[:, :1]).all(1)  # std alone may be a rounding error, and A its multiple
-    return A.masked_fill(equal[:, None], 0).flatten(), std.masked_fill(equal, 0)
+    equal = (r == r[:, :1]).all(1, keepdim=True)  # their std may be a rounding error, and A its multiple
+    return A.masked_fill(equal, 0).flatten()
 
 
 def token_weights(mask, variant: str, longest: int):
@@ -219,7 +219,7 @@ def main(argv=None) -> int:
         kl = rollout.log_ratio().sum(1)  # (N,)
         rewards = rollout.scores - cfg.missing_eos_penalty * ~torch.tensor(rollout.ended, device=ranks.device)
         paid = rewards - cfg.beta * kl if cfg.kl == "reward" else rewards
-        A, std = group_advantages(paid, G, cfg.variant)
+        A, groups = group_advantages(paid, G, cfg.variant), rewards.view(-1, G)
 
         # optimising
         totals, skipped, lr, n_updates = Counter(), 0, lr_at(step, cfg), cfg.num_iterations * cfg.minibatches
@@ -231,7 +231,8 @@ def main(argv=None) -> int:
             totals.update(ptx)
             skipped += info.skipped
         run.log(step, tokens=sum(map(len, rollout.sequences)), skipped=skipped, reward=rewards.mean().item(),
-                reward_std=std.mean().item(), frac_reward_zero_std=(std == 0).float().mean().item(),
+                reward_std=groups.std(1).mean().item(),
+                frac_reward_zero_std=(groups == groups[:, :1]).all(1).float().mean().item(),
                 kl=kl.mean().item(), entropy=-masked(rollout.logp, rollout.mask).sum().item() / N,
                 **{"completions/mean_length": rollout.mask.sum().item() / N,
                    "completions/clipped_ratio": 1 - sum(rollout.ended) / N},
