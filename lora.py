@@ -45,13 +45,13 @@ class DeltaConfig:
 # ---- beside one matrix: y (..., out) is W x + b ----------------------------------------------------------
 
 class LowRank(torch.autograd.Function):
-    """W x + s B A x with a frozen W (out, in); or W = scale q, made whole twice and not kept. A, B None: W x.
-    By hand, because autograd would add up the two gradients of x in a pass of its own."""
+    """W x + b + s B A x, W (out, in) and b frozen; or W = scale q, made whole twice and not kept. A, B None:
+    W x + b. By hand, because autograd would add up the two gradients of x in a pass of its own."""
 
     @staticmethod
-    def forward(ctx, x, W, scale, A, B, s: float):
+    def forward(ctx, x, W, scale, b, A, B, s: float):
         ctx.shape, ctx.s, x = x.shape, s, x.flatten(0, -2)  # (n, in)
-        y, u = x @ whole(W, scale, x.dtype).T, None  # (n, out)
+        y, u = F.linear(x, whole(W, scale, x.dtype), b), None  # (n, out)
         if A is not None:
             u = x @ A.T  # (n, rank)
             y.addmm_(u, B.T, alpha=s)
@@ -64,24 +64,24 @@ class LowRank(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             dx = dy @ whole(W, scale, dy.dtype)
         if A is None:
-            return dx.view(ctx.shape), *[None] * 5
+            return dx.view(ctx.shape), *[None] * 6
         du = (B.T @ dy.T).mul_(ctx.s)  # (rank, n)
         if dx is not None:
             dx = dx.addmm_(du.T, A).view(ctx.shape)
-        return dx, None, None, du @ x, (u.T @ dy).mul_(ctx.s).T, None
+        return dx, None, None, None, du @ x, (u.T @ dy).mul_(ctx.s).T, None
 
 
 def whole(W, scale, dtype):
     return W if scale is None else (W * scale).to(dtype)
 
 
-class Tuned(nn.Linear):
+class Tuned(nn.Module):
     """A linear layer with a frozen W (out, in) and a delta of some kind. int8: W is held as scale q, a scale
     a row, so that |error| <= scale / 2. normal(rows, columns): random numbers."""
     on = True
 
     def __init__(self, linear: nn.Linear, kind: str, cfg: DeltaConfig, normal):
-        nn.Module.__init__(self)  # nn.Linear's own would make another weight
+        super().__init__()
         self.weight, self.bias, self.s = linear.weight, linear.bias, cfg.alpha / cfg.rank
         (n_out, n_in), r, W = linear.weight.shape, cfg.rank, linear.weight.detach()
         q, scale, new = None, None, {}
@@ -98,7 +98,7 @@ class Tuned(nn.Linear):
         if kind == "adapter":
             new = {"down": normal(r, n_out) * n_out**-0.5, "down_bias": torch.zeros(r),
                    "up": torch.zeros(n_out, r), "up_bias": torch.zeros(n_out)}
-        if kind == "bias":  # BitFit (Ben Zaken et al. 2022)
+        if kind == "bias":  # BitFit (Ben Zaken et al. 2022), of the linear layers
             new = {"shift": torch.zeros(n_out)}
         self.names = list(new)
         for name, value in new.items():
@@ -110,12 +110,13 @@ class Tuned(nn.Linear):
             y = F.linear(x, self.weight, self.bias)
         else:
             W = self.weight if self.q is None else self.q
-            y = LowRank.apply(x, W, self.scale, own.get("A"), own.get("B"), self.s)
+            b = None if "m" in own else self.bias
+            y = LowRank.apply(x, W, self.scale, b, own.get("A"), own.get("B"), self.s)
             if "m" in own:  # DoRA: W' = m V / |V| row by row, V = W + s B A: length and direction apart
                 with torch.no_grad():  # (Liu et al. 2024, equation 5; no gradient through |V|, section 4.3)
-                    lengths = (whole(W, self.scale, x.dtype) + self.s * self.B @ self.A).norm(dim=1)  # (out,)
-                y = y * (self.m / lengths)
-            y = y if self.bias is None else y + self.bias
+                    V = whole(W, self.scale, x.dtype) + self.s * self.B @ self.A  # (out, in)
+                    lengths = V.norm(dim=1).clamp(min=1e-30)  # (out,)
+                y = y * (self.m / lengths) + (0 if self.bias is None else self.bias)
         if "up" in own:  # a small network, before y joins the residual stream (Houlsby et al. 2019)
             y = y + F.linear(F.gelu(F.linear(y, self.down, self.down_bias)), self.up, self.up_bias)
         return y + self.shift if "shift" in own else y
@@ -125,7 +126,7 @@ class Tuned(nn.Linear):
         if "A" in own:
             W = W + self.s * own["B"] @ own["A"]
         if "m" in own:
-            W = W * (own["m"] / W.norm(dim=1))[:, None]
+            W = W * (own["m"] / W.norm(dim=1).clamp(min=1e-30))[:, None]
         if "shift" in own:
             b = own["shift"] if b is None else b + own["shift"]
         return W, b
@@ -151,9 +152,11 @@ class Prefix(nn.Module):
     their share of the attention."""
     on = True
 
-    def __init__(self, attend):
+    def __init__(self, attend, keys=None):
         super().__init__()
-        self.attend, self.keys, self.values = attend, None, None  # (G, P, D) twice, parameters or a Prompt's
+        self.attend, self.keys, self.values = attend, None, None  # (G, P, D) twice; a Prompt's if not its own
+        if keys is not None:
+            self.keys, self.values = nn.Parameter(keys), nn.Parameter(torch.zeros_like(keys))
 
     def forward(self, q, k, v, *, segment_ids, kv_segment_ids):
         if self.on and self.keys is not None:
@@ -268,8 +271,6 @@ def check(model: GPT, cfg: DeltaConfig, born: dict) -> None:
         raise UserError("--tune prompt: its blocks run twice a pass; leave out --activation_checkpointing")
     if cfg.tune == "bias" and model.config.norm == "layer" and not model.config.bias:
         raise UserError("--tune bias: found layer norms without bias, expected --bias or --norm rms")
-    if cfg.tune == "ladder" and model.position is not None:
-        raise UserError("--tune ladder: found a table of positions, expected a model with --position rope")
 
 
 def attach(model: GPT, cfg: DeltaConfig, born: dict) -> None:
@@ -299,11 +300,9 @@ def attach(model: GPT, cfg: DeltaConfig, born: dict) -> None:
                 draw = partial(normal, name=f"{i}.{name}")
                 setattr(part, name, Tuned(getattr(part, name), kind, cfg, draw))
         if cfg.tune in ("prefix", "prompt"):
-            block.attn.attend = Prefix(block.attn.attend)
-        if cfg.tune == "prefix":
             shape = c.n_kv_head, cfg.length, c.n_embd // c.n_head
-            block.attn.attend.keys = nn.Parameter(normal(*shape, name=f"prefix.{i}"))
-            block.attn.attend.values = nn.Parameter(torch.zeros(shape))
+            own = normal(*shape, name=f"prefix.{i}") if cfg.tune == "prefix" else None
+            block.attn.attend = Prefix(block.attn.attend, own)
     for part in [*model.modules()] if cfg.tune == "norm" else [model] if cfg.tune == "last" else ():
         for name, child in [*part.named_children()]:
             if isinstance(child, (nn.RMSNorm, nn.LayerNorm)):

@@ -55,17 +55,19 @@ def ids_of(B, T, seed=0):
 
 @every_method
 @pytest.mark.parametrize("head", ["lm", "scalar"])
-@pytest.mark.parametrize("held", ["float", "int8"])
-def test_the_start_is_the_base_and_off_always_is(tune, head, held):
+@pytest.mark.parametrize("held, shape", [("float", {}), ("int8", {}), ("float", {
+    "n_embd": 128, "bias": True, "norm": "layer", "position": "learned"})])
+def test_the_start_is_the_base_and_off_always_is(tune, head, held, shape):
     """Bit for bit, also where deltas are random, inside a second off(), after an error, while a text grows.
-    Prefix and prompt alone are another model from the start. (In int8 the base is what int8 holds.)"""
-    ids, fresh = ids_of(2, 9), base(head)
+    Prefix and prompt alone are another model from the start, and dora with biases in its last bits. (In int8
+    the base is what int8 holds.)"""
+    ids, fresh = ids_of(2, 9), base(head, **shape)
     attach(fresh, flags_of(tune, base=held), BORN)
     plain = base_of(fresh)(ids)
     with torch.no_grad():
-        assert torch.equal(plain, base(head)(ids)) or held == "int8"
-        assert torch.equal(fresh(ids), plain) == (tune in AS_BASE)
-        model = tuned(tune, head=head, dtype=torch.float32, base=held)
+        assert torch.equal(plain, base(head, **shape)(ids)) or held == "int8"
+        assert torch.equal(fresh(ids), plain) == (tune in AS_BASE) or shape and tune == "dora"
+        model = tuned(tune, head=head, dtype=torch.float32, base=held, shape=shape)
         before = model(ids)
         assert not torch.allclose(before, plain, atol=1e-3)
         with contextlib.suppress(ZeroDivisionError), off(model):
@@ -73,7 +75,7 @@ def test_the_start_is_the_base_and_off_always_is(tune, head, held):
                 assert torch.equal(model(ids), plain)
             assert torch.equal(model(ids), plain)
             if head == "lm" and held == "float":
-                replies = (generate(one, [[1, 2], [3]], max_new_tokens=4) for one in (model, base()))
+                replies = (generate(one, [[1, 2], [3]], max_new_tokens=4) for one in (model, base(**shape)))
                 assert next(replies) == next(replies)
             raise ZeroDivisionError
         assert torch.equal(model(ids), before)
@@ -135,6 +137,7 @@ def test_lora_by_hand():
     dA, dB = torch.autograd.grad(y, (part.A, part.B), g)
     torch.testing.assert_close(dA, s * part.B.T @ g.T @ x)
     torch.testing.assert_close(dB, s * g.T @ (x @ part.A.T))
+    assert torch.autograd.gradcheck(part, x.requires_grad_())
 
 
 def test_dora_by_hand():
