@@ -14,7 +14,7 @@ short wrong reply, so wrong replies grow longer; dr_grpo divides by L. For rloo 
 
 The policy pays beta times its KL to the reference, told by d = log ref - log pi of each token (--kl):
 
-    reward      r_i has beta sum_t d_t added, as in PPO: the gradient of KL(pi || ref)
+    reward      k_i = -sum_t d_t counts as a reward of -beta k_i, but no std divides it: that of KL(pi || ref)
     k1          -d, in the loss: its value is that KL, but its gradient is 0 on average
     k2          d^2 / 2: the gradient of KL(pi || ref)
     k3          exp(d) - d - 1: the value of KL(pi || ref), the gradient of KL(ref || pi)    (Schulman 2020)
@@ -54,9 +54,9 @@ class Config(RunConfig, RehearsalConfig, DeltaConfig):  # the flags that all sta
     reward_model: str = ""  # folder of a reward model; or else
     reward: str = ""  # module:function, say village.truth:points: f(messages, reply, ended, data) -> number
     variant: Literal["grpo", "dr_grpo", "rloo"] = "grpo"  # see the head of this file
-    beta: float = 0.05  # weight of the KL; 0: off
+    beta: float = 0.1  # weight of the KL; 0: off
     kl: Literal["reward", "k1", "k2", "k3"] = "reward"  # how it is paid for
-    missing_eos_penalty: float = 1.0  # taken off the reward of a reply that did not end
+    missing_eos_penalty: float = 1.0  # taken off the reward of a reply that did not end in time
     # optimisation
     steps: int = 0  # rollouts, each with num_iterations x minibatches updates; 0: 100, or fewer by --epochs
     epochs: float = 20.0  # most replies to each prompt, if steps is 0
@@ -64,8 +64,8 @@ class Config(RunConfig, RehearsalConfig, DeltaConfig):  # the flags that all sta
     num_iterations: int = 1  # times each rollout is seen
     minibatches: int = 4  # updates each time
     micro_batch_size: int = 0  # packed rows per rank and forward; 0: the rank's share of a minibatch
-    cliprange: float = 0.2  # eps: a token that lost so much of its ratio has no gradient
-    cliprange_high: float = 0.28  # eps': or gained so much; rare tokens may rise by more (Yu et al. 2025)
+    cliprange: float = 0.2  # eps: a worse reply's token that fell so far has no gradient
+    cliprange_high: float = 0.28  # eps': nor a better one's that rose so far (clip-higher, Yu et al. 2025)
     lr: float = 5e-4
     warmup_steps: int = 5  # rollouts over which the rate climbs from 0
     # run
@@ -83,14 +83,14 @@ class Config(RunConfig, RehearsalConfig, DeltaConfig):  # the flags that all sta
         require_positive(self, "max_new_tokens", "temperature", "num_iterations", "minibatches", "cliprange")
         N, G, M = self.batch_size, self.group_size, self.minibatches
         if G < 2 or N % G or N < M:
-            raise UserError(f"--batch_size {N} --group_size {G} --minibatches {M}: expected whole groups of "
-                            "two or more replies, and as many replies as minibatches")
+            raise UserError(f"--batch_size {N} --group_size {G} --minibatches {M}: found no whole groups")
         if bool(self.reward_model) == bool(self.reward):
             raise UserError(f"--reward_model {self.reward_model!r} --reward {self.reward!r}: expected one")
         try:
-            self.reward and pkgutil.resolve_name(self.reward)
+            if self.reward and not callable(pkgutil.resolve_name(self.reward)):
+                raise ValueError("found no function")
         except (ImportError, AttributeError, ValueError) as error:
-            raise UserError(f"--reward {self.reward}: {error}; expected a module:function") from None
+            raise UserError(f"--reward {self.reward}: {error}; expected module:function") from None
 
 
 # ---- the algorithm: N replies of R slots, those of a group side by side ----------------------------------
@@ -151,25 +151,25 @@ def add_gradients(rollout, chosen: list[int], A, models: Models, actor: Zero, cf
 
 
 def load_models(cfg: Config) -> tuple[Models, object, list]:
-    """(actor, no critic, reference, reward model or nothing; tokenizer; checksums of the frozen ones)."""
+    """(actor, no critic, reference, reward model or nothing; tokenizer; checksums of the frozen ones)"""
     def nothing(ids, **_):  # stands where a model is missing: 0 at each position, (B, T)
         return torch.zeros(ids.shape, device=ids.device)
-
     actor, tokenizer, born = load_model(cfg.init, "lm", attention=cfg.attention)
     expect_chat(cfg.init, born)
     actor.head.forbid(tokenizer.specials_but_end)  # a reply never holds pad, bos or a role
+    attach(actor, cfg, born)  # with --tune: a delta, and the rest frozen
+    reference = base_of(actor) if cfg.tune else copy.deepcopy(actor)
+    actor.flops_per_token = lambda T: 0  # most of a step is drawing and scoring: no MFU
     reward, longest, configs = nothing, actor.config.max_seq_len, [born]
     if cfg.reward_model:
         reward, its_tokenizer, config = load_model(cfg.reward_model, "scalar", attention=cfg.attention)
         if config["head"] != "scalar" or its_tokenizer.fingerprint != tokenizer.fingerprint:
-            raise UserError(f"--reward_model {cfg.reward_model}: found another head or tokenizer, expected a "
-                            f"reward model that train_rm.py made from --init {cfg.init}")
+            raise UserError(f"--reward_model {cfg.reward_model}: found another head or tokenizer, expected "
+                            f"what train_rm.py made from --init {cfg.init}")
         longest, configs = min(longest, reward.config.max_seq_len), [born, config]
     cfg.fit_rows(longest)
-    reference = None if cfg.tune else copy.deepcopy(actor)
-    attach(actor, cfg, born)  # with --tune: a delta, and the rest frozen
     frozen = [config["files"].get("model.pt", {}).get("sha256") for config in configs]
-    return Models(actor, nothing, reference or base_of(actor), reward), tokenizer, frozen
+    return Models(actor, nothing, reference, reward), tokenizer, frozen
 
 
 def roll_out(pairs, step: int, models: Models, zero: Zero, tokenizer, cfg: Config, ranks) -> Rollout:
@@ -178,9 +178,9 @@ def roll_out(pairs, step: int, models: Models, zero: Zero, tokenizer, cfg: Confi
     score(rollout, minibatches(cfg, step, 0) if step else [range(len(pairs))], models, cfg, ranks)
     if cfg.reward:
         points = pkgutil.resolve_name(cfg.reward)
-        said = [points(record.messages, tokenizer.decode(reply[:-1] if end else reply), end, cfg.data)
-                for (record, _), reply, end in zip(pairs, rollout.replies, rollout.ended)]
-        said = together(lambda: said)[0]  # of one rank for all, should the function use chance
+        said = together(lambda: ranks.rank == 0 and [
+            points(record.messages, tokenizer.decode(reply[:-1] if end else reply), end, cfg.data)
+            for (record, _), reply, end in zip(pairs, rollout.replies, rollout.ended)])[0]
         rollout.scores = torch.tensor(said, dtype=torch.float32, device=ranks.device)  # (N,)
     return rollout
 
@@ -218,8 +218,9 @@ def main(argv=None) -> int:
         # advantages: the same numbers on every rank
         kl = rollout.log_ratio().sum(1)  # (N,)
         rewards = rollout.scores - cfg.missing_eos_penalty * ~torch.tensor(rollout.ended, device=ranks.device)
-        paid = rewards - cfg.beta * kl if cfg.kl == "reward" else rewards
-        A, groups = group_advantages(paid, G, cfg.variant), rewards.view(-1, G)
+        A, groups = group_advantages(rewards, G, cfg.variant), rewards.view(-1, G)
+        if cfg.kl == "reward":  # never divided by a std: that of equal rewards would be the KL's own noise
+            A = A - cfg.beta * group_advantages(kl, G, "rloo" if cfg.variant == "rloo" else "dr_grpo")
 
         # optimising
         totals, skipped, lr, n_updates = Counter(), 0, lr_at(step, cfg), cfg.num_iterations * cfg.minibatches

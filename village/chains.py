@@ -21,10 +21,11 @@ from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from data import encode_prompt, expect_chat
 from evaluate import Progress, draw, save_figures
-from lib.program import parse, replacing, require_positive, start
-from lib.ranks import setup
+from lib.program import parse, replacing, start
 from lib.records import read_prompts
 from model import load_model
 
@@ -40,7 +41,6 @@ class Config:
     model: str = ""  # instead: folder of a model to ask the held-out questions
     data: str = "data/chains"  # with --model: the folder of the world
     k: int = 8  # with --model: replies drawn to each question
-    device: str = "auto"  # auto, cpu, cuda, cuda:N
 
 
 def values(question: str) -> list[int]:
@@ -54,19 +54,18 @@ def values(question: str) -> list[int]:
     return found
 
 
-def steps(question: str) -> str:
-    first, *operations = question.split()
-    said = [f"{operation} ={value}" for operation, value in zip(operations, values(question))]
-    return " ".join([first, *said, answer(question)])
-
-
 def answer(question: str) -> str:
     return f"so {values(question)[-1]}"
 
 
+def steps(question: str) -> str:
+    said = (f"{operation} ={value}" for operation, value in zip(question.split()[1:], values(question)))
+    return " ".join([question[0], *said, answer(question)])
+
+
 def right(messages, reply: str, ended: bool, data=None) -> float:
     """1 if the reply ends with the answer, else 0. What stands before the answer is not looked at."""
-    return float(ended and reply.endswith(answer(messages[-1]["content"])))
+    return float(ended and f" {reply}".endswith(f" {answer(messages[-1]['content'])}"))
 
 
 def make(seed: int) -> dict[str, str]:
@@ -101,8 +100,8 @@ def scorecard(model, tokenizer, records, cfg: Config) -> dict[str, dict]:
     greedy      the likeliest reply is right
     pass@1      of k replies drawn at temperature 1 one is right, on average;  pass@k: any is
     majority    what most of them answer is right
-    follows     after a wrong first value, greedy: what that value leads to is answered
-    unmoved     ... or the right answer all the same
+    follows     after a wrong first value, greedy, of those that it leads elsewhere: that is answered
+    unmoved     ... the right answer is given all the same
     tokens      of a greedy reply, its end included; no share
     """
     prompts = [encode_prompt(tokenizer, record.messages) for record in records]
@@ -122,22 +121,21 @@ def scorecard(model, tokenizer, records, cfg: Config) -> dict[str, dict]:
 
     rows = defaultdict(list)
     for i, (question, record) in enumerate(zip(questions, records)):
-        said, goal = [last(reply) for reply in drawn[i * cfg.k:(i + 1) * cfg.k]], answer(question)
-        rows[record.tag].append([
-            last(greedy[i]) == goal, said.count(goal) / cfg.k, goal in said,
-            Counter(said).most_common(1)[0][0] == goal, last(forced[i]) == answer(others[i]),
-            last(forced[i]) == goal, len(greedy[i].ids) / 100])
-    names = "greedy", "pass@1", f"pass@{cfg.k}", "majority", "follows", "unmoved", "tokens"
-    return {tag: {name: 100 * sum(column) / len(some) for name, column in zip(names, zip(*some))}
+        said, told = [last(reply) for reply in drawn[i * cfg.k:(i + 1) * cfg.k]], last(forced[i])
+        goal, other = answer(question), answer(others[i])
+        rows[record.tag].append({
+            "greedy": last(greedy[i]) == goal, "pass@1": said.count(goal) / cfg.k,
+            f"pass@{cfg.k}": goal in said, "majority": Counter(said).most_common(1)[0][0] == goal,
+            "follows": told == other if other != goal else np.nan,
+            "unmoved": told == goal if other != goal else np.nan, "tokens": len(greedy[i].ids) / 100})
+    return {tag: {name: 100 * float(np.nanmean([row[name] for row in some])) for name in some[0]}
             for tag, some in rows.items()}
 
 
 def main(argv=None) -> None:
     cfg = parse(Config, argv, __doc__)
-    require_positive(cfg, "k")
     if cfg.model:
         model, tokenizer, config = load_model(cfg.model, head="lm")
-        model.to(setup(cfg.device, catch_signals=False).device)
         expect_chat(cfg.model, config)
         found = scorecard(model, tokenizer, read_prompts(f"{cfg.data}/heldout.jsonl"), cfg)
         print(f"{'operations':>10}" + "".join(f"{name:>10}" for name in found["1"]))

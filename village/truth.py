@@ -89,6 +89,7 @@ POINTS = {
     "off": (-1, 0, 0), "other": (0, 0, 0)}  # off: no answer; other: the question is not about the village
 
 
+@functools.cache
 def load(folder) -> dict[str, dict[str, str]]:
     """{person: {kind: value}}, the truth about the inhabitants, from the facts.json of a world."""
     path = Path(folder) / "facts.json"
@@ -149,8 +150,5 @@ def gold(people: dict, messages, reply: str, ended: bool = True) -> dict:
 
 
 def points(messages, reply: str, ended: bool, data) -> float:
-    """The score, as train_grpo.py --reward asks for it. facts.json stands beside the prompts, `data`."""
-    return gold(_load(Path(data).parent), messages, reply, ended)["score"]
-
-
-_load = functools.cache(load)
+    """The score, as train_grpo.py --reward asks for it. data: the file of prompts, beside facts.json."""
+    return gold(load(Path(data).parent), messages, reply, ended)["score"]
