@@ -85,9 +85,14 @@ if [ "$v" ]; then  # DPO goes half the way on the SFT model's answers, then on i
     answers dpo-1 dpo-1 $prompts --limit 1500
     train dpo --data "$out/dpo-1-ranked.jsonl" --init "$out/dpo-1" $dpo
     card sft --best_of 16 ${q:+--best_of 4 --best_of_prompts 10}
-    [ ! "$grpo" ] || train grpo --data $prompts --init "$out/sft" --reward_model "$out/rm" --steps 100 \
-        --ptx 0.5 --ptx_data $text ${q:+--steps 3 --batch_size 16 --group_size 4 --max_new_tokens 16 --eval_prompts 16}
-    for name in ppo dpo ${grpo:+grpo}; do card $name --against "$out/sft"; done
+    if [ "$grpo" ]; then
+        train grpo --data $prompts --init "$out/sft" --reward_model "$out/rm" --steps 100 \
+            --ptx 0.5 --ptx_data $text \
+            ${q:+--steps 3 --batch_size 16 --group_size 4 --max_new_tokens 16 --eval_prompts 16}
+        stage grpo-rollouts "$out/grpo/rollouts.json" $python -m village.scorecard --village $world \
+            --rollouts "$out/grpo/samples.jsonl"
+    fi
+    for name in ppo ${grpo:+grpo} dpo; do card $name --against "$out/sft"; done
     if [ "$hack" ]; then
         train rm-plain --data $preferences --init "$out/sft" $rm --negatives 0 ${q:+--steps 20}
         ppo ppo-free rm-plain --beta 0 --ptx 0 --ptx_data ""

@@ -13,7 +13,8 @@ from lib.records import read_records
 STYLE = {"figure.figsize": (8, 3.4), "figure.dpi": 160, "figure.constrained_layout.use": True, "font.size": 8}
 CURVES = [*((run, "loss", "eval_loss") for run in ("pretrain", "sft", "rm", "dpo-1", "dpo")),
           ("ppo", "objective/scores", "eval_score"), ("ppo", "objective/kl", "eval_kl")]
-REWARDED = {"ppo": "PPO", "ppo-free": "lesser reward model, beta 0", "ppo-leashed": "the same, beta 0.3"}
+REWARDED = {"ppo": "PPO", "grpo": "GRPO", "ppo-free": "lesser reward model, beta 0",
+            "ppo-leashed": "the same, beta 0.3"}
 BARS = "right", "needless", "invented_untold", "invented_elsewhere", "invented_withheld", "code_given"
 
 
