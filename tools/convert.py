@@ -19,7 +19,6 @@ import torch
 from data import CHAT_TEMPLATE
 from lib.checkpoint import claim, expect, load_final, save_final
 from lib.program import UserError, parse, replacing, start
-from lib.tokenizer import Tokenizer
 from model import GPT, GPTConfig, load_model
 from tools import formats
 
@@ -66,12 +65,12 @@ ONLY = {  # fields without a name here: what they must say, or not be there
     "hidden_act": "silu", "activation_function": "gelu_new", "attention_bias": False, "mlp_bias": False,
     "partial_rotary_factor": 1, "quantization_config": None, "scale_attn_weights": True,
     "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False}
-LLAMA3 = "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"
-ROPE = {"norm": "rms", "position": "rope", "mlp": "swiglu", "qk_norm": False, "bias": False,
+SCALING = "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"
+PLAIN = {"norm": "rms", "position": "rope", "mlp": "swiglu", "qk_norm": False, "bias": False,
         "qkv_bias": False}
 FAMILIES = {  # model_type: our switches
-    "llama": ROPE, "mistral": ROPE, "qwen2": ROPE | {"qkv_bias": True}, "qwen3": ROPE | {"qk_norm": True},
-    "gpt2": ROPE | {"norm": "layer", "position": "learned", "mlp": "gelu", "bias": True}}
+    "llama": PLAIN, "mistral": PLAIN, "qwen2": PLAIN | {"qkv_bias": True}, "qwen3": PLAIN | {"qk_norm": True},
+    "gpt2": PLAIN | {"norm": "layer", "position": "learned", "mlp": "gelu", "bias": True}}
 
 
 # ---- tensors ---------------------------------------------------------------------------------------------
@@ -94,7 +93,7 @@ def renamed(weights: dict, shape: GPTConfig, column: int) -> dict[str, torch.Ten
 
 def joined(tensors: dict, shape: GPTConfig, column: int) -> dict[str, torch.Tensor]:
     """Their tensors under our names. UserError if one is missing, left over or of another shape."""
-    tables = re.compile(r".*\.(rotary_emb\.inv_freq|attn\.bias|attn\.masked_bias)")  # no weights; in old files
+    tables = re.compile(r".*\.(rotary_emb\.inv_freq|attn\.bias|attn\.masked_bias)")  # in old files
     tensors = {name: x for name, x in tensors.items() if not tables.fullmatch(name)}
     if column == GPT2 and "wte.weight" in tensors:  # as its authors named them
         tensors = {f"transformer.{name}": x for name, x in tensors.items()}
@@ -149,7 +148,7 @@ def shape_of(their: dict, longest: int) -> GPTConfig:
     scaling = their.get("rope_type", their.get("type", "default"))
     expect(scaling in ("default", "llama3"), f"found rope_type {scaling}, expected default or llama3")
     if scaling == "llama3":
-        found["rope_scaling"] = ",".join(str(float(rope[field])) for field in LLAMA3)
+        found["rope_scaling"] = ",".join(str(float(rope[field])) for field in SCALING)
     return GPTConfig(**found, **FAMILIES[kind])
 
 
@@ -157,37 +156,24 @@ def config_of(shape: GPTConfig) -> dict:
     """Our shape as config.json. UserError if none of the families computes the same."""
     kind = next((kind for kind, its in FAMILIES.items() if its.items() <= asdict(shape).items()), "")
     expect(kind and (kind != "gpt2" or shape.n_kv_head * shape.head_width == shape.n_embd),
-           f"found {', '.join(f'--{name} {getattr(shape, name)}' for name in ROPE)}, which none of "
+           f"found {', '.join(f'--{name} {getattr(shape, name)}' for name in PLAIN)}, which none of "
            f"{', '.join(FAMILIES)} computes")
     column, name = (GPT2, "GPT2LMHeadModel") if kind == "gpt2" else (LLAMA, f"{kind.title()}ForCausalLM")
     found = {names[column]: getattr(shape, ours) for ours, names in FIELDS.items() if names[column]}
     if shape.rope_scaling:
         numbers = map(float, shape.rope_scaling.split(","))
-        found["rope_scaling"] = {"rope_type": "llama3", **dict(zip(LLAMA3, numbers))}
+        found["rope_scaling"] = {"rope_type": "llama3", **dict(zip(SCALING, numbers))}
     return {"architectures": [name], "model_type": kind, **found}
 
 
-def gguf_fields(shape: GPTConfig, tokenizer: Tokenizer, chat: bool) -> dict:
+def gguf_fields(shape: GPTConfig) -> dict:
     """llama.cpp's architecture qwen3 is our model with the default switches."""
     expect(config_of(shape)["model_type"] == "qwen3" and not shape.rope_scaling,
            "--gguf: expected --qk_norm and no --rope_scaling; of other models give the folder of --to to "
            "llama.cpp's convert_hf_to_gguf.py")
     found = {f"qwen3.{names[LLAMA_CPP]}": getattr(shape, ours)
              for ours, names in FIELDS.items() if names[LLAMA_CPP]}
-    vocab, merges, pattern = formats.vocabulary(tokenizer)
-    names = tokenizer.encoding._special_tokens
-    tokens = sorted([*vocab.items(), *names.items()], key=lambda item: item[1])
-    pre = next(name for name, known in formats.PATTERNS.items() if known == pattern)
-    if not pre:
-        print("warning: llama.cpp gets GPT-2's pattern, as it does not know ours: numbers of more than three "
-              "digits, Hindi, and runs of more than 32 characters become other tokens there")
-    words = {"model": "gpt2", "pre": pre or "gpt-2", "tokens": [token for token, _ in tokens],
-             "token_type": [3 if token in names else 1 for token, _ in tokens], "merges": merges,
-             "bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.end_id,
-             "padding_token_id": tokenizer.pad_id, "add_bos_token": True}
-    template = {"tokenizer.chat_template": formats.JINJA} if chat else {}
-    return {"general.architecture": "qwen3", **found, "qwen3.attention.value_length": shape.head_width,
-            **{f"tokenizer.ggml.{name}": value for name, value in words.items()}, **template}
+    return {"general.architecture": "qwen3", **found, "qwen3.attention.value_length": shape.head_width}
 
 
 # ---- the commands ----------------------------------------------------------------------------------------
@@ -196,14 +182,13 @@ def take_in(cfg: Config) -> None:
     """--from DIR --out DIR"""
     folder = Path(cfg.from_)
     try:
-        their = formats.read_json((folder / "config.json").read_bytes())
+        their = formats.read_json((folder / "config.json").read_bytes(), "config.json")
         shape = shape_of(their, cfg.max_seq_len)
-        bos, end = their.get("bos_token_id"), their.get("eos_token_id")
-        found = formats.read_json((folder / "tokenizer.json").read_bytes())
-        end = end[0] if isinstance(end, list) else end
-        tokenizer = formats.read_tokenizer(found, shape.vocab_size, bos, end)
+        found = formats.read_json((folder / "tokenizer.json").read_bytes(), "tokenizer.json")
+        bos, end = their.get("bos_token_id"), their.get("eos_token_id")  # some end with one of several
+        tokenizer = formats.read_tokenizer(found, shape.vocab_size, bos, end[0] if type(end) is list else end)
         weights = joined(formats.read_weights(folder), shape, GPT2 if shape.position == "learned" else LLAMA)
-    except (UserError, OSError, AttributeError, LookupError, TypeError, ValueError, RecursionError) as error:
+    except (UserError, OSError, AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
         what = f"found no {error}, expected it" if isinstance(error, KeyError) else error
         raise UserError(f"{folder}: {what}") from None
     more = tokenizer.vocab_size - shape.vocab_size
@@ -212,32 +197,35 @@ def take_in(cfg: Config) -> None:
     lock = claim(cfg.out, resume=False)  # noqa: F841 - held until this function returns
     with tempfile.TemporaryDirectory() as temporary:
         tokenizer.save(f"{temporary}/tokenizer.json")
-        config = {"model": asdict(shape), "head": "lm", **learned}
+        config = {"model": asdict(shape), "head": "lm", "rows": shape.vocab_size - more, **learned}
         save_final(cfg.out, weights, config, f"{temporary}/tokenizer.json")
     names = [tokenizer.decode([i]) for i in (tokenizer.bos_id, tokenizer.end_id)]
-    print(f"{cfg.out}/final: {their['model_type']}, rows of {shape.max_seq_len} tokens, V = {shape.vocab_size}, "
-          f"of which {more} are new; a text begins with {names[0]}, a reply ends with {names[1]}")
+    print(f"{cfg.out}/final: {their['model_type']}, rows of {shape.max_seq_len} tokens, V {shape.vocab_size}, "
+          f"{more} of them new; a text begins with {names[0]}, a reply ends with {names[1]}")
 
 
 def give_out(cfg: Config) -> None:
     """--model DIR --to DIR --gguf FILE"""
     model, tokenizer, config = load_model(cfg.model, head="lm")
-    shape, weights = model.config, load_final(cfg.model)[1]  # in the type in which they are stored
+    shape, weights = model.config, load_final(cfg.model)[1]  # of the type in which they are stored
+    del model
     chat = config.get("chat_template") == CHAT_TEMPLATE
+    shape.vocab_size = V = config.get("rows", shape.vocab_size)  # rows: nothing was trained since --from
+    weights |= {name: weights[name][:V] for name in ("embed.weight", "head.weight")}
     if cfg.gguf:
-        fields = gguf_fields(shape, tokenizer, chat)
+        fields = gguf_fields(shape) | formats.gguf_words(tokenizer, V, chat)
         with replacing(Path(cfg.gguf)) as temporary:
             formats.write_gguf(temporary, fields, renamed(weights, shape, LLAMA_CPP), cfg.type)
     if cfg.to:
         expect(not Path(cfg.to).exists(), f"--to {cfg.to}: it exists, expected a new folder")
-        ids = {"bos": tokenizer.bos_id, "eos": tokenizer.end_id, "pad": tokenizer.pad_id}
-        numbers = {f"{name}_token_id": i for name, i in ids.items()}
-        words = {f"{name}_token": tokenizer.decode([i]) for name, i in ids.items()}
+        ends, pad = formats.ends_of(tokenizer, V), tokenizer.pad_id  # bos ends a text, too
+        numbers = {f"{name}_token_id": i for name, i in ends.items()}
+        words = {f"{name}_token": tokenizer.decode([i]) for name, i in ends.items()}
         their = config_of(shape) | numbers | {"torch_dtype": str(weights["norm.weight"].dtype)[6:]}
         files = {
             "config.json": their | ({"llm_from_zero": CHAT_TEMPLATE} if chat else {}),
-            "generation_config.json": numbers | {"eos_token_id": [tokenizer.end_id, tokenizer.bos_id]},
-            "tokenizer.json": formats.tokenizer_json(tokenizer),
+            "generation_config.json": numbers | {"eos_token_id": sorted({*ends.values()} - {pad})},
+            "tokenizer.json": formats.tokenizer_json(tokenizer, V),
             "tokenizer_config.json": {"tokenizer_class": "PreTrainedTokenizerFast", **words,
                                       "clean_up_tokenization_spaces": False,
                                       **({"chat_template": formats.JINJA} if chat else {})}}
