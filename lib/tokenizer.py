@@ -132,8 +132,8 @@ def build_encoding(kind: str, alphabet: str, merged: Sequence[str], imported, fe
 class Tokenizer:
     """vocab_size counts the specials. fingerprint: 16 hexadecimal digits of all that decides the ids. path:
     the file it was loaded from. alphabet: the characters of char. merged: what bpe has learned, one character
-    per byte (latin-1). imported: its pattern, its Unicode form ("" or NFC), its names {name: id} of the ids
-    that are "" in merged, and its specials, the ids that are our six."""
+    per byte (latin-1). imported: its pattern, whether a text becomes NFC first, its names {name: id} of the
+    ids that are "" in merged, and its specials, the ids that are our six."""
 
     def __init__(self, kind: str, *, alphabet="", merged: Sequence[str] = (), imported=None, fetch=True):
         learned = {"char": {"alphabet": alphabet}, "bpe": {"pattern": WORD_PATTERN, "merged": merged},
@@ -143,7 +143,7 @@ class Tokenizer:
         self.fingerprint = hashlib.sha256(canonical.encode("ascii")).hexdigest()[:16]
         self.kind, self.path, self.alphabet = kind, "", set(alphabet)
         self.encoding = build_encoding(kind, alphabet, merged, imported, fetch)
-        self.vocab_size, self.form = self.encoding.n_vocab, (imported or {}).get("form")
+        self.vocab_size, self.nfc = self.encoding.n_vocab, bool((imported or {}).get("nfc"))
         ids = range(self.vocab_size - 6, self.vocab_size) if imported is None else imported["specials"]
         self.pad_id, self.bos_id, self.system_id, self.user_id, self.assistant_id, self.end_id = ids
         self.specials_but_end = tuple(ids[:-1])  # what a completion of plain text must not draw
@@ -156,7 +156,7 @@ class Tokenizer:
             i = min(map(text.index, foreign))
             raise UserError(f"{where}, character {i}: found {text[i]!r} (U+{ord(text[i]):04X}), expected one "
                             f"of the tokenizer's {len(self.alphabet)}; use --tokenizer bpe or byte")
-        return self.encoding.encode_ordinary(unicodedata.normalize(self.form, text) if self.form else text)
+        return self.encoding.encode_ordinary(unicodedata.normalize("NFC", text) if self.nfc else text)
 
     def encode_array(self, text: str) -> np.ndarray:
         """`encode` as an array (tokens,): uint16, or uint32 where vocab_size > 65536."""

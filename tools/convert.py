@@ -200,18 +200,19 @@ def take_in(cfg: Config) -> None:
         config = {"model": asdict(shape), "head": "lm", "rows": shape.vocab_size - more, **learned}
         save_final(cfg.out, weights, config, f"{temporary}/tokenizer.json")
     names = [tokenizer.decode([i]) for i in (tokenizer.bos_id, tokenizer.end_id)]
-    print(f"{cfg.out}/final: {their['model_type']}, rows of {shape.max_seq_len} tokens, V {shape.vocab_size}, "
-          f"{more} of them new; a text begins with {names[0]}, a reply ends with {names[1]}")
+    print(f"{cfg.out}/final: {their['model_type']}, rows of {shape.max_seq_len}, {shape.vocab_size} tokens, "
+          f"of which {more} are new; a text begins with {names[0]}, a reply ends with {names[1]}")
 
 
 def give_out(cfg: Config) -> None:
     """--model DIR --to DIR --gguf FILE"""
     model, tokenizer, config = load_model(cfg.model, head="lm")
-    shape, weights = model.config, load_final(cfg.model)[1]  # of the type in which they are stored
-    del model
+    shape, weights = model.config, load_final(cfg.model)[1]  # as they are stored; the model is float32
     chat = config.get("chat_template") == CHAT_TEMPLATE
     shape.vocab_size = V = config.get("rows", shape.vocab_size)  # rows: nothing was trained since --from
     weights |= {name: weights[name][:V] for name in ("embed.weight", "head.weight")}
+    dtype = max((x.dtype for x in weights.values()), key=lambda dtype: dtype.itemsize)
+    weights = {name: x.to(dtype) for name, x in weights.items()}  # --tune leaves several types
     if cfg.gguf:
         fields = gguf_fields(shape) | formats.gguf_words(tokenizer, V, chat)
         with replacing(Path(cfg.gguf)) as temporary:
@@ -221,7 +222,7 @@ def give_out(cfg: Config) -> None:
         ends, pad = formats.ends_of(tokenizer, V), tokenizer.pad_id  # bos ends a text, too
         numbers = {f"{name}_token_id": i for name, i in ends.items()}
         words = {f"{name}_token": tokenizer.decode([i]) for name, i in ends.items()}
-        their = config_of(shape) | numbers | {"torch_dtype": str(weights["norm.weight"].dtype)[6:]}
+        their = config_of(shape) | numbers | {"torch_dtype": str(dtype).removeprefix("torch.")}
         files = {
             "config.json": their | ({"llm_from_zero": CHAT_TEMPLATE} if chat else {}),
             "generation_config.json": numbers | {"eos_token_id": sorted({*ends.values()} - {pad})},

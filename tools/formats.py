@@ -37,7 +37,7 @@ def read_json(text: bytes, name: str) -> dict:
 # ---- model.safetensors -----------------------------------------------------------------------------------
 
 def well_formed(its, size: int) -> bool:
-    """Whether an entry of a header has what it must have, and no number that a file of this size could not."""
+    """Whether an entry of a header has what it must have, and no number beyond the size of the file."""
     if type(its) is not dict or its.keys() != {"dtype", "shape", "data_offsets"}:
         return False
     shape, offsets = its["shape"], its["data_offsets"]
@@ -46,11 +46,11 @@ def well_formed(its, size: int) -> bool:
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a file, as views of it. Anybody may have made its header: nothing of it is used before it
-    is known that the tensors fill the file, each once, from end to end."""
+    """The tensors of a file, as views of it. Anybody may have made its header: nothing of it is used before
+    the tensors are known to fill the file, each once, from end to end."""
     with open(path, "rb") as file:
         n, size = int.from_bytes(file.read(8), "little"), path.stat().st_size - 8
-        expect(0 < n <= min(size, MOST), f"{path.name}: found a header of {n} bytes, expected a whole file")
+        expect(0 < n <= min(size, MOST), f"{path.name}: found a header of {n} bytes in a file of {size + 8}")
         header = read_json(file.read(n), path.name)
         data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)  # what is changed stays in memory
     notes, found, last = header.pop("__metadata__", {}), {}, 0
@@ -61,7 +61,7 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
                f"{', '.join(DTYPES)}, a shape, data_offsets")
     for name, its in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
         shape, (begin, end), dtype = its["shape"], its["data_offsets"], DTYPES[its["dtype"]]
-        expect(begin == last and end - begin == math.prod(shape) * dtype.itemsize,
+        expect(begin == last and end - begin == math.prod(shape) * dtype.itemsize and end <= size - n,
                f"{path.name}: found {name} {str(its):.150}, expected as many bytes as it has, from {last} on")
         if begin < end:
             x = torch.frombuffer(data, dtype=dtype, count=math.prod(shape), offset=8 + n + begin)
@@ -159,10 +159,10 @@ def last_pair(token: bytes, ranks: dict[bytes, int]) -> tuple:
 def read_tokenizer(found: dict, V: int, bos, end) -> Tokenizer:
     """found: tokenizer.json; V: rows of the model; bos, end: their ids, or None. All ids stay. Our other
     specials, and bytes without a token, get rows of the model without a token, or new ones."""
-    model, form = found["model"], (found.get("normalizer") or {}).get("type", "")
+    model, form = found["model"], (found.get("normalizer") or {}).get("type")
     for field, good in BPE.items():
         expect(model.get(field) in (None, good), f"found {field} {model.get(field)}, expected byte-level BPE")
-    expect(form in ("", "NFC"), f"found normalizer {form}, expected NFC or none")
+    expect(form in (None, "NFC"), f"found normalizer {form}, expected NFC or none")
     names = {token["content"]: token["id"] for token in found.get("added_tokens", [])}
     ranks = {bytes(BYTES[c] for c in text): i for text, i in model["vocab"].items() if text not in names}
     pairs = [merge.split(" ") if type(merge) is str else merge for merge in model["merges"]]
@@ -186,8 +186,8 @@ def read_tokenizer(found: dict, V: int, bos, end) -> Tokenizer:
     merged = [""] * (max(ranks.values()) + 1)
     for token, i in ranks.items():
         merged[i] = token.decode("latin-1")
-    return Tokenizer("imported", merged=merged, imported={
-        "pattern": pattern_of(found["pre_tokenizer"]), "form": form, "names": names, "specials": specials})
+    its = {"nfc": form == "NFC", "pattern": pattern_of(found["pre_tokenizer"]), "names": names}
+    return Tokenizer("imported", merged=merged, imported={**its, "specials": specials})
 
 
 def ends_of(tokenizer: Tokenizer, V: int) -> dict[str, int]:
@@ -223,7 +223,7 @@ def tokenizer_json(tokenizer: Tokenizer, V: int) -> dict:
     after = {"type": "TemplateProcessing", "single": [first, text], "pair": [first, text, text],
              "special_tokens": {bos: {"id": bos, "ids": [tokenizer.bos_id], "tokens": [bos]}}}
     return {"version": "1.0", "added_tokens": added, "decoder": level,
-            "normalizer": {"type": tokenizer.form} if tokenizer.form else None,
+            "normalizer": {"type": "NFC"} if tokenizer.nfc else None,
             "pre_tokenizer": {"type": "Sequence", "pretokenizers": [cut_by(pattern), level]},
             "post_processor": after if tokenizer.bos_id < V else None,
             "model": {**BPE, "ignore_merges": True, "vocab": vocab, "merges": merges}}
