@@ -92,7 +92,8 @@ def renamed(weights: dict, shape: GPTConfig, column: int) -> dict[str, torch.Ten
 
 
 def joined(tensors: dict, shape: GPTConfig, column: int) -> dict[str, torch.Tensor]:
-    """Their tensors under our names. UserError if one is missing, left over or of another shape."""
+    """Their tensors under our names, but for a tied head. UserError if one is missing, left over or of another
+    shape."""
     tables = re.compile(r".*\.(rotary_emb\.inv_freq|attn\.bias|attn\.masked_bias)")  # in old files
     tensors = {name: x for name, x in tensors.items() if not tables.fullmatch(name)}
     if column == GPT2 and "wte.weight" in tensors:  # as its authors named them
@@ -100,24 +101,25 @@ def joined(tensors: dict, shape: GPTConfig, column: int) -> dict[str, torch.Tens
     dtype = max((x.dtype for x in tensors.values()), key=lambda dtype: dtype.itemsize)
     with torch.device("meta"):
         plain = GPT(shape).state_dict()
-    weights = {name: torch.empty(x.shape, dtype=dtype) for name, x in plain.items()}
+    weights = {name: torch.empty(x.shape, dtype=dtype) for name, x in plain.items()
+               if name != "head.weight" or not shape.tie_embeddings}
     for name, view in renamed(weights, shape, column).items():
         x = tensors.pop(name)[:len(view) if name == "transformer.wpe.weight" else None]
         expect(x.shape == view.shape and x.is_floating_point(),
                f"found {name} {x.dtype} {[*x.shape]}, expected floats {[*view.shape]}")
         view.copy_(x)
-    if shape.tie_embeddings:
-        weights["head.weight"] = head = weights["embed.weight"]
-        expect(torch.equal(tensors.pop("lm_head.weight", head), head),
-               "found tie_word_embeddings true and another matrix as lm_head.weight, expected one of the two")
+    embed = weights["embed.weight"]
+    expect(not shape.tie_embeddings or torch.equal(tensors.pop("lm_head.weight", embed), embed),
+           "found tie_word_embeddings true and another matrix as lm_head.weight, expected one of the two")
     expect(not tensors, f"found {next(iter(tensors), '')}, which a model of this model_type does not have")
     return weights
 
 
 def widened(weights: dict, shape: GPTConfig, V: int) -> None:
-    """Add rows for new tokens. They are like the others, and no two alike: with --tune lora they stay so."""
+    """Add rows for new tokens, and a tied head. The rows are like the others, and no two are alike: with --tune
+    lora they stay so."""
     draw, more, shape.vocab_size = torch.Generator().manual_seed(0), V - shape.vocab_size, V
-    for name in ("embed.weight", "head.weight") if more else ():
+    for name in [name for name in ("embed.weight", "head.weight") if more and name in weights]:
         x = weights[name].float()  # (V before, C)
         rows = x.mean(0) + x.std(0) * torch.randn(more, x.shape[1], generator=draw)  # (more, C)
         weights[name] = torch.cat((weights[name], rows.to(weights[name].dtype)))
