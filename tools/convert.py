@@ -92,8 +92,8 @@ def renamed(weights: dict, shape: GPTConfig, column: int) -> dict[str, torch.Ten
 
 
 def joined(tensors: dict, shape: GPTConfig, column: int) -> dict[str, torch.Tensor]:
-    """Their tensors under our names, but for a tied head. UserError if one is missing, left over or of another
-    shape."""
+    """Their tensors under our names, but for a tied head. One that is missing, left over or of another shape
+    is refused."""
     tables = re.compile(r".*\.(rotary_emb\.inv_freq|attn\.bias|attn\.masked_bias)")  # in old files
     tensors = {name: x for name, x in tensors.items() if not tables.fullmatch(name)}
     if column == GPT2 and "wte.weight" in tensors:  # as its authors named them
@@ -116,8 +116,8 @@ def joined(tensors: dict, shape: GPTConfig, column: int) -> dict[str, torch.Tens
 
 
 def widened(weights: dict, shape: GPTConfig, V: int) -> None:
-    """Add rows for new tokens, and a tied head. The rows are like the others, and no two are alike: with --tune
-    lora they stay so."""
+    """Add rows for new tokens, and a tied head. The rows are like the others, and no two are alike: with
+    --tune lora they stay so."""
     draw, more, shape.vocab_size = torch.Generator().manual_seed(0), V - shape.vocab_size, V
     for name in [name for name in ("embed.weight", "head.weight") if more and name in weights]:
         x = weights[name].float()  # (V before, C)
