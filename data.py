@@ -348,7 +348,8 @@ def main(argv=None) -> None:
         sample = collate(*zip(encode_chat(tokenizer, messages)))
     else:
         path, _, its = prepare(cfg.data, tokenizer=cfg.tokenizer)
-        tokenizer, sample = Tokenizer.load(its), Windows(TokenFile(path), 64, batch_size=1).batch(0)
+        tokenizer = Tokenizer.load(its)
+        sample = Windows(TokenFile(path, tokenizer), 64, batch_size=1).batch(0)
     for i, target, segment in zip(*(part[0].tolist() for part in sample)) if cfg.show else ():
         shown, trained = (repr(tokenizer.decode([target])), "trained") if target != IGNORE else ("-", "")
         last = trained if cfg.stage == "sft" else segment

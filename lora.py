@@ -240,7 +240,7 @@ class Rung(nn.Module):
 def add_ladder(model: GPT, seed: int) -> None:
     """The side has an eighth of the heads, at least one, as wide as the base's: so positions turn alike."""
     C, heads = model.config.n_embd, max(1, model.config.n_head // 8)
-    c = C // model.config.n_head * heads
+    c = model.config.head_width * heads
     narrow = dataclasses.replace(model.config, n_head=heads, n_kv_head=heads, n_embd=c, mlp_hidden=0)
     rungs = []
     for i, block in enumerate(model.blocks):
@@ -300,7 +300,7 @@ def attach(model: GPT, cfg: DeltaConfig, born: dict) -> None:
                 draw = partial(normal, name=f"{i}.{name}")
                 setattr(part, name, Tuned(getattr(part, name), kind, cfg, draw))
         if cfg.tune in ("prefix", "prompt"):
-            shape = c.n_kv_head, cfg.length, c.n_embd // c.n_head
+            shape = c.n_kv_head, cfg.length, c.head_width
             own = normal(*shape, name=f"prefix.{i}") if cfg.tune == "prefix" else None
             block.attn.attend = Prefix(block.attn.attend, own)
     for part in [*model.modules()] if cfg.tune == "norm" else [model] if cfg.tune == "last" else ():

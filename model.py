@@ -31,9 +31,11 @@ class GPTConfig:
     n_head: int = 4  # H, query heads
     n_kv_head: int = 0  # G, key/value heads, shared by H/G query heads each; 0: as n_head
     n_embd: int = 128  # C
+    head_width: int = 0  # D; 0: C / H
     mlp_hidden: int = 0  # width inside the MLP; 0: 8/3 C (swiglu) or 4 C (gelu), which cost the same
     max_seq_len: int = 256  # longest T, prompt and reply together
     rope_theta: float = 10000.0  # base of the rotation frequencies
+    rope_scaling: str = ""  # Llama 3's, for longer rows: factor,low,high,length (8,1,4,8192); empty: none
     norm_eps: float = 1e-5  # keeps a norm of zeros finite
     tie_embeddings: bool = False  # one matrix for reading tokens and predicting them
     norm: Literal["rms", "layer"] = "rms"  # RMSNorm (Zhang & Sennrich 2019) or LayerNorm
@@ -41,15 +43,17 @@ class GPTConfig:
     mlp: Literal["swiglu", "gelu"] = "swiglu"  # gated (Shazeer 2020) or GPT-2's
     qk_norm: bool = True  # normalise queries and keys, as Qwen3: lets small models take large learning rates
     bias: bool = False  # bias in linear layers and layer norms
+    qkv_bias: bool = False  # bias of queries, keys and values alone, as Qwen2
     attention: Literal["flash", "sdpa", "naive"] = "flash"  # ours, PyTorch's C++ kernel, the definition
 
     def __post_init__(self):
         self.n_kv_head = self.n_kv_head or self.n_head
         C, H, G = self.n_embd, self.n_head, self.n_kv_head
-        if min(self.n_layer, C, H, G) <= 0 or C % H or H % G:
+        if min(self.n_layer, C, H, G) <= 0 or C % H and not self.head_width or H % G:
             raise UserError(f"--n_layer {self.n_layer} --n_embd {C} --n_head {H} --n_kv_head {G}: expected "
                             "numbers above 0, and each of the last three to divide the one before it")
-        if self.position == "rope" and C // H % 2:
+        self.head_width = self.head_width or C // H
+        if self.position == "rope" and self.head_width % 2:
             raise UserError(f"--position rope needs an even head width, found --n_embd {C} / --n_head {H}")
         width = 8 * C / 3 if self.mlp == "swiglu" else 4 * C
         self.mlp_hidden = self.mlp_hidden or max(32, int(width) // 32 * 32)  # multiples of 32 are fast
@@ -71,20 +75,38 @@ def rotate(x, cos, sin):
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
 
+def frequencies(config: GPTConfig):
+    """Radians by which pair j of a head turns from one position to the next, theta^(-2j/D): (D/2,) float64.
+
+    rope_scaling (Llama 3.1, apply_scaling in llama-models): a pair that turns round less than `low` times in
+    `length` positions is slowed down by `factor`; more than `high` times, not at all; between, in part."""
+    D, scaling = config.head_width, config.rope_scaling
+    turn = config.rope_theta ** (-torch.arange(0, D, 2, device="cpu").double() / D)
+    if scaling:
+        try:
+            factor, low, high, length = map(float, scaling.split(","))
+        except ValueError:
+            raise UserError(f"--rope_scaling {scaling}: expected factor,low,high,length") from None
+        kept = ((length * turn / (2 * torch.pi) - low) / (high - low)).clamp(0, 1)
+        turn = turn * (kept + (1 - kept) / factor)
+    return turn
+
+
 class Attention(nn.Module):
     """Causal self-attention with H query heads over G key/value heads (Ainslie et al. 2023)."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.H, self.G, self.D = config.n_head, config.n_kv_head, config.n_embd // config.n_head
-        self.qkv = nn.Linear(config.n_embd, (self.H + 2 * self.G) * self.D, bias=config.bias)  # rows: q, k, v
-        self.proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.H, self.G, self.D = config.n_head, config.n_kv_head, config.head_width
+        width, bias = (self.H + 2 * self.G) * self.D, config.bias or config.qkv_bias
+        self.qkv = nn.Linear(config.n_embd, width, bias=bias)  # rows: q, k, v
+        self.proj = nn.Linear(self.H * self.D, config.n_embd, bias=config.bias)
         self.q_norm, self.k_norm = (norm(self.D, config) if config.qk_norm else nn.Identity() for _ in "qk")
         kernels = {"flash": flash_attention, "sdpa": sdpa_attention, "naive": naive_attention}
         self.attend = kernels[config.attention]
 
     def forward(self, x, rope, segment_ids, kv_segment_ids, append):
-        B, T, C = x.shape
+        B, T, _ = x.shape
         qkv = self.qkv(x).view(B, T, self.H + 2 * self.G, self.D)
         q, k, v = qkv.split((self.H, self.G, self.G), dim=2)  # (B, T, H, D), (B, T, G, D) twice
         q, k = self.q_norm(q), self.k_norm(k)
@@ -94,7 +116,7 @@ class Attention(nn.Module):
         if append is not None:
             k, v = append(k, v)  # (B, G, Tk, D) twice
         y = self.attend(q, k, v, segment_ids=segment_ids, kv_segment_ids=kv_segment_ids)
-        return self.proj(y.transpose(1, 2).reshape(B, T, C))
+        return self.proj(y.transpose(1, 2).flatten(2))  # (B, T, H D) -> (B, T, C)
 
 
 class MLP(nn.Module):
@@ -165,9 +187,8 @@ class GPT(nn.Module):
         self.head = LMHead(config) if head == "lm" else nn.Linear(config.n_embd, 1)  # a reward or a value
         if config.tie_embeddings and head == "lm":
             self.head.weight = self.embed.weight
-        D = config.n_embd // config.n_head
-        frequencies = config.rope_theta ** (-torch.arange(0, D, 2, device="cpu").double() / D)  # (D/2,)
-        angles = torch.arange(config.max_seq_len, device="cpu").double()[:, None] * frequencies  # (T, D/2)
+        time = torch.arange(config.max_seq_len, device="cpu").double()
+        angles = time[:, None] * frequencies(config)  # (T, D/2)
         for name, table in (("cos", (angles.cos(), angles.cos())), ("sin", (-angles.sin(), angles.sin()))):
             self.register_buffer(name, torch.cat(table, -1).float(), persistent=False)  # (T, D)
         initialise(self, seed)
@@ -203,10 +224,11 @@ class GPT(nn.Module):
 
     def flops_per_token(self, T: int) -> float:
         """Floating-point operations of one training token in a row of T, forward and backward: 6 per weight
-        of a matrix product, 12 C per visible key, of which there are (T + 1) / 2. (Kaplan et al. 2020.)"""
+        of a matrix product, 12 H D per visible key, of which there are (T + 1) / 2. (Kaplan et al. 2020.)"""
         c, outputs = self.config, self.config.vocab_size if isinstance(self.head, LMHead) else 1
-        attention = c.n_embd // c.n_head * (2 * c.n_head + 2 * c.n_kv_head) + T + 1  # all but the MLP, over C
-        return 6 * c.n_embd * (c.n_layer * (attention + c.mlp_hidden * (2 + (c.mlp == "swiglu"))) + outputs)
+        attention = c.head_width * (2 * c.n_embd * (c.n_head + c.n_kv_head) + c.n_head * (T + 1))
+        mlp = c.n_embd * c.mlp_hidden * (2 + (c.mlp == "swiglu"))
+        return 6 * (c.n_layer * (attention + mlp) + c.n_embd * outputs)
 
 
 def restarting_positions(segment_ids):

@@ -1,6 +1,6 @@
 """How long replies take in transformers and llama.cpp, where they are installed, and in ours. On the CPU.
 
-    pip install transformers gguf xllamacpp     (llama.cpp as a wheel; it is built without AVX-512)
+    pip install transformers xllamacpp     (llama.cpp as a wheel; it is built without AVX-512)
     OMP_NUM_THREADS=1 python -m bench.peers
 
 A Qwen3 of transformers and of llama.cpp is this model under other names. So all have the same weights, and
@@ -20,46 +20,18 @@ import torch
 from bench.measure import compare, head, interleave, run
 from lib.program import UserError, start
 from model import GPT, GPTConfig, generate
+from tools import convert
+from tools.formats import write_gguf
 
 OLD, V = 16, 512  # tokens of a prompt, and of the vocabulary
-NAMES = {  # of a weight: ours, transformers', llama.cpp's. Ours joins q, k, v, and gate and up.
-    "embed": ("model.embed_tokens", "token_embd"), "norm": ("model.norm", "output_norm"),
-    "head": ("lm_head", "output"), "attn_norm": ("input_layernorm", "attn_norm"),
-    "attn.q": ("self_attn.q_proj", "attn_q"), "attn.k": ("self_attn.k_proj", "attn_k"),
-    "attn.v": ("self_attn.v_proj", "attn_v"), "attn.proj": ("self_attn.o_proj", "attn_output"),
-    "attn.q_norm": ("self_attn.q_norm", "attn_q_norm"), "attn.k_norm": ("self_attn.k_norm", "attn_k_norm"),
-    "mlp_norm": ("post_attention_layernorm", "ffn_norm"), "mlp.gate": ("mlp.gate_proj", "ffn_gate"),
-    "mlp.up": ("mlp.up_proj", "ffn_up"), "mlp.down": ("mlp.down_proj", "ffn_down")}
-
-
-def renamed(model: GPT, layer: str, peer: int) -> dict[str, torch.Tensor]:
-    """The weights as Qwen3 names them. layer: what stands before a layer's number; peer: a column."""
-    c, found = model.config, {}
-    heads = [c.n_embd // c.n_head * n for n in (c.n_head, c.n_kv_head, c.n_kv_head)]
-    for name, x in model.state_dict().items():
-        name, number = name.removesuffix(".weight"), ""
-        if name.startswith("blocks."):
-            _, number, name = name.split(".", 2)
-        parts = {name: x}
-        if name == "attn.qkv":
-            parts = dict(zip(("attn.q", "attn.k", "attn.v"), x.split(heads)))
-        elif name == "mlp.up":
-            parts = dict(zip(("mlp.gate", "mlp.up"), x.chunk(2)))
-        for part, x in parts.items():
-            found[f"{layer}{number}." * bool(number) + f"{NAMES[part][peer]}.weight"] = x
-    return found
 
 
 def of_transformers(model: GPT):
     """A function (prompts, new, greedy) -> new ids per prompt."""
-    transformers, c = importlib.import_module("transformers"), model.config
-    config = transformers.Qwen3Config(
-        vocab_size=V, hidden_size=c.n_embd, intermediate_size=c.mlp_hidden, num_hidden_layers=c.n_layer,
-        num_attention_heads=c.n_head, num_key_value_heads=c.n_kv_head, head_dim=c.n_embd // c.n_head,
-        max_position_embeddings=c.max_seq_len, rms_norm_eps=c.norm_eps, rope_theta=c.rope_theta,
-        tie_word_embeddings=False, eos_token_id=None, bos_token_id=None, pad_token_id=0)
+    transformers, ends = importlib.import_module("transformers"), {"eos_token_id": None, "bos_token_id": None}
+    config = transformers.Qwen3Config(**convert.config_of(model.config), **ends, pad_token_id=0)
     peer = transformers.Qwen3ForCausalLM(config).eval()
-    peer.load_state_dict(renamed(model, "model.layers.", 0))
+    peer.load_state_dict(convert.renamed(model.state_dict(), model.config, convert.LLAMA))
 
     def reply(prompts, new: int, greedy: bool):
         ids = torch.tensor(prompts)
@@ -71,23 +43,13 @@ def of_transformers(model: GPT):
 
 def of_llama_cpp(model: GPT):
     """The same of llama.cpp, float32 throughout."""
-    gguf, xllamacpp, c = importlib.import_module("gguf"), importlib.import_module("xllamacpp"), model.config
+    xllamacpp, c = importlib.import_module("xllamacpp"), model.config
     temporary = tempfile.NamedTemporaryFile(suffix=".gguf")  # removed at return: then it is mapped
-    file = gguf.GGUFWriter(temporary.name, "qwen3")
-    D = c.n_embd // c.n_head
-    for name, value in {"context_length": c.max_seq_len, "embedding_length": c.n_embd, "key_length": D,
-                        "value_length": D, "block_count": c.n_layer, "feed_forward_length": c.mlp_hidden,
-                        "head_count": c.n_head, "head_count_kv": c.n_kv_head, "rope_freq_base": c.rope_theta,
-                        "layer_norm_rms_eps": c.norm_eps, "tokenizer_model": "llama",
-                        "token_list": [f"<{i}>" for i in range(V)], "token_scores": [0.0] * V,
-                        "token_types": [1] * V}.items():
-        getattr(file, f"add_{name}")(value)
-    for name, x in renamed(model, "blk.", 1).items():
-        file.add_tensor(name, x.numpy())
-    file.write_header_to_file()
-    file.write_kv_data_to_file()
-    file.write_tensors_to_file()
-    file.close()
+    words = {"model": "llama", "tokens": [f"<{i}>" for i in range(V)], "scores": [0.0] * V,
+             "token_type": [1] * V}
+    fields = convert.gguf_fields(c) | {f"tokenizer.ggml.{name}": value for name, value in words.items()}
+    weights = convert.renamed(model.state_dict(), c, convert.LLAMA_CPP)
+    write_gguf(temporary.name, fields, weights, "float32")
     params = xllamacpp.CommonParams()
     params.model.path, params.n_parallel, params.n_ctx = temporary.name, 32, 32 * c.max_seq_len
     params.verbosity, params.port, params.cache_ram_mib = 0, 0, 0  # any free port; no copies of old prompts

@@ -135,7 +135,7 @@ class TokenFile:
         if tokenizer and self.fingerprint != tokenizer.fingerprint:
             raise UserError(f"{path}: found tokenizer {self.fingerprint}, expected {tokenizer.fingerprint}")
         self.ids = np.frombuffer(self.map, f"<u{width}", count, HEADER.size)  # slices faster than np.memmap
-        self.pad_id, self.bos_id = self.vocab_size - 6, self.vocab_size - 5  # as in every Tokenizer
+        self.pad_id, self.bos_id = self.vocab_size - 6, tokenizer.bos_id if tokenizer else self.vocab_size - 5
 
     def __len__(self) -> int:
         return len(self.ids)

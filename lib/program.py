@@ -2,8 +2,7 @@
 
     start(main)                          a UserError becomes one line on stderr and exit code 2
     with replacing(path) as temporary:   the file or folder gets its name when it is complete
-    cfg = parse(Config, argv, __doc__)   each field is a flag; the comment behind it is the flag's help
-"""
+    cfg = parse(Config, argv, __doc__)   each field is a flag; the comment behind it is the flag's help"""
 import argparse
 import contextlib
 import dataclasses
@@ -104,8 +103,7 @@ def parse(config_class, argv=None, doc: str | None = None):
     """Command line -> an instance of the dataclass `config_class`. doc: what --help says first.
 
     Every field is a flag `--name`; bool fields also get `--no-name`; Literal[...] fields accept only their
-    values. UserError for an unknown flag or a wrong value.
-    """
+    values. UserError for an unknown flag or a wrong value. A field from_ is the flag --from."""
     raw = argparse.RawDescriptionHelpFormatter  # keeps the lines of doc
     parser = _Parser(description=doc, allow_abbrev=False, formatter_class=raw)
     hints, groups = typing.get_type_hints(config_class), {"": parser}
@@ -116,7 +114,7 @@ def parse(config_class, argv=None, doc: str | None = None):
         if title not in groups:
             groups[title] = parser.add_argument_group(title)
         words = f"{comment} [{default}]".replace("%", "%%")
-        groups[title].add_argument(f"--{name}", default=default, help=words, **kind)
+        groups[title].add_argument(f"--{name.rstrip('_')}", dest=name, default=default, help=words, **kind)
     values, unknown = parser.parse_known_args(argv)
     if unknown:
         parser.error(f"unknown argument {unknown[0].split('=')[0]}")

@@ -4,6 +4,7 @@
     char    one id per character of the corpus (its alphabet); any other character is an error
     bpe     the 256 bytes, then the merges that `train_bpe` learned: any text, 3 English characters a token
     gpt2    and cl100k_base, o200k_base, ...: made by others from far more text, fetched once by tiktoken
+    imported    from the tokenizer.json of another project, whose ids and specials it keeps (tools/convert.py)
 
 tiktoken encodes for all of them. It needs a pattern that cuts text into pieces, and the rank (= id) of each
 byte string that is a token. In a piece it joins the two neighbours of lowest rank, again and again.
@@ -14,11 +15,11 @@ and repeat. In a tie the smaller ids win. "low" 5 times, "lower" 2, "newest" 6 a
 
     e s -> es  9 times      es t -> est  9 times      l o -> lo  7 times      lo w -> low  7 times      ...
 
-The six special tokens (document start, whose turn, end) have the last ids. They never come from text.
-"""
+The six special tokens (document start, whose turn, end) have the last ids. They never come from text."""
 import hashlib
 import heapq
 import json
+import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -39,8 +40,7 @@ FORMAT = "llm-from-zero tokenizer, version 1"
 # - no piece is long: a megabyte of "a" would cost quadratic time, one of spaces would end tiktoken's stack.
 WORD_PATTERN = "|".join((
     r"'(?:[sdmt]|ll|ve|re)", r" ?\p{L}[\p{L}\p{M}\u200c\u200d]{0,31}",
-    r" ?\p{N}{1,3}", r" ?[^\s\p{L}\p{N}]{1,32}",
-    r"\s{1,32}(?!\S)", r"\s{1,32}"))
+    r" ?\p{N}{1,3}", r" ?[^\s\p{L}\p{N}]{1,32}", r"\s{1,32}(?!\S)", r"\s{1,32}"))
 
 
 def train_bpe(documents: list[str], vocab_size: int) -> list[bytes]:
@@ -57,12 +57,9 @@ def merge_pairs(pieces: dict[str, int], n_merges: int) -> list[bytes]:
 
     A piece is a string of one character per token, chr(id), so str.replace merges a pair in it. After a merge
     only pairs beside the new token are counted anew. The heap holds each pair's count when it was pushed.
-    Later counts only fall: a pair that comes out with an old count goes back with its true one.
-    """
-    words = [piece.encode("utf-8").decode("latin-1") for piece in pieces]
-    times = list(pieces.values())
-    counts: dict[str, int] = Counter()
-    places: dict[str, list[int]] = defaultdict(list)  # the words that hold a pair, or did
+    Later counts only fall: a pair that comes out with an old count goes back with its true one."""
+    words, times = [piece.encode("utf-8").decode("latin-1") for piece in pieces], list(pieces.values())
+    counts, places = Counter(), defaultdict(list)  # of a pair: how often it comes; the words that had it
     for i, word in enumerate(words):
         for left, right in zip(word, word[1:]):
             counts[left + right] += times[i]
@@ -108,9 +105,13 @@ def named_encoding(name: str, fetch: bool) -> tiktoken.Encoding:
         tiktoken.load.read_file = read_file
 
 
-def build_encoding(kind: str, alphabet: str, merged: Sequence[str], fetch: bool) -> tiktoken.Encoding:
+def build_encoding(kind: str, alphabet: str, merged: Sequence[str], imported, fetch) -> tiktoken.Encoding:
     """The encoding of a kind of tokenizer, with our special tokens at its end. All its ids decode."""
     ranks = {bytes([byte]): byte for byte in range(256)}
+    if kind == "imported":
+        ranks = {token.encode("latin-1"): i for i, token in enumerate(merged) if token}
+        return tiktoken.Encoding(kind, pat_str=imported["pattern"], mergeable_ranks=ranks,
+                                 special_tokens=imported["names"])
     pattern, reserved = WORD_PATTERN, {}
     if kind in ("byte", "bpe"):  # byte has no merges
         ranks |= {token.encode("latin-1"): 256 + i for i, token in enumerate(merged)}
@@ -129,19 +130,21 @@ def build_encoding(kind: str, alphabet: str, merged: Sequence[str], fetch: bool)
 
 
 class Tokenizer:
-    """vocab_size counts the specials; they have the last ids. fingerprint: 16 hexadecimal digits of all that
-    decides the ids. path: the file it was loaded from. alphabet: the characters of char. merged: what bpe has
-    learned, one character per byte (latin-1)."""
+    """vocab_size counts the specials. fingerprint: 16 hexadecimal digits of all that decides the ids. path:
+    the file it was loaded from. alphabet: the characters of char. merged: what bpe has learned, one character
+    per byte (latin-1). imported: its pattern, whether a text becomes NFC first, its names {name: id} of the
+    ids that are "" in merged, and its specials, the ids that are our six."""
 
-    def __init__(self, kind: str, *, alphabet: str = "", merged: Sequence[str] = (), fetch: bool = True):
-        learned = {"char": {"alphabet": alphabet}, "bpe": {"pattern": WORD_PATTERN, "merged": merged}}
+    def __init__(self, kind: str, *, alphabet="", merged: Sequence[str] = (), imported=None, fetch=True):
+        learned = {"char": {"alphabet": alphabet}, "bpe": {"pattern": WORD_PATTERN, "merged": merged},
+                   "imported": {"merged": merged, "imported": imported}}
         self.content = {"format": FORMAT, "kind": kind, "specials": list(SPECIALS), **learned.get(kind, {})}
         canonical = json.dumps(self.content, sort_keys=True, separators=(",", ":"))
         self.fingerprint = hashlib.sha256(canonical.encode("ascii")).hexdigest()[:16]
         self.kind, self.path, self.alphabet = kind, "", set(alphabet)
-        self.encoding = build_encoding(kind, alphabet, merged, fetch)
-        self.vocab_size = self.encoding.n_vocab
-        ids = range(self.vocab_size - len(SPECIALS), self.vocab_size)
+        self.encoding = build_encoding(kind, alphabet, merged, imported, fetch)
+        self.vocab_size, self.nfc = self.encoding.n_vocab, bool((imported or {}).get("nfc"))
+        ids = range(self.vocab_size - 6, self.vocab_size) if imported is None else imported["specials"]
         self.pad_id, self.bos_id, self.system_id, self.user_id, self.assistant_id, self.end_id = ids
         self.specials_but_end = tuple(ids[:-1])  # what a completion of plain text must not draw
 
@@ -153,7 +156,7 @@ class Tokenizer:
             i = min(map(text.index, foreign))
             raise UserError(f"{where}, character {i}: found {text[i]!r} (U+{ord(text[i]):04X}), expected one "
                             f"of the tokenizer's {len(self.alphabet)}; use --tokenizer bpe or byte")
-        return self.encoding.encode_ordinary(text)
+        return self.encoding.encode_ordinary(unicodedata.normalize("NFC", text) if self.nfc else text)
 
     def encode_array(self, text: str) -> np.ndarray:
         """`encode` as an array (tokens,): uint16, or uint32 where vocab_size > 65536."""
@@ -175,10 +178,9 @@ class Tokenizer:
     @staticmethod
     def load(path: str) -> "Tokenizer":
         """Read what `save` wrote; UserError for anything else. Nothing that the file names is fetched."""
-        found = read_records(path, strict=True)
         try:
-            content, = found
-            learned = {key: content[key] for key in ("alphabet", "merged") if key in content}
+            content, = read_records(path, strict=True)
+            learned = {key: content[key] for key in ("alphabet", "merged", "imported") if key in content}
             tokenizer = Tokenizer(content["kind"], **learned, fetch=False)
             if {**tokenizer.content, "fingerprint": tokenizer.fingerprint} != content:
                 raise ValueError

@@ -7,9 +7,8 @@ import pytest
 import torch
 from small_chat import SHAPE, save_chat_model
 
-from bench import attention, decode, deltas, measure, peers, pictures, report, train, zero
+from bench import attention, decode, deltas, measure, pictures, report, train, zero
 from lib.program import UserError
-from model import GPT, GPTConfig
 from village import world
 
 
@@ -77,17 +76,6 @@ def test_zero_trains_as_its_peers():
 def lines(path, rows):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
-@pytest.mark.parametrize("peer", [0, 1])
-def test_a_peer_gets_every_weight_once(peer):
-    """Under its own name, and cut out of the right rows."""
-    model = GPT(GPTConfig(vocab_size=9, n_layer=2, n_head=4, n_kv_head=2, n_embd=32))
-    its = peers.renamed(model, "layer.", peer)
-    assert len(its) == 3 + 2 * 11 and sum(x.numel() for x in its.values()) == model.parameter_count()
-    k, up = (its[f"layer.1.{peers.NAMES[name][peer]}.weight"] for name in ("attn.k", "mlp.up"))
-    assert torch.equal(k, model.blocks[1].attn.qkv.weight[32:48])  # rows of q, then k, then v
-    assert torch.equal(up, model.blocks[1].mlp.up.weight[len(up):])  # after those of the gate
 
 
 def test_every_picture(tmp_path, small, monkeypatch):

@@ -18,15 +18,15 @@ PYTHON = {room: sorted((ROOT / room).glob("*.py")) for room in ROOMS}  # room ""
 LINES = {path: path.read_text(encoding="utf-8").splitlines() for paths in PYTHON.values() for path in paths}
 TREES = {path: ast.parse("\n".join(lines)) for path, lines in LINES.items()}
 AT_MOST = {  # lines of a file, of some, of a room
-    "model.py": 380, "kernels.py": 340, "data.py": 360, "zero.py": 430, "sample.py": 170, "evaluate.py": 220,
+    "model.py": 402, "kernels.py": 340, "data.py": 360, "zero.py": 430, "sample.py": 170, "evaluate.py": 220,
     "train_pretrain.py": 160, "train_sft.py": 160, "train_rm.py": 210, "train_dpo.py": 220,
     "train_ppo.py rollouts.py": 420, "lib": 1750, "village": 700, "bench": 735, "tests": 7060, "lora.py": 389,
     "bench/deltas.py": 125, "tests/test_lora.py": 444, "train_grpo.py": 245, "village/chains.py": 153,
-    "tests/test_grpo.py": 407}
+    "tests/test_grpo.py": 407, "tools/convert.py": 251, "tools/formats.py": 289, "tests/test_convert.py": 521}
 LATER = [ROOT / name for name in [*AT_MOST][[*AT_MOST].index("lora.py"):]]  # not in the sums
 FLOOR = ["lib", "kernels", "model", "data", "zero", "lora", "rollouts"]  # each may import those before it
 ABOVE = {"script": [], "evaluate": [], "sample": ["evaluate"], "village": ["evaluate", "village"],
-         "bench": ["evaluate", "village", "bench"], "tools": ["script", "tools"]}  # the floor, and these
+         "bench": ["evaluate", "village", "bench", "tools"], "tools": ["script", "tools"]}  # beside FLOOR
 SCRIPTS = {  # lines of main, flags, names from outside in the loop, share of lines that a sibling has, too
     "train_pretrain": (70, 36, 12, 1 / 3), "train_sft": (70, 36, 12, 1 / 2), "train_rm": (70, 36, 17, 1 / 3),
     "train_dpo": (70, 36, 17, 1 / 3), "train_ppo": (120, 46, 34, 1 / 3), "train_grpo": (70, 46, 34, 1 / 3)}
