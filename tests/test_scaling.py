@@ -1,6 +1,8 @@
 """tools/scaling.py: what it adds up is what is there, what it fits is what was planted."""
+import itertools
 import json
 import math
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +12,8 @@ from ranks import ranks
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
+import train_pretrain
+from bench.scaling import draw
 from lib.program import UserError
 from model import GPT, GPTConfig
 from tools import scaling
@@ -18,7 +22,8 @@ from zero import Zero, per_rank
 
 PLANTED = Law(E=1.1, A=60.0, alpha=0.41, B=90.0, beta=0.35)
 CHINCHILLA = Law(1.8172, 482.01, 0.3478, 2085.43, 0.3658)
-SHAPES = [{"n_layer": 2, "n_embd": 32, "n_head": 4, "n_kv_head": 2}, {"n_layer": 3, "n_embd": 48, "n_head": 3}]
+SHAPES = ({"n_layer": 2, "n_embd": 32, "n_head": 4, "n_kv_head": 2, "vocab_size": 800},
+          {"n_layer": 3, "n_embd": 48, "n_head": 3})
 
 
 def shape(**changes):
@@ -34,7 +39,7 @@ def plan(capsys, *flags) -> str:
 
 @pytest.mark.parametrize("changes", SHAPES)
 def test_parameters_and_flops_are_the_model_s(changes):
-    """Parameters and FLOPs are those that GPT counts; FLOPs those that PyTorch counts, all T x T scores taken."""
+    """Both are those that GPT counts. FLOPs are those that PyTorch counts, if all T x T scores are taken."""
     config, T = shape(**changes), 16
     model = GPT(config)
     params, unit, flops, *_ = sizes_of(config)
@@ -55,7 +60,7 @@ def kept_by(blocks, x, recompute: bool) -> int:
     def pack(tensor):
         storage = tensor.untyped_storage()
         if tensor.is_floating_point() and storage.data_ptr() not in weights:
-            found[storage.data_ptr()] = storage.nbytes() // 4, tensor  # the tensor stays, or its place is reused
+            found[storage.data_ptr()] = storage.nbytes() // 4, tensor  # kept, or its place is reused
         return tensor
 
     rope = [torch.randn(1, x.shape[1], 1, blocks[0].attn.D) for _ in range(2)]
@@ -75,33 +80,32 @@ def test_activations_are_those_that_autograd_keeps(changes):
     assert kept_by(blocks, x, True) == (less - kept // config.n_layer) * B * T
 
 
-def bytes_of(rank, world, stage, dtype, offload):
-    """(held on the device, held on the host), without the weights that a stage 0-2 replica shares; and Psi."""
-    model = GPT(GPTConfig(vocab_size=512, n_layer=2, n_head=4, n_embd=128, max_seq_len=16))
-    psi = model.parameter_count()
-    zero = Zero(model, units=[], stage=stage, dtype=dtype, offload=offload)
-    ids = torch.randint(512, (2, 16))
-    zero.backward(-model(ids, ids).sum())
-    zero.step(1e-3)
-    held = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes()
-            for unit in zero.units for x in vars(unit).values() if isinstance(x, torch.Tensor)}
-    return sum(held.values()), psi
-
-
-def counted(rank, world):
-    """Of each stage, dtype and offload: (held bytes, psi)."""
-    return {(stage, str(dtype), offload): bytes_of(rank, world, stage, dtype, offload) for stage in range(4)
-            for dtype in (torch.float32, torch.bfloat16) for offload in ((), ("optim",), ("optim", "params"))
-            if stage == 3 or "params" not in offload}
+def counted() -> dict:
+    """Bytes that a rank holds after a step, host memory included, for each stage, dtype and offload."""
+    found, config = {}, GPTConfig(vocab_size=512, n_layer=2, n_head=4, n_embd=128, max_seq_len=16)
+    for stage, dtype, offload in itertools.product(range(4), (torch.float32, torch.bfloat16), range(3)):
+        if offload == 2 and stage < 3:
+            continue
+        model = GPT(config)
+        zero = Zero(model, units=[], stage=stage, dtype=dtype, offload=("optim", "params")[:offload])
+        ids = torch.randint(512, (2, 16))
+        zero.backward(-model(ids, ids).sum())
+        zero.step(1e-3)
+        found[stage, dtype.itemsize, offload] = sum(
+            {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for unit in zero.units
+             for x in vars(unit).values() if isinstance(x, torch.Tensor)}.values())
+    return found
 
 
 def test_states_are_those_that_zero_holds():
-    """Bytes of one rank, of one and of two, after a step: weights, gradients, masters, moments, host's."""
-    for world, results in ((1, [counted(0, 1)]), (2, ranks(2, counted))):
-        for (stage, dtype, offload), (held, psi) in results[0].items():
-            p = 4 if "32" in dtype else 2
-            *ours, _ = per_rank(stage, world, psi, psi, p, offload=len(offload))
-            assert held == pytest.approx(sum(ours), rel=0.01), (world, stage, dtype, offload)
+    """Weights, gradients, masters, moments and what is in host memory, of one rank of one or two."""
+    psi = sizes_of(GPTConfig(vocab_size=512, n_layer=2, n_head=4, n_embd=128, max_seq_len=16))[0]
+    for world, found in ((1, counted()), (2, ranks().run(2, counted)[0])):
+        for (stage, p, offload), held in found.items():
+            weights, *more, _ = per_rank(stage, world, psi, psi, p, offload=offload)
+            if (stage, p, offload) == (3, 4, 1):  # on a CPU, where host and device are one memory,
+                weights = 0  # these are the masters
+            assert held == pytest.approx(weights + sum(more), rel=0.005), (world, stage, p, offload)
 
 
 def test_the_common_estimate_is_a_sum(capsys):
@@ -116,7 +120,7 @@ def test_the_common_estimate_is_a_sum(capsys):
 
 def test_optimum_and_overtraining(capsys):
     """N* and D* cost C, no neighbour is better, and the ratios are those of the published table."""
-    for C, ratio in ((1e14, 32), (1e18, 25.7), (1e21, 21.6), (5.76e23, 18.4)):
+    for C, ratio in ((1e14, 32.4), (1e18, 25.7), (1e21, 21.6), (5.76e23, 18.4)):
         N = CHINCHILLA.best_size(C)
         D = C / 6 / N
         assert D / N == pytest.approx(ratio, rel=0.01)
@@ -126,8 +130,9 @@ def test_optimum_and_overtraining(capsys):
     assert [CHINCHILLA.tokens_for(k * N, loss) / D for k in (1, 0.5, 0.35, 0.25, 2)] == pytest.approx(
         [1, 2.5, 5.5, 17.9, 0.57], rel=0.02)
     assert CHINCHILLA.tokens_for(0.145 * N, loss) == math.inf > CHINCHILLA.tokens_for(0.147 * N, loss)
-    served = [line.split() for line in plan(capsys, "--served", "2e12").splitlines() if "its loss" in line]
-    assert all(float(x[-2]) == pytest.approx(float(x[-3]) + 4e12 * float(x[-6]), rel=0.01) for x in served[:4])
+    for line in [line for line in plan(capsys, "--served", "2e12").splitlines() if "its loss" in line][:4]:
+        N, _, _, training, all_in_all, _ = map(float, line.split()[-6:])
+        assert all_in_all == pytest.approx(training + 4e12 * N, rel=0.01)
 
 
 def test_repeated_text():
@@ -147,12 +152,12 @@ def grid():
 
 
 def test_fit_recovers_what_was_planted():
-    """Without noise to 3 digits; with noise of half a percent within 95 % of its own bootstrap, or near it."""
+    """Without noise to 3 digits; with noise of half a percent as well as the drawn laws say."""
     N, D = grid()
     law, = fit_law(N, D, PLANTED.loss(N, D))
     assert law == pytest.approx(PLANTED, rel=1e-3)
     noise = np.random.default_rng(0).normal(0, 0.005, len(N))
-    law, *more = fit_law(N, D, PLANTED.loss(N, D) * np.exp(noise), bootstrap=40)
+    law, *more = fit_law(N, D, PLANTED.loss(N, D) * np.exp(noise), bootstrap=20)
     for i in (0, 2, 4):
         assert abs(law[i] - PLANTED[i]) < 2.5 * np.std([x[i] for x in more]) < 0.5 * PLANTED[i]
 
@@ -166,7 +171,7 @@ def test_an_outlier_does_not_count():
 
 
 def test_chinchilla_s_points_give_the_corrected_constants():
-    """Besiroglu et al. 2024, table 1: the constants, within their 95 % intervals, and not the published ones."""
+    """The constants of Besiroglu et al. 2024, in their 95 % intervals; and those of another minimiser."""
     N, C, L = np.loadtxt(Path(__file__).with_name("chinchilla.csv"), delimiter=",").T
     law, = fit_law(N, C / 6 / N, L)
     for value, low, high in zip(law, (1.769, 285, 0.317, 1042, 0.331), (1.871, 744, 0.373, 5810, 0.415)):
@@ -187,34 +192,37 @@ def test_minimum():
 
 @pytest.fixture
 def corpus(tmp_path):
-    (tmp_path / "my.txt").write_text("All work and no play. " * 30000)
+    (tmp_path / "my.txt").write_text("All work and no play. " * 50000)
     return ["measure", "--data", str(tmp_path / "my.txt"), "--out", str(tmp_path / "out"), "--jobs", "2"]
 
 
 def test_a_measurement_on_planted_losses(corpus, tmp_path, monkeypatch, capsys):
-    """It finds the planted law. The prediction lies on the disk before the largest run begins, which takes four
+    """It finds the planted law. The prediction is on the disk before the largest run begins, which has 4
     times the FLOPs of any other. What is done is read, not done again."""
     out, seen = tmp_path / "out" / "my", []
 
     def command(line, **_):
         flags = dict(x[2:].split("=") for x in line[3:])
-        N, D = scaling.family(int(flags["n_embd"]))[1], int(flags["steps"]) * int(flags["batch_size"]) * scaling.T
+        N, D = scaling.family(int(flags["n_embd"]))[1], int(flags["steps"]) * 4 * scaling.T
         seen.append((6 * N * D, (out / "prediction.json").exists()))
         Path(flags["out"], "final").mkdir(parents=True)
-        row = {"step": 1, "eval_loss": PLANTED.loss(N, D)}
+        row = {"step": 1, "eval_loss": PLANTED.loss(N, D) * (1 + 0.001 * (int(flags["steps"]) % 3 - 1))}
         Path(flags["out"], "metrics.jsonl").write_text(json.dumps(row) + "\n")
 
     monkeypatch.setattr(scaling.subprocess, "run", command)
     monkeypatch.setattr(scaling, "BUDGETS", (1e11, 2e11, 4e11))
     monkeypatch.setattr(scaling, "CENTRE", PLANTED.best_size(1e12))
-    monkeypatch.setattr(scaling, "fit_law", lambda N, D, L, bootstrap: fit_law(N, D, L, 5))
+    fits = []
+    monkeypatch.setattr(scaling, "fit_law",
+                        lambda *points, bootstrap: fits or fits.extend(fit_law(*points, 3)) or fits)
     scaling.main([*corpus, "--only", "law"])
     report, *others = capsys.readouterr().out, *sorted(seen[:-1])
     assert seen[-1][1] and not any(known for _, known in others)
     assert seen[-1][0] >= 3.99 * max(C for C, _ in others)
     known = json.loads((out / "law.json").read_text())
-    assert known["found"]["guess"][0] == pytest.approx(known["loss"], rel=2e-3)
-    assert Law(**known["law"]) == pytest.approx(PLANTED, rel=0.05)
+    assert known["found"]["guess"][0] == pytest.approx(known["loss"], rel=5e-3)
+    assert all(Law(**known["law"]).loss(N, D) == pytest.approx(PLANTED.loss(N, D), rel=3e-3)
+               for N, D, _ in known["points"])
     assert report.count("best N") == 4 and (out / "report.txt").exists()
     count = len(seen)
     scaling.main([*corpus, "--only", "epochs"])
@@ -222,23 +230,33 @@ def test_a_measurement_on_planted_losses(corpus, tmp_path, monkeypatch, capsys):
     scaling.main([*corpus, "--only", "epochs"])
     assert len(seen) == count + 4
     assert [len((out / f"text-{E}.txt").read_text()) for E in (1, 16)] == [6e5, 37500]
-    assert "by the law 66%" in capsys.readouterr().out or True
 
 
 def test_one_run_is_a_run_of_train_pretrain(corpus, monkeypatch):
-    """The command is one that train_pretrain.py understands; its loss is the last one of metrics.jsonl."""
+    """The command is one that train_pretrain.py takes. A run that has ended is not begun again."""
+    lines = []
     monkeypatch.setattr(scaling, "measure_law", lambda cfg, U: (cfg, []))
     monkeypatch.setattr(scaling, "compare", lambda cfg, law, what: [])
+    monkeypatch.setattr(scaling.subprocess, "run",
+                        lambda line, **_: lines.append(train_pretrain.main(line[2:])))
     scaling.main(corpus)
     cfg = scaling.MeasureConfig(out=Path(corpus[4], "my"))
     loss = scaling.train(cfg, 16, 20 * 512)
-    assert 1 < loss < 5 and scaling.train(cfg, 16, 20 * 512) == loss
+    assert 1 < loss < math.log(262) and scaling.train(cfg, 16, 20 * 512) == loss and lines == [0]
+
+
+def test_a_run_that_fails_says_why(corpus, tmp_path, monkeypatch):
+    failed = subprocess.CompletedProcess([], 2, stderr="\nerror: no room left\n")
+    monkeypatch.setattr(scaling.subprocess, "run", lambda *_, **__: failed)
+    monkeypatch.setattr(scaling, "BUDGETS", (1e10,))
+    with pytest.raises(UserError, match="error: no room left"):
+        scaling.main(corpus)
 
 
 @pytest.mark.parametrize("flags, word", [
     ([], "plan or measure"), (["draw"], "plan or measure"), (["plan", "--mfu", "2"], "--mfu"),
     (["plan", "--params", "0"], "--params"), (["plan", "--gpu", "abacus"], "--gpu"),
-    (["plan", "--law", "none.json"], "--law none.json"), (["measure", "--only", "all", "--step", "3"], "--step")])
+    (["plan", "--law", "none.json"], "--law none.json"), (["measure", "--step", "3"], "--step")])
 def test_bad_flags_are_one_line(flags, word):
     with pytest.raises(UserError, match=word) as error:
         scaling.main(flags)
@@ -249,3 +267,18 @@ def test_a_small_text_is_refused(tmp_path):
     (tmp_path / "my.txt").write_text("short " * 1000)
     with pytest.raises(UserError, match="--data.*my.txt: found .* bytes"):
         scaling.main(["measure", "--data", str(tmp_path / "my.txt"), "--out", str(tmp_path / "out")])
+
+
+def test_the_picture_shows_the_runs(tmp_path):
+    """Each run is a point, the largest one alone on its curve; the curves are the law."""
+    plt = pytest.importorskip("matplotlib.pyplot")
+    N, D = np.array([[1e4, 2e4, 1e5], [4e6, 2e6, 1.6e6]])
+    known = {"law": PLANTED._asdict(), "points": [(N[i], D[i], 2.5 + i) for i in range(2)],
+             "largest": (N[2], D[2]), "loss": 2.0}
+    figure, ax = plt.subplots()
+    draw(ax, known)
+    small, points, large, star = [np.stack(line.get_data()) for line in ax.lines]
+    assert points.tolist() == [[1e4, 2e4], [2.5, 3.5]] and star.tolist() == [[1e5], [2.0]]
+    assert small[1] == pytest.approx(PLANTED.loss(small[0], 4e10 / small[0]))
+    assert large[1] == pytest.approx(PLANTED.loss(large[0], 1.6e11 / large[0]))
+    plt.close(figure)
