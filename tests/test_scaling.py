@@ -232,6 +232,20 @@ def test_a_measurement_on_planted_losses(corpus, tmp_path, monkeypatch, capsys):
     assert [len((out / f"text-{E}.txt").read_text()) for E in (1, 16)] == [6e5, 37500]
 
 
+@pytest.mark.parametrize("quick", [False, True])
+def test_each_budget_has_five_sizes(quick, monkeypatch):
+    """On both sides of the one that is thought to be the best."""
+    runs = []
+    monkeypatch.setattr(scaling, "train_all", lambda cfg, what, grid: runs.extend(grid) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        scaling.measure_law(scaling.MeasureConfig(quick=quick), 1e9)
+    sizes = [(scaling.family(width)[1], D) for width, D in runs]
+    for C in scaling.BUDGETS:
+        C /= 8**quick
+        mine = [N for N, D in sizes if 6 * N * D == pytest.approx(C)]
+        assert len(mine) >= 5 and min(mine) < scaling.CENTRE * (C / 1e12) ** 0.5 / 1.5 < max(mine) / 2.2
+
+
 def test_one_run_is_a_run_of_train_pretrain(corpus, monkeypatch):
     """The command is one that train_pretrain.py takes. A run that has ended is not begun again."""
     lines = []
