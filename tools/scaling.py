@@ -108,7 +108,7 @@ class PlanConfig:
     dtype: Literal["bfloat16", "float32"] = "bfloat16"  # of weights and activations in the passes
     gpu: Literal["rtx4090", "a100", "h100", "h200", "b200"] = "h100"  # which GPU
     n: int = 8  # how many of them
-    mfu: float = 0.4  # share of their peak that training reaches
+    mfu: float = 0.4  # share of their bfloat16 peak that training reaches
 
 
 def sizes_of(c: GPTConfig) -> tuple[int, int, int, int, int]:
@@ -171,7 +171,7 @@ def plan(cfg: PlanConfig) -> None:
 # ---- measure ---------------------------------------------------------------------------------------------
 ROOT, T, ROWS, RATE = Path(__file__).resolve().parent.parent, 128, 4, 0.4  # tokens in a row, rows in a batch
 WIDTHS = 8, 12, 16, 20, 24, 32, 40, 48, 64, 80, 96, 112, 128, 160, 192, 224, 272  # N from 6 k to 1.9 M
-BUDGETS, CENTRE, WITHIN = (2.5e11, 5e11, 1e12), 7e4, 3  # FLOPs; sizes around this N at 1e12
+BUDGETS, CENTRE, WITHIN = (2.5e11, 5e11, 1e12), 8e4, 3  # FLOPs; sizes around this N at 1e12
 
 
 @dataclass
