@@ -265,27 +265,27 @@ def compare(cfg: MeasureConfig, law: Law, what: str) -> list[str]:
     for E in (1, 2, 4, 16):
         write(text.with_name(f"text-{E}.txt"), text.read_text("utf-8")[:int(D / E)])
     for run, loss in zip(runs, losses := train_all(cfg, what, runs)):
-        N, first = family(run[0])[1], losses[[width for width, *_ in runs].index(run[0])]
-        worth = law.tokens_for(N, law.loss(N, D) + loss - first) / D
-        said = law.tokens_for(N, law.repeated(N, D, D / int(run[4][5:]))) / D if what == "epochs" else 1
+        N, U = family(run[0])[1], D / int(run[4][5:]) if what == "epochs" else D
+        less = loss - losses[[width for width, *_ in runs].index(run[0])]
+        worth, said = (law.tokens_for(N, law.loss(N, D) + x) / D for x in
+                       (less, law.repeated(N, D, U) - law.repeated(N, D, D)))
         lines.append(f"{what} {run}: {loss:.4f}, worth {worth:.0%}, by the law {said:.0%}")
     return lines
 
 
 def measure(cfg: MeasureConfig) -> None:
     cfg.jobs, cfg.out = cfg.jobs or os.cpu_count(), Path(cfg.out, Path(cfg.data).stem or "torch").absolute()
-    text = cfg.out / "text.txt"
-    if not text.exists():  # both are one document: attention that ends at documents is slower
+    if not (cfg.out / "val.txt").exists():  # one document each: attention that ends at documents is slower
         documents = read_corpus(cfg.data or f"{Path(torch.__file__).parent}/**/*.py")
         np.random.default_rng(0).shuffle(documents)
-        train, val = split_documents(documents, min(0.1, 2e5 / sum(map(len, documents))))
-        for path, part in ((text.with_name("val.txt"), val), (text, train)):
-            write(path, "\n".join(part))
-    law, lines = measure_law(cfg, text.stat().st_size)
+        parts = split_documents(documents, min(0.1, 2e5 / sum(map(len, documents))))
+        for name, part in zip(("text.txt", "val.txt"), parts):
+            write(cfg.out / name, "\n".join(part))
+    law, lines = measure_law(cfg, (cfg.out / "text.txt").stat().st_size)
     for what in ("rate", "epochs", "batch"):
         lines += compare(cfg, law, what) if cfg.only in ("all", what) and not cfg.quick else []
     print("\n".join(lines))
-    write(text.with_name("report.txt"), "\n".join(lines) + "\n")
+    write(cfg.out / "report.txt", "\n".join(lines) + "\n")
 
 
 def main(argv=None) -> None:
