@@ -18,15 +18,7 @@ forward and backward (2 or 4), m the micro-batches of one step, and f = (N-1)/N.
     * 0 if p = 4: then the masters are the weights, or a slice of them
 
 For a moment stage 3 also holds the weights of one unit (block), and every reduce about three vectors of that
-size. For many micro-batches choose stage 1: it sends as much as for one.
-
-7 B parameters, p = 2, GB per GPU; then the fewest GPUs that leave a quarter of their memory for activations:
-                     N = 1      2      4      8     16     64     of 24 GB   80 GB   141 GB
-    stage 0            126    126    126    126    126    126        never   never    never
-    stage 1            126     84     63   52.5   47.3   43.3        never       5        2
-    stage 2            126     70     42     28     21   15.8           28       3        2
-    stage 3            112     56     28     14      7    1.8            7       2        2
-    3, offload optim    14      7    3.5    1.8    0.9    0.2            1       1        1  (host: 112/N)
+size. With many micro-batches stage 1 sends as with one. In numbers: `python -m tools.scaling plan --n 64`.
 
 One training step at stage 2, and what other stages do instead:
     forward   Use, fetch     All weights are at hand. Stage 3: they are gathered for as long as the unit runs.
@@ -233,14 +225,22 @@ class Zero:
 
     def report(self) -> str:
         """For the log: bytes of model states held, counted; bytes to send, by the table above."""
-        world, p, w = self.comm.world, self.dtype.itemsize, self.wide.itemsize
         psi, total = (sum(unit.numel for unit in units) for units in (self.trained, self.units))
-        sent = (psi * 2 * w, psi * (w + p), psi * 2 * p, (psi + total + total * (psi > 0)) * p)[self.stage]
+        *_, sent = per_rank(self.stage, self.comm.world, psi, total, self.dtype.itemsize, self.wide.itemsize)
         held = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes()
                 for unit in self.units for x in vars(unit).values() if isinstance(x, torch.Tensor)}
-        return (f"ZeRO stage {self.stage}, rank {self.comm.rank} of {world}: {total:,} parameters\n"
+        return (f"ZeRO stage {self.stage}, rank {self.comm.rank} of {self.comm.world}: {total:,} parameters\n"
                 f"trained: {psi:,}; model states held: {sum(held.values()) / 2**20:.1f} MiB\n"
-                f"to send per step of one micro-batch: {sent * (1 - 1 / world) / 2**20:.1f} MiB")
+                f"to send per step of one micro-batch: {sent / 2**20:.1f} MiB")
+
+
+def per_rank(stage, N, psi, total, p, w=4, m=1, offload=0) -> tuple:
+    """(weights, gradients, masters, moments, host's, sent): the table. offload: 1 optim, 2 and params."""
+    own = psi / N if stage else psi  # what this rank updates
+    here = 0 if offload else own
+    sent = (psi * 2 * w, psi * (w + p), (m + 1) * psi * p, m * (psi + total + total * (psi > 0)) * p)[stage]
+    return (p * (psi if stage < 3 else own * (offload == 1)), w * (psi if stage < 2 else here),
+            w * here * (stage == 3 or p < w), 2 * w * here, 4 * w * (own - here), (1 - 1 / N) * sent)
 
 
 class Use(torch.autograd.Function):
