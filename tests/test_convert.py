@@ -509,6 +509,7 @@ def test_what_is_there_stays(ours, tmp_path):
                             (["--model", str(ours / "qwen3"), "--to", str(tmp_path)], "it exists"),
                             ([], "either"), (["--model", "x"], "either"),
                             (["--from", "x", "--model", "y", "--to", "z"], "either"),
+                            (["--from", "x", "--to", "z"], "either"), (["--to", "z"], "either"),
                             (["--from", str(tmp_path / "none")], "none: .*No such file")):
         with pytest.raises(UserError, match=said):
             convert.main(arguments)
