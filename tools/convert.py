@@ -98,6 +98,7 @@ def joined(tensors: dict, shape: GPTConfig, column: int) -> dict[str, torch.Tens
     tensors = {name: x for name, x in tensors.items() if not tables.fullmatch(name)}
     if column == GPT2 and "wte.weight" in tensors:  # as its authors named them
         tensors = {f"transformer.{name}": x for name, x in tensors.items()}
+    expect(tensors, "found no tensors")
     dtype = max((x.dtype for x in tensors.values()), key=lambda dtype: dtype.itemsize)
     with torch.device("meta"):
         plain = GPT(shape).state_dict()
@@ -210,6 +211,7 @@ def give_out(cfg: Config) -> None:
     """--model DIR --to DIR --gguf FILE"""
     model, tokenizer, config = load_model(cfg.model, head="lm")
     shape, weights = model.config, load_final(cfg.model)[1]  # as they are stored; the model is float32
+    del model
     chat = config.get("chat_template") == CHAT_TEMPLATE
     shape.vocab_size = V = config.get("rows", shape.vocab_size)  # rows: nothing was trained since --from
     weights |= {name: weights[name][:V] for name in ("embed.weight", "head.weight")}
@@ -242,7 +244,7 @@ def give_out(cfg: Config) -> None:
 
 def main(argv=None) -> None:
     cfg = parse(Config, argv, __doc__)
-    expect(bool(cfg.from_) != bool(cfg.model and (cfg.to or cfg.gguf)),
+    expect(bool(cfg.from_) != bool(cfg.model) == bool(cfg.to or cfg.gguf),
            "expected either --from, or --model with --to or --gguf")
     take_in(cfg) if cfg.from_ else give_out(cfg)
 
