@@ -488,14 +488,19 @@ def test_q8_0_is_that_of_llama_cpp():
 
 
 def test_gguf_of_what_was_taken_in(ours, tuned, tmp_path):
-    """Its own pattern, its own tokens; other families are refused."""
+    """Its own pattern, its own tokens. Qwen2 has biases. What llama.cpp turns in another way is refused."""
     convert.main(["--model", str(tuned / "sft"), "--gguf", str(tmp_path / "m.gguf"), "--type", "q8_0"])
     fields, tensors = read_gguf(tmp_path / "m.gguf")
     assert fields["tokenizer.ggml.pre"] == "qwen2" and len(fields["tokenizer.ggml.tokens"]) == 296
     assert fields["tokenizer.ggml.tokens"][286:289] == ["<|start|>", "<|stop|>", "<|pad|>"]
     assert len(fields["tokenizer.ggml.merges"]) == 30 and "output.weight" not in tensors  # tied
     assert tensors["token_embd.weight"][1] == 1  # rows of 16 are no blocks of 32
-    for kind in ("llama", "qwen2", "gpt2"):
+    convert.main(["--model", str(ours / "qwen2"), "--gguf", str(tmp_path / "m.gguf")])
+    fields, tensors = read_gguf(tmp_path / "m.gguf")
+    assert fields["general.architecture"] == "qwen2" and fields["qwen2.attention.head_count_kv"] == 2
+    bias = load_model(ours / "qwen2")[0].blocks[0].attn.qkv.bias[16:24]  # of k
+    assert torch.equal(torch.from_numpy(numbers(*tensors["blk.0.attn_k.bias"])), bias.detach())
+    for kind in ("llama", "gpt2"):
         with pytest.raises(UserError, match="--gguf"):
             convert.main(["--model", str(ours / kind), "--gguf", str(tmp_path / "x.gguf")])
     assert not (tmp_path / "x.gguf").exists()

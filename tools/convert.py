@@ -170,13 +170,14 @@ def config_of(shape: GPTConfig) -> dict:
 
 
 def gguf_fields(shape: GPTConfig) -> dict:
-    """llama.cpp's architecture qwen3 is our model with the default switches."""
-    expect(config_of(shape)["model_type"] == "qwen3" and not shape.rope_scaling,
-           "--gguf: expected --qk_norm and no --rope_scaling; of other models give the folder of --to to "
-           "llama.cpp's convert_hf_to_gguf.py")
-    found = {f"qwen3.{names[LLAMA_CPP]}": getattr(shape, ours)
-             for ours, names in FIELDS.items() if names[LLAMA_CPP]}
-    return {"general.architecture": "qwen3", **found, "qwen3.attention.value_length": shape.head_width}
+    """The architectures of llama.cpp that turn their heads as we do. Our default switches are qwen3."""
+    kind = config_of(shape)["model_type"]
+    expect(kind in ("qwen2", "qwen3") and not shape.rope_scaling,
+           "--gguf: expected --qk_norm or --qkv_bias, and no --rope_scaling; of other models give the folder "
+           "of --to to llama.cpp's convert_hf_to_gguf.py")
+    found = {names[LLAMA_CPP]: getattr(shape, ours) for ours, names in FIELDS.items() if names[LLAMA_CPP]}
+    found |= {"attention.value_length": shape.head_width}
+    return {"general.architecture": kind, **{f"{kind}.{name}": value for name, value in found.items()}}
 
 
 # ---- the commands ----------------------------------------------------------------------------------------
