@@ -62,8 +62,9 @@ def learn(name: str, world: str) -> dict:
 def quality(cfg):
     worlds = [path.name for path in sorted(Path("data").glob("village*")) if Path("out", path.name).exists()]
     points = {}
-    print(f"\n{len(worlds)} villages: mean (lowest..highest)\n\n| | trained | {' | '.join(COLUMNS)} |")
-    print("|---" * 6 + "|")
+    title = " | ".join(("", "trained", "AdamW holds", *COLUMNS))
+    print(f"\n{len(worlds)} villages: mean (lowest..highest)\n\n|{title} |")
+    print("|---" * 7 + "|")
     for name in RUNS:
         found = [learn(name, world) for world in worlds]
         cells = []
@@ -71,7 +72,8 @@ def quality(cfg):
             some = [each[column] for each in found]
             cells.append(f"{form} ({form}..{form})".format(statistics.mean(some), min(some), max(some)))
         points[name] = found[0]["trained"], [each["right, greedy"] for each in found]
-        print(f"| {name} | {found[0]['trained']:,} | {' | '.join(cells)} |", flush=True)
+        trained = found[0]["trained"]  # AdamW: two float32 numbers for each
+        print(f"| {name} | {trained:,} | {8 * trained / 1000:,.0f} kB | {' | '.join(cells)} |", flush=True)
     if importlib.util.find_spec("matplotlib"):
         draw(points)
 
@@ -85,10 +87,12 @@ def draw(points: dict) -> None:
         figure = Figure()
         ax = figure.add_subplot(xscale="log", xlabel="numbers trained", ylabel="right, greedy, %")
         for name, (trained, right) in points.items():
-            mean, left = statistics.mean(right), trained > 3e5  # on which side its name stands
+            mean = statistics.mean(right)
+            left = trained > 3e5 or name in ("lora, rank 4", "lora, rank 16, rehearsal")
+            below = trained > 9e5 or name in ("prefix, 16", "dora, rank 4")  # where its name stands
             ax.errorbar(trained, mean, [[mean - min(right)], [max(right) - mean]], lw=1, ms=4,
                         fmt="C1o" if "rehearsal" in name else "C0o")
-            ax.annotate(name, (trained, mean), (-5, -9 - 9 * (trained > 9e5)) if left else (5, 4),
+            ax.annotate(name, (trained, mean), (-5 if left else 5, -12 if below else 4),
                         textcoords="offset points", ha="right" if left else "left")
         figure.savefig("docs/lora.png")
 
