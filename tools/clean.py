@@ -38,10 +38,11 @@ class CleanConfig:
 TAGS = "|".join("""a abbr article aside b blockquote body br button center code dd div dl dt em figure font
     footer form h[1-6] head header hr html i iframe img input li link main meta nav noscript ol option p pre
     script section select small span strong style sub sup svg table td th title tr u ul""".split())
-TAG = re.compile(rf"</?(?:{TAGS})\b[^<>]*>", re.I)
-BREAK = re.compile(r"</?(?:p|div|br|li|[uod]l|d[dt]|h[1-6r]|t[rdh]|table|section|article)\b[^<>]*>", re.I)
-UNREAD = re.compile(r"<(script|style|nav|footer|form|head|aside|noscript|svg|iframe|button|select)\b[^<>]*>"
-                    r".{0,100000}?</\1\s*>|<!--.{0,100000}?-->|<!doctype[^<>]*>", re.I | re.S)
+TAG = re.compile(rf"</?(?:{TAGS})(?:[\s/][^<>]*)?>", re.I)
+BREAK = re.compile(r"</?(?:p|div|br|li|[uod]l|d[dt]|h[1-6r]|t[rdh]|table|section|article)(?:[\s/][^<>]*)?>",
+                   re.I)
+UNREAD = re.compile(r"<(script|style|nav|footer|form|head|aside|noscript|svg|iframe|button|select)"
+                    r"(?:\s[^<>]*)?>.{0,100000}?</\1\s*>|<!--.{0,100000}?-->|<!doctype[^<>]*>", re.I | re.S)
 INVISIBLE = re.compile("[\0-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\xad\u200b\u2060\ufeff]")
 SPACE = re.compile("[\xa0\u1680\u2000-\u200a\u202f\u205f\u3000]")
 SIGN = ("[\u231a\u231b\u23e9-\u23f3\u2600-\u27bf\u2b05-\u2b07\u2b1b\u2b1c\u2b50\u2b55\U0001f000-\U0001f1e5"
@@ -51,11 +52,12 @@ UNWANTED = ("javascript", "terms of use", "privacy policy", "cookie policy", "us
             "use cookies")  # a line with one of these is no prose
 MAIL = re.compile(r"[\w.+-]{1,64}@[\w-]+(?:\.[\w-]+)+")
 IPV4 = re.compile(r"\d(?<![\w.]\d)\d{0,2}(?:\.\d{1,3}){3}(?!\w|\.\d)")
-IPV6 = re.compile(r"(?<![\w:.])[\da-fA-F]{0,4}(?::[\da-fA-F]{0,4}){2,7}(?![\w:])")
+IPV6 = re.compile(r"(?<![\w:.])[23][\da-fA-F]{3}(?::[\da-fA-F]{0,4}){2,7}(?![\w:])")
 CARD = re.compile(r"[2-6](?<![\w-][2-6])\d(?:[ -]?\d){11,17}(?![\w-])")
 PHONE = re.compile(r"[(\d](?<![\w.-][(\d])\d{2,3}\)?[-. ]{1,2}\d{3}[-. ]\d{4}(?![\w-])|"
                    r"\+\d(?:[ ().-]{0,2}\d){7,14}(?!\d)")
-COMMON = {*"the be to of and that have with The Be To Of And That Have With".split()}
+COMMON = {*"the be to of and that have with".split()}
+COMMON |= {*map(str.title, COMMON), *map(str.upper, COMMON)}
 SENTENCE = re.compile(r"[.?!]['\")\]\u201d\u2019]*(?=\s|$)")  # its end
 LETTER = re.compile(r"[^\W\d_]\S*")  # and the rest of its word: one match for each word that has a letter
 
@@ -78,7 +80,8 @@ def name_of(emoji: re.Match) -> str:
 
 
 def no_emoji(text: str, names: bool) -> str:
-    return text if text.isascii() else EMOJI.sub(name_of if names else "", text)
+    """What is invisible goes first: it may part a sequence."""
+    return text if text.isascii() else EMOJI.sub(name_of if names else "", INVISIBLE.sub("", text))
 
 
 def tidy(text: str) -> str:
@@ -213,7 +216,7 @@ def clean(part: list[tuple], cfg) -> bytes:
     left = [line for line in found if "text" in line]
     digests, bands, broken = judge_words([line["text"] for line in left], cfg)
     for line, digest, keys in zip(left, digests, bands):
-        line |= {"digest": digest, "bands": keys.tobytes().hex()}
+        line.update(digest=digest, bands=keys.tobytes().hex())
     for i, rule in broken.items():
         remove(left[i], rule)
     return b"".join(json.dumps(line, ensure_ascii=False).encode() + b"\n" for line in found)

@@ -64,16 +64,17 @@ def blocks(path: str, separator: str) -> Iterator[tuple[int, str, bool, int]]:
         head, line, left, lines = file.peek(1 << 12), 1, b"", [b""]
         if head.startswith(tuple(KINDS)) or re.search(r"\.csv(\.gz)?$", path, re.I):
             read_text(path)  # its error says how to convert the file
-        head = head.decode("utf-8", "replace").lstrip("\ufeff")
-        records = bool(RECORDS.match(head) or re.search(r"\.jsonl?(\.gz)?$", path, re.I))
+        head = head.decode("utf-8", "replace")
+        records = bool(RECORDS.match(head.lstrip("\ufeff")) or re.search(r"\.jsonl?(\.gz)?$", path, re.I))
         border = b"\n" if records else separator.encode()
+        file.read(3 * (head[:1] == "\ufeff"))
         while lines:
-            lines = file.readlines(-1 if records and head.lstrip().startswith("[") else PART)
+            lines = file.readlines(-1 if records and head.lstrip("\ufeff \n").startswith("[") else PART)
             left += b"".join(lines)
             end = left.rfind(border) + len(border) if border in left else 0
             end = len(left) if not lines or len(left) - end > ENDLESS else end
             text = left[:end].decode("utf-8", "surrogateescape")
-            yield line, text.removeprefix("\ufeff"), records, raw.tell()
+            yield line, text, records, raw.tell()
             line, left = line + text.count("\n"), left[end:]
 
 
@@ -83,7 +84,7 @@ def documents(path: str, separator: str) -> Iterator[tuple[str, str | UserError,
         for line, text, records, read in blocks(path, separator):
             for at, item in scan(path, text) if records else [(1, piece) for piece in text.split(separator)]:
                 where = f"{path}:{line + at - 1}"
-                line += 0 if records else (item + separator).count("\n")
+                line += 0 if records else (item + separator).count("\n")  # scan() counts lines by itself
                 try:
                     item = text_of_record(item) if isinstance(item, dict) else item
                     check_text(str(item))
@@ -226,6 +227,13 @@ def largest(first, similarity: Callable, text_of: Callable) -> list[dict]:
     return found
 
 
+def write(path: Path, lines: Iterator[dict]) -> None:
+    with replacing(path) as temporary, open(temporary, "w", encoding="utf-8") as corpus:
+        for line in lines:
+            record = {"text": line["text"], "source": line["source"]}
+            corpus.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+
 def finish(cleaned: Path, names: list[str], weights: dict, cfg: Config) -> dict:
     """Write the corpus of what clean_all() has written; return the report."""
     left, rules, files, read = read_cleaned(cleaned, cfg.bands)
@@ -247,10 +255,8 @@ def finish(cleaned: Path, names: list[str], weights: dict, cfg: Config) -> dict:
         take = quotas(have, weights, cfg.size or sum(have.values()), cfg.max_epochs) if weights else have
         if weights:
             order = kept[mixed(of_input, sizes, left["digest"][kept].view("<u8")[::2], list(take.values()))]
-        with replacing(Path(cfg.out)) as temporary, open(temporary, "wb") as corpus:
-            for line in map(line_of, order.tolist()):
-                line = {"text": line["text"], "source": line["source"]}
-                corpus.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
+        if len(order):
+            write(Path(cfg.out), map(line_of, order.tolist()))
         return {"documents": documents, "bytes": read, "rules": table(rules, [*edits(cfg)], documents, read),
                 "files": {path: found.report() for path, found in files.items() if found.unused},
                 "clusters": largest(first, similarity, text_of),

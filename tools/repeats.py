@@ -160,7 +160,7 @@ def duplicates(digests, bands, text_of: Callable[[int], str], cfg: RepeatConfig)
 
 
 @functools.cache
-def tests(data: str, longest: int = 13) -> dict[int, np.ndarray]:
+def examined(data: str, longest: int = 13) -> dict[int, np.ndarray]:
     """{n: hashes of n-grams} of files of tests: texts, or all strings in records. A string of less than 13
     words must occur whole; one of less than five says nothing."""
     def strings(value) -> list[str]:
@@ -187,7 +187,7 @@ def judge_words(texts: list[str], cfg: RepeatConfig) -> tuple[list[str], np.ndar
     for n, shares in zip(REPEATED, repeated(hashes, sizes, numbers, len(keys))) if cfg.repetition else ():
         some = np.flatnonzero(shares > REPEATED[n])
         broken = dict.fromkeys(some, f"Gopher: {n}-grams that repeat") | broken
-    for n, tested in tests(cfg.against).items() if cfg.against else ():
+    for n, tested in examined(cfg.against).items() if cfg.against else ():
         grams, where = ngrams(hashes, numbers, n)
         broken = dict.fromkeys(where[np.isin(grams, tested)], "text of a test") | broken
     return digests, bands, broken
