@@ -18,7 +18,7 @@ from lib.corpora import read_corpus
 from lib.program import parse, start
 from tools.clean import clean
 from tools.prepare import Config as Flags
-from tools.repeats import duplicates, jaccard, judge_words, shingles_of
+from tools.repeats import duplicates, jaccard, judge_words, shingles_of, words_of
 
 
 @dataclass
@@ -38,7 +38,8 @@ def curve(pairs: int = 2000) -> np.ndarray:
             places = rng.sample(range(200), edits)
             other = [rng.randrange(20000) if at in places else word for at, word in enumerate(text)]
             texts += [" ".join(map(str, text)), " ".join(map(str, other))]
-        keys, sets = judge_words(texts, cfg)[1], [shingles_of(text, cfg.shingle) for text in texts]
+        _, keys, _ = judge_words([*map(words_of, texts)], cfg)
+        sets = [shingles_of(text, cfg.shingle) for text in texts]
         s = np.array([jaccard(a, b) for a, b in zip(sets[::2], sets[1::2])])
         found.append((s, (keys[::2] == keys[1::2]).any(1), 1 - (1 - s**cfg.rows) ** cfg.bands))
     return np.array(found).mean(-1).T
@@ -54,7 +55,7 @@ def main(argv=None) -> None:
     parts = [[(0, "", "", each) for each in texts[at : at + 400]] for at in range(0, len(texts), 400)]
 
     def ours():
-        digests, keys, _ = judge_words(texts, flags)
+        digests, keys, _ = judge_words([*map(words_of, texts)], flags)
         duplicates(np.array([bytes.fromhex(each) for each in digests], "V16"), keys, texts.__getitem__, flags)
 
     def theirs():

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from lib.program import UserError
-from tools.repeats import judge_words
+from tools.repeats import judge_words, words_of
 
 
 @dataclass
@@ -56,10 +56,9 @@ IPV6 = re.compile(r"(?<![\w:.])[23][\da-fA-F]{3}(?::[\da-fA-F]{0,4}){2,7}(?![\w:
 CARD = re.compile(r"[2-6](?<![\w-][2-6])\d(?:[ -]?\d){11,17}(?![\w-])")
 PHONE = re.compile(r"[(\d](?<![\w.-][(\d])\d{2,3}\)?[-. ]{1,2}\d{3}[-. ]\d{4}(?![\w-])|"
                    r"\+\d(?:[ ().-]{0,2}\d){7,14}(?!\d)")
-COMMON = {*"the be to of and that have with".split()}
-COMMON |= {*map(str.title, COMMON), *map(str.upper, COMMON)}
+PICTURE = re.compile("[\u20e3\u231a-\u2bff\U0001f000-\U0001faff]")  # some of it is in each emoji
+COMMON = {*b"the be to of and that have with".split()}
 SENTENCE = re.compile(r"[.?!]['\")\]\u201d\u2019]*(?=\s|$)")  # its end
-LETTER = re.compile(r"[^\W\d_]\S*")  # and the rest of its word: one match for each word that has a letter
 
 
 def strip_markup(text: str) -> str:
@@ -81,7 +80,9 @@ def name_of(emoji: re.Match) -> str:
 
 def no_emoji(text: str, names: bool) -> str:
     """What is invisible goes first: it may part a sequence."""
-    return text if text.isascii() else EMOJI.sub(name_of if names else "", INVISIBLE.sub("", text))
+    if text.isascii() or not PICTURE.search(text):
+        return text
+    return EMOJI.sub(name_of if names else "", INVISIBLE.sub("", text))
 
 
 def tidy(text: str) -> str:
@@ -153,12 +154,12 @@ def edits(cfg: CleanConfig) -> dict[str, Callable[[str], str]]:
     return {rule: edit for rule, edit in found.items() if edit}
 
 
-def faults(text: str, cfg: CleanConfig) -> Iterator[str]:
-    """The names of the rules that a text breaks. Of lines and paragraphs that repeat the extra ones count."""
-    words, lines = text.split(), [line.strip() for line in text.split("\n") if line.strip()]
-    n, lower = len(words), text.lower()
+def faults(text: str, words: list[bytes], cfg: CleanConfig) -> Iterator[str]:
+    """The names of the rules that a text with these words breaks. Of lines and paragraphs that repeat the
+    extra ones count."""
+    lines, n = [line.strip() for line in text.split("\n") if line.strip()], len(words)
     if not n:
-        yield "empty"
+        yield "no words"
     if cfg.tidy and 1000 * text.count("\ufffd") > len(text):
         yield "broken characters"
     if cfg.script:
@@ -166,20 +167,18 @@ def faults(text: str, cfg: CleanConfig) -> Iterator[str]:
         if 2 * sum(name in cfg.script.split(",") for name in letters) < len(letters):
             yield "script"
     if cfg.c4 != "off":
-        broken = {"lorem ipsum": "lorem ipsum" in lower, "brace": "{" in text,
+        broken = {"lorem ipsum": "lorem ipsum" in text.lower(), "brace": "{" in text,
                   "sentences": len(SENTENCE.findall(text)) < cfg.min_sentences}
         yield from (f"C4: {rule}" for rule, breaks in broken.items() if breaks)
     if cfg.quality:
-        common = {word.lower() for word in COMMON.intersection(words)}
-        others = [word for word in words if not word.islower()]  # most have a letter at sight
-        dotted = sum(line.endswith(("...", "…")) for line in lines)
+        letters, dotted = len(b"".join(words).decode()), sum(line.endswith(("...", "…")) for line in lines)
         broken = {"words": not cfg.min_words <= n <= 100000,
-                  "length of words": not 3 * n <= sum(map(len, words)) <= 10 * n,
+                  "length of words": not 3 * n <= letters <= 10 * n,
                   "symbols": 10 * max(text.count("#"), text.count("...") + text.count("…")) > n,
                   "bullets": 10 * sum(line[0] in "•‣●-*" for line in lines) > 9 * len(lines),
                   "ellipses": 10 * dotted > 3 * len(lines),
-                  "letters": 10 * (n - len(others) + len(LETTER.findall(" ".join(others)))) < 8 * n,
-                  "common words": len(common) < cfg.stop_words}
+                  "numbers": 10 * sum(map(bytes.isdigit, words)) > 2 * n,
+                  "common words": len(COMMON.intersection(words)) < cfg.stop_words}
         yield from (f"Gopher: {rule}" for rule, breaks in broken.items() if breaks)
     for kind, parts in (("lines", lines), ("paragraphs", text.split("\n\n"))) if cfg.repetition else ():
         once, size = set(parts), sum(map(len, parts))
@@ -198,23 +197,25 @@ def remove(line: dict, rule: str) -> None:
 
 def clean(part: list[tuple], cfg) -> bytes:
     """A line of JSON for each of some documents: what is left, and what each rule changed or removed."""
-    found = []
+    found, left, documents, steps = [], [], [], edits(cfg)
     for source, path, where, text in part:
         found.append(line := {"input": source, "file": path, "source": where, "rules": []})
         if isinstance(text, UserError):
             line["left_out"] = str(text)
             continue
         line["read"] = size(text)
-        for rule, edit in edits(cfg).items():
+        for rule, edit in steps.items():
             if (new := edit(text)) != text:
                 at = bisect.bisect(range(len(new)), False, key=lambda i: text[: i + 1] != new[: i + 1])
                 line["rules"].append([rule, size(text) - size(new), text[max(0, at - 40) : at + 160]])
                 text = new
-        line["text"] = text
-        if rule := next(faults(text, cfg), ""):
+        line["text"], words = text, words_of(text)
+        if rule := next(faults(text, words, cfg), ""):
             remove(line, rule)
-    left = [line for line in found if "text" in line]
-    digests, bands, broken = judge_words([line["text"] for line in left], cfg)
+        else:
+            left.append(line)
+            documents.append(words)
+    digests, bands, broken = judge_words(documents, cfg)
     for line, digest, keys in zip(left, digests, bands):
         line.update(digest=digest, bands=keys.tobytes().hex())
     for i, rule in broken.items():

@@ -117,8 +117,8 @@ def parts(inputs: list[tuple[int, str]], done: int, separator: str) -> Iterator[
 
 def clean_all(inputs: list[tuple[int, str]], path: Path, cfg: Config) -> None:
     """Write path: a line for each document. Lines that are there stay, but for one that was cut off."""
-    with open(path, "ab+") as file, multiprocessing.Pool(
-            cfg.workers, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
+    how = cfg.workers, signal.signal, (signal.SIGINT, signal.SIG_IGN)
+    with multiprocessing.Pool(*how) as pool, open(path, "ab+") as file:  # workers do not hold the lock
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

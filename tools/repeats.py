@@ -15,14 +15,16 @@ import re
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 
 from lib.corpora import RECORDS
 from lib.records import find_files, read_text, scan
 
-WORD = re.compile("[^\\W\u3040-\u30ff\u3400-\u9fff]+|[\u3040-\u30ff\u3400-\u9fff]")  # or a Chinese letter
-LOWER = bytes(ord(chr(i).lower()) if re.match(r"\w", chr(i), re.ASCII) else 32 for i in range(256))
+APART = re.compile("([\u3040-\u30ff\u3400-\u9fff])|[^\\w\0-\x7f]")  # a Chinese letter; or what is in no word
+LOWER = bytes(ord(chr(i).lower()) if chr(i).isalnum() or chr(i) == "_" else 32 for i in range(128)) + bytes(
+    range(128, 256))
 M = np.uint64(0x9E3779B97F4A7C15)  # odd, and irregular
 REPEATED = {  # n: the largest share of a document that n-grams may be which repeat (Gopher, table A1)
     2: 0.20, 3: 0.18, 4: 0.16, 5: 0.15, 6: 0.14, 7: 0.13, 8: 0.12, 9: 0.11, 10: 0.10}
@@ -40,20 +42,20 @@ class RepeatConfig:
     rows: int = 7  # r
 
 
-def normal(text: str) -> bytes:
-    """What counts when texts are compared: the words in lower case, one space between."""
-    if text.isascii():  # the same, faster
-        return b" ".join(text.encode().translate(LOWER).split())
-    return " ".join(WORD.findall(text.lower())).encode()
+def words_of(text: str) -> list[bytes]:
+    """The words of a text, letters and digits, in lower case. A Chinese letter is one."""
+    if not text.isascii():
+        text = APART.sub(r" \1 ", text.lower())
+    return text.encode().translate(LOWER).split()
 
 
-def hash_words(keys: list[bytes]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(hashes, sizes, numbers), each (N,), of the words of documents made normal. A size is in bytes, with a
-    space; a number is that of the document."""
-    words = b" ".join(keys).split()
+def hash_words(documents: list[list[bytes]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(hashes, sizes, numbers), each (N,), of the words of all documents. A size is in bytes, with a space; a
+    number is that of the document."""
+    words = list(chain.from_iterable(documents))
     hashes = np.fromiter(map(zlib.crc32, words), np.uint64, len(words))
     sizes = np.fromiter(map(len, words), np.int64, len(words)) + 1
-    return hashes, sizes, np.repeat(np.arange(len(keys)), [key.count(b" ") + bool(key) for key in keys])
+    return hashes, sizes, np.repeat(np.arange(len(documents)), [*map(len, documents)])
 
 
 def ngrams(hashes, numbers, n: int) -> tuple[np.ndarray, np.ndarray]:
@@ -132,7 +134,7 @@ def join_similar(parent: list[int], keys, similar: Callable[[int, int], bool], m
 
 
 def shingles_of(text: str, n: int) -> np.ndarray:
-    hashes, _, numbers = hash_words([normal(text)])
+    hashes, _, numbers = hash_words([words_of(text)])
     return np.unique(ngrams(hashes, numbers, n)[0])
 
 
@@ -170,21 +172,19 @@ def examined(data: str, longest: int = 13) -> dict[int, np.ndarray]:
     for path in find_files(data):
         text = read_text(path, "replace")
         texts += strings([record for _, record in scan(path, text)]) if RECORDS.match(text) else [text]
-    for key in map(normal, texts):
-        if (n := min(longest, key.count(b" ") + 1)) >= 5:
-            hashes, _, numbers = hash_words([key])
+    for words in map(words_of, texts):
+        if (n := min(longest, len(words))) >= 5:
+            hashes, _, numbers = hash_words([words])
             found.setdefault(n, []).append(ngrams(hashes, numbers, n)[0])
     return {n: np.unique(np.concatenate(some)) for n, some in found.items()}
 
 
-def judge_words(texts: list[str], cfg: RepeatConfig) -> tuple[list[str], np.ndarray, dict[int, str]]:
-    """(digest of each text, its band keys, {number of a text: the first rule that it breaks})"""
-    keys, broken = [normal(text) for text in texts], {}
-    contents = [key or text.encode() for key, text in zip(keys, texts)]  # a text may have no words
-    digests = [hashlib.blake2b(content, digest_size=16).hexdigest() for content in contents]
-    hashes, sizes, numbers = hash_words(keys)
-    bands = band_keys(*ngrams(hashes, numbers, cfg.shingle), len(keys), cfg.bands, cfg.rows)
-    for n, shares in zip(REPEATED, repeated(hashes, sizes, numbers, len(keys))) if cfg.repetition else ():
+def judge_words(documents: list[list[bytes]], cfg: RepeatConfig) -> tuple[list[str], np.ndarray, dict]:
+    """(digests, band keys, {number of a document: first rule that it breaks}) of documents, lists of words"""
+    digests = [hashlib.blake2b(b" ".join(words), digest_size=16).hexdigest() for words in documents]
+    (hashes, sizes, numbers), count, broken = hash_words(documents), len(documents), {}
+    bands = band_keys(*ngrams(hashes, numbers, cfg.shingle), count, cfg.bands, cfg.rows)
+    for n, shares in zip(REPEATED, repeated(hashes, sizes, numbers, count)) if cfg.repetition else ():
         some = np.flatnonzero(shares > REPEATED[n])
         broken = dict.fromkeys(some, f"Gopher: {n}-grams that repeat") | broken
     for n, tested in examined(cfg.against).items() if cfg.against else ():
