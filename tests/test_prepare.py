@@ -378,7 +378,7 @@ def write_inputs(folder, n=200):
         sentences = (" ".join(words[k : k + 10]) for k in range(0, 80, 10))
         texts.append(f"The text and {i}. " + ". ".join(sentences) + ".")
         if i % 5 == 4:
-            texts[-1] = texts[-3].upper() + "!" if i % 2 else texts[-2].replace("text", "test")
+            texts[-1] = texts[-3].upper() + "!" if i % 3 else texts[-2].replace("text", "test")
     records = "".join(json.dumps({"text": text, "n": 1}) + "\n" for text in texts[: n // 2])
     (folder / "a.jsonl.gz").write_bytes(gzip.compress(records.encode()))
     (folder / "b.txt").write_text("\n<|endoftext|>\n".join(texts[n // 2 : 3 * n // 4]))
@@ -413,7 +413,7 @@ def test_all_is_kept_or_counted_and_training_reads_it(inputs, tmp_path, capsys):
     rows = [json.loads(line) for line in open("out/corpus.jsonl", encoding="utf-8")]
     assert (len(rows), sum(len(row["text"].encode()) for row in rows)) == left
     removed = {row["rule"]: row["documents"] for row in report["rules"] if row["removes"]}
-    assert removed == {"text of a test": 0, "same words": 20, "near duplicate": 20}
+    assert removed == {"text of a test": 0, "same words": 27, "near duplicate": 13}
     assert report["documents"] == 200
     assert sum(cluster["documents"] - 1 for cluster in report["clusters"]) == 10
     assert rows[0] == {"text": inputs["a.jsonl.gz"][0], "source": "a.jsonl.gz:1"}
@@ -479,14 +479,15 @@ def test_bad_input_is_counted_one_line_a_file(inputs, tmp_path, capsys):
 
 @pytest.mark.parametrize("size", [1, 7, 64, 1 << 20])
 def test_documents_do_not_depend_on_where_blocks_end(tmp_path, monkeypatch, size):
-    """Letters of several bytes, CRLF, empty documents, no separator at the end; lines are counted."""
+    """A byte order mark, letters of several bytes, CRLF, empty documents; lines are counted."""
     monkeypatch.setattr(prepare, "PART", size)
     texts = ["é中😀\r\n" * 3, "", " ", "b\u2028c\x85", "d" * 100, "<|endof", "\ufeffx"]
-    (tmp_path / "a.txt").write_text("<|endoftext|>".join(texts), encoding="utf-8", newline="")
+    (tmp_path / "a.txt").write_text("<|endoftext|>".join(texts), encoding="utf-8-sig", newline="")
     found = list(prepare.documents(f"{tmp_path}/a.txt", "<|endoftext|>"))
     assert [text for _, text, _ in found] == [text for text in texts if text.strip()]
     assert [int(where.rpartition(":")[2]) for where, *_ in found] == [1, 4, 4, 4, 4]
-    (tmp_path / "b.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    lines = (json.dumps({"text": text}) + "\n" for text in texts)
+    (tmp_path / "b.jsonl").write_text("".join(lines), encoding="utf-8-sig")
     found = list(prepare.documents(f"{tmp_path}/b.jsonl", "<|endoftext|>"))
     assert [text for _, text, _ in found if isinstance(text, str)] == [text for text in texts if text.strip()]
     assert [int(where.rpartition(":")[2]) for where, *_ in found] == [1, 2, 3, 4, 5, 6, 7]
