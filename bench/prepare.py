@@ -10,7 +10,6 @@ draws docs/prepare.png if there is matplotlib.
 import importlib.util
 import json
 import random
-import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -31,7 +30,7 @@ BASE = """--tokenizer bpe --vocab_size 1184 --n_kv_head 2 --lr 6e-3 --seq_len 12
 SFT = "--epochs 0.5 --lr 2e-3 --seq_len 128 --eval_every 0 --ptx 1 --ptx_data"
 JUNK = ("Lorem ipsum dolor sit amet number {}.", "Home | About | {} | News | Contact | Login >> #{}",
         "This page uses cookies. Read our cookie policy of version {}.", "{0:x}{0:x}{0:x} {0:x}{0:x}")
-FIGURES = ("base: facts completed, %", "base: duplicates by heart, %", "base: nats per token of biographies",
+FIGURES = ("base: facts completed, %", "base: duplicates by heart, %", "base: bits per byte of biographies",
            "SFT: right, %", "SFT: gold")
 
 
@@ -50,10 +49,9 @@ def dirty(documents: list[str], seed: int) -> tuple[list[str], list[str]]:
 
 def completed(model, tokenizer, pairs: list[tuple[str, str]]) -> float:
     """Percent of the pairs (start, end) that the model ends so, greedily."""
-    prompts = [[tokenizer.bos_id, *tokenizer.encode(start)] for start, _ in pairs]
-    replies = draw(model, tokenizer, prompts, range(len(pairs)), batch_size=256, max_new_tokens=32,
-                   temperature=0)
-    return 100 * statistics.mean(reply.text.startswith(end) for reply, (_, end) in zip(replies, pairs))
+    prompts, how = [[tokenizer.bos_id, *tokenizer.encode(begun)] for begun, _ in pairs], {"temperature": 0}
+    replies = draw(model, tokenizer, prompts, range(len(pairs)), batch_size=256, max_new_tokens=32, **how)
+    return 100 * float(np.mean([reply.text.startswith(end) for reply, (_, end) in zip(replies, pairs)]))
 
 
 def learn(world: Path, way: str) -> list[float]:
@@ -61,8 +59,7 @@ def learn(world: Path, way: str) -> list[float]:
     home = Path("out/prepare", world.name)
     texts, often = dirty(read_corpus(f"{world}/pretrain.txt"), len(world.name))
     home.mkdir(parents=True, exist_ok=True)
-    if not (home / "dirty.jsonl").exists():
-        (home / "dirty.jsonl").write_text("".join(json.dumps({"text": each}) + "\n" for each in texts))
+    (home / "dirty.jsonl").write_text("".join(json.dumps({"text": each}) + "\n" for each in texts))
     data, base, sft = f"{home}/{way}.jsonl", f"{home}/{way}-base", f"{home}/{way}-sft"
     for made, command in (
             (data, f"-m tools.prepare {home}/dirty.jsonl --out {data} {FLAGS}"),
@@ -79,8 +76,8 @@ def learn(world: Path, way: str) -> list[float]:
             begun, whole = fill(form.rsplit(" {", 1)[0], person), fill(form, person, its[kind])
             facts.append((begun, whole[len(begun) :]))
     hearts = [(" ".join(each[:8]), " " + " ".join(each[8:18])) for each in map(str.split, often)]
+    loss = perplexity(model, tokenizer, read_corpus(f"{world}/heldout.txt"), 0, 64)["bits_per_byte"]
     card = json.loads(Path(sft, "scorecard.json").read_text())
-    loss = perplexity(model, tokenizer, read_corpus(f"{world}/heldout.txt"), 0, 64)["loss"]
     return [completed(model, tokenizer, facts), completed(model, tokenizer, hearts), loss,
             card["greedy"]["right"], card["sampled"]["gold"]]
 
@@ -108,9 +105,8 @@ def picture(found: dict[str, np.ndarray]) -> None:
 
 
 def main() -> None:
-    worlds, found = sorted(Path("data").glob("village*")), {}
-    for way in ("dirty", "prepared"):
-        found[way] = np.array([learn(world, way) for world in worlds if (world / "facts.json").exists()])
+    worlds = sorted(path.parent for path in Path("data").glob("village*/facts.json"))
+    found = {way: np.array([learn(world, way) for world in worlds]) for way in ("dirty", "prepared")}
     print(f"| villages: {len(found['dirty'])}; mean (lowest..highest) | dirty | prepared |\n|---|---|---|")
     for i, name in enumerate(FIGURES):
         columns = [rows[:, i] for rows in found.values()]

@@ -171,9 +171,9 @@ def faults(text: str, words: list[bytes], cfg: CleanConfig) -> Iterator[str]:
                   "sentences": len(SENTENCE.findall(text)) < cfg.min_sentences}
         yield from (f"C4: {rule}" for rule, breaks in broken.items() if breaks)
     if cfg.quality:
-        letters, dotted = len(b"".join(words).decode()), sum(line.endswith(("...", "…")) for line in lines)
+        length, dotted = len(b"".join(words).decode()), sum(line.endswith(("...", "…")) for line in lines)
         broken = {"words": not cfg.min_words <= n <= 100000,
-                  "length of words": not 3 * n <= letters <= 10 * n,
+                  "length of words": not 3 * n <= length <= 10 * n,
                   "symbols": 10 * max(text.count("#"), text.count("...") + text.count("…")) > n,
                   "bullets": 10 * sum(line[0] in "•‣●-*" for line in lines) > 9 * len(lines),
                   "ellipses": 10 * dotted > 3 * len(lines),
@@ -181,8 +181,8 @@ def faults(text: str, words: list[bytes], cfg: CleanConfig) -> Iterator[str]:
                   "common words": len(COMMON.intersection(words)) < cfg.stop_words}
         yield from (f"Gopher: {rule}" for rule, breaks in broken.items() if breaks)
     for kind, parts in (("lines", lines), ("paragraphs", text.split("\n\n"))) if cfg.repetition else ():
-        once, size = set(parts), sum(map(len, parts))
-        if 10 * len(once) < 7 * len(parts) or 5 * sum(map(len, once)) < 4 * size:
+        once, length = set(parts), sum(map(len, parts))
+        if 10 * len(once) < 7 * len(parts) or 5 * sum(map(len, once)) < 4 * length:
             yield f"Gopher: {kind} that repeat"
 
 

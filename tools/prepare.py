@@ -47,7 +47,7 @@ LATE = "out", "workers", "exact", "near", "mix", "size", "max_epochs"  # flags t
 class Config(CleanConfig, RepeatConfig):
     out: str = "corpus.jsonl"  # the corpus, records {"text", "source"}; the report goes beside it
     workers: int = 2  # processes that clean
-    separator: str = "<|endoftext|>"  # what parts the documents of a plain text
+    separator: str = "<|endoftext|>"  # what parts the documents of a plain text; $'\n\n': an empty line
     # mixture
     mix: str = ""  # file {input: weight}, which weighs bytes; empty: every document once
     size: int = 0  # bytes of it; 0: as many as the inputs have left
@@ -133,9 +133,10 @@ def clean_all(inputs: list[tuple[int, str]], path: Path, cfg: Config) -> None:
             file.writelines(pool.map(functools.partial(clean, cfg=cfg), [part for part, _ in some], 1))
             share = some[-1][1]
             first = share if first is None else first
-            if sys.stdout.isatty():
-                seconds = (time.perf_counter() - began) * (1 - share) / max(1e-9, share - first)
-                print(f"\r\033[K{share:.0%} cleaned, {seconds:.0f} s left", end="", flush=True)
+            if sys.stdout.isatty() and share > first:
+                seconds = (time.perf_counter() - began) * (1 - share) / (share - first)
+                said = f"{share:.0%} cleaned, {seconds:.0f} s left" if share < 1 else ""
+                print(f"\r\033[K{said}", end="", flush=True)
 
 
 # ---- the mixture
@@ -266,7 +267,8 @@ def finish(cleaned: Path, names: list[str], weights: dict, cfg: Config) -> dict:
 
 
 def show(report: dict) -> None:
-    print("\n".join(report["files"].values()))
+    for found in report["files"].values():
+        print(found)
     print(f"{'rule':32}{'documents':>12}{'MB':>10}{'documents left':>16}{'MB left':>10}")
     for row in report["rules"]:
         print(f"{row['rule']:32}{row['documents']:12,}{row['bytes'] / 1e6:10.2f}{row['documents_left']:16,}"
@@ -296,7 +298,8 @@ def main(argv=None) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     clean_all(inputs, cleaned, cfg)
     report = finish(cleaned, names, weights, cfg)
-    cleaned.unlink()
+    for path in out.parent.glob(f"{out.name}.*.cleaned"):  # also of runs with other flags
+        path.unlink()
     page = Path(__file__).with_suffix(".html").read_text("utf-8")
     page = page.replace("$report", json.dumps(report).replace("<", "\\u003c"))
     for path, text in zip(pages, (json.dumps(report, indent=1), page)):
