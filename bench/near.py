@@ -25,6 +25,7 @@ from tools.repeats import duplicates, jaccard, judge_words, shingles_of, words_o
 class Config:
     data: str = "stdlib"  # stdlib, or files
     repeats: int = 5  # turns
+    pairs: int = 2000  # pairs of texts for each point of the curve
 
 
 def curve(pairs: int = 2000) -> np.ndarray:
@@ -48,7 +49,7 @@ def curve(pairs: int = 2000) -> np.ndarray:
 def main(argv=None) -> None:
     cfg, flags = parse(Config, argv, __doc__), Flags(repetition=False)
     head(f"share of pairs that meet in one of {flags.bands} bands of {flags.rows} rows")
-    for s, met, expected in curve().T:
+    for s, met, expected in curve(cfg.pairs).T:
         row(f"similarity {s:.3f}", met, expected=expected)
     text, k = "\n".join(read_corpus(cfg.data)), flags.bands * flags.rows
     texts = [text[at : at + 2500] for at in range(0, len(text), 2500)]

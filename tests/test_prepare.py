@@ -491,3 +491,15 @@ def test_documents_do_not_depend_on_where_blocks_end(tmp_path, monkeypatch, size
     found = list(prepare.documents(f"{tmp_path}/b.jsonl", "<|endoftext|>"))
     assert [text for _, text, _ in found if isinstance(text, str)] == [text for text in texts if text.strip()]
     assert [int(where.rpartition(":")[2]) for where, *_ in found] == [1, 2, 3, 4, 5, 6, 7]
+
+
+def test_the_benches_run(tmp_path, capsys):
+    """Of 200 texts 133 others are near duplicates or junk; the times of a small text are printed."""
+    from bench import near
+    from bench.prepare import dirty
+    texts, often = dirty([f"{i} is a number of which it is said that it is one." for i in range(200)], 1)
+    assert len(texts) == 200 + 100 + 33 and len(often) == 2 and sum("Page" in text for text in texts) == 100
+    (tmp_path / "a.txt").write_text(PROSE * 50)
+    near.main(["--data", str(tmp_path / "a.txt"), "--repeats", "2", "--pairs", "20"])
+    said = capsys.readouterr().out
+    assert "cleaning, MB/s" in said and said.count("similarity") == 13
