@@ -275,6 +275,14 @@ def show(report: dict) -> None:
               f"{row['bytes_left'] / 1e6:10.2f}")
 
 
+def read_weights(path: str, names: list[str]) -> dict[str, float]:
+    weights = read_records(path)[0]
+    good = all(type(weight) in (int, float) and 0 <= weight < math.inf for weight in weights.values())
+    if weights.keys() != set(names) or not good or not any(weights.values()):
+        raise UserError(f"{path}: found {ascii(weights)}, expected weights of {', '.join(names)}")
+    return weights
+
+
 def main(argv=None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     n = next((i for i, word in enumerate(argv) if word.startswith("-")), len(argv))
@@ -282,11 +290,7 @@ def main(argv=None) -> None:
     require_positive(cfg, "workers", "shingle", "bands", "rows", "max_epochs")
     if not names or len(set(names)) < len(names) or not cfg.separator:
         raise UserError(f"found {names}, expected different files or folders before the flags, a --separator")
-    weights = read_records(cfg.mix)[0] if cfg.mix else {}
-    if weights and (weights.keys() != set(names) or not all(
-            type(weight) in (int, float) and 0 <= weight < math.inf for weight in weights.values())):
-        raise UserError(f"{cfg.mix}: found {ascii(weights)}, expected weights of {', '.join(names)}")
-    out = Path(cfg.out)
+    weights, out = read_weights(cfg.mix, names) if cfg.mix else {}, Path(cfg.out)
     pages = out.with_name("report.json"), out.with_name("report.html")
     ours = [path.resolve() for path in (out, *pages)]
     inputs = [(i, path) for i, name in enumerate(names) for path in find_files(name)
