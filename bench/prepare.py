@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from bench.near import curve
-from evaluate import draw, perplexity
+from evaluate import draw
 from lib.corpora import read_corpus
 from lib.program import start
 from model import load_model
@@ -30,8 +30,7 @@ BASE = """--tokenizer bpe --vocab_size 1184 --n_kv_head 2 --lr 6e-3 --seq_len 12
 SFT = "--epochs 0.5 --lr 2e-3 --seq_len 128 --eval_every 0 --ptx 1 --ptx_data"
 JUNK = ("Lorem ipsum dolor sit amet number {}.", "Home | About | {} | News | Contact | Login >> #{}",
         "This page uses cookies. Read our cookie policy of version {}.", "{0:x}{0:x}{0:x} {0:x}{0:x}")
-FIGURES = ("base: facts completed, %", "base: duplicates by heart, %", "base: bits per byte of biographies",
-           "SFT: right, %", "SFT: gold")
+FIGURES = "base: facts completed, %", "base: duplicates by heart, %", "SFT: right, %", "SFT: gold"
 
 
 def dirty(documents: list[str], seed: int) -> tuple[list[str], list[str]]:
@@ -76,9 +75,8 @@ def learn(world: Path, way: str) -> list[float]:
             begun, whole = fill(form.rsplit(" {", 1)[0], person), fill(form, person, its[kind])
             facts.append((begun, whole[len(begun) :]))
     hearts = [(" ".join(each[:8]), " " + " ".join(each[8:18])) for each in map(str.split, often)]
-    loss = perplexity(model, tokenizer, read_corpus(f"{world}/heldout.txt"), 0, 64)["bits_per_byte"]
     card = json.loads(Path(sft, "scorecard.json").read_text())
-    return [completed(model, tokenizer, facts), completed(model, tokenizer, hearts), loss,
+    return [completed(model, tokenizer, facts), completed(model, tokenizer, hearts),
             card["greedy"]["right"], card["sampled"]["gold"]]
 
 
@@ -95,10 +93,9 @@ def picture(found: dict[str, np.ndarray]) -> None:
         left.set(xlabel="Jaccard similarity s of two texts", title="pairs that meet in a band, share")
         left.legend(["1 - (1 - s^7)^16", "2,000 pairs each"])
         for x, (way, rows) in zip((-0.2, 0.2), found.items()):
-            some = rows[:, [0, 1, 3]]
-            right.bar(np.arange(3) + x, some.mean(0), 0.4, label=way)
-            right.plot(np.arange(3) + x, some.T, "k.", ms=3)
-        right.set_xticks(range(3), [FIGURES[i].replace(": ", ":\n") for i in (0, 1, 3)])
+            right.bar(np.arange(3) + x, rows[:, :3].mean(0), 0.4, label=way)
+            right.plot(np.arange(3) + x, rows[:, :3].T, "k.", ms=3)
+        right.set_xticks(range(3), [name.replace(": ", ":\n") for name in FIGURES[:3]])
         right.set(title="a model of the Village, after as many tokens")
         right.legend()
         figure.savefig("docs/prepare.png")
