@@ -23,7 +23,7 @@ AT_MOST = {  # lines of a file, of some, of a room
     "train_ppo.py rollouts.py": 420, "lib": 1750, "village": 700, "bench": 735, "tests": 7060}
 LATER = {"lora.py": 400, "bench/deltas.py": 125, "tests/test_lora.py": 441, "tools/prepare.py": 320,
          "tools/clean.py": 225, "tools/repeats.py": 195, "bench/prepare.py": 120, "bench/near.py": 85,
-         "tests/test_prepare.py": 505}
+         "tests/test_prepare.py": 506}
 AT_MOST, LATER = AT_MOST | LATER, [ROOT / name for name in LATER]  # LATER: not in the sums
 FLOOR = ["lib", "kernels", "model", "data", "zero", "lora", "rollouts"]  # each may import those before it
 ABOVE = {"script": [], "evaluate": [], "sample": ["evaluate"], "village": ["evaluate", "village"],

@@ -424,7 +424,8 @@ def test_all_is_kept_or_counted_and_training_reads_it(inputs, tmp_path, capsys):
 
 
 def test_workers_and_interruptions_change_nothing(inputs, tmp_path, monkeypatch):
-    """The same bytes with one or two workers, and after a stop at any byte of the cleaned file."""
+    """The same bytes with one or two workers, and after a stop at any byte of the cleaned file, or of a run
+    that had other flags."""
     prepare.main([*inputs, *FLAGS, "--workers", "1"])
     wanted = outcome(tmp_path)
     prepare.main([*inputs, *FLAGS, "--workers", "2"])
@@ -435,15 +436,15 @@ def test_workers_and_interruptions_change_nothing(inputs, tmp_path, monkeypatch)
         cleaned.append(path)
         raise KeyboardInterrupt
 
-    for cut in (0, 1, 5000, 40000, -1, None):
+    for cut, *flags in ((0,), (1,), (5000,), (40000,), (-1,), (None,), (None, "--min_words", "90")):
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             patch.setattr(prepare, "finish", stop)
-            prepare.main([*inputs, *FLAGS, "--workers", "1"])
+            prepare.main([*inputs, *FLAGS, *flags, "--workers", "1"])
         cleaned[-1].write_bytes(whole := cleaned[-1].read_bytes()[:cut])
         assert whole.count(b"\n") < 200 or cut is None
         prepare.main([*inputs, *FLAGS, "--workers", "1"])
         assert outcome(tmp_path) == wanted
-    assert len({*cleaned}) == 1
+    assert len({*cleaned}) == 2 and not list(tmp_path.glob("out/*.cleaned"))
 
 
 def test_a_mixture_is_written_as_asked(inputs, tmp_path):
