@@ -302,8 +302,8 @@ def main(argv=None) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     clean_all(inputs, cleaned, cfg)
     report = finish(cleaned, names, weights, cfg)
-    for path in out.parent.glob(f"{out.name}.*.cleaned"):  # also of runs with other flags
-        path.unlink()
+    for left in [*out.parent.glob(f"{out.name}.*.cleaned"), *out.parent.glob(f"{out.name}.tmp-*")]:
+        left.unlink()  # also of runs that were killed or had other flags
     page = Path(__file__).with_suffix(".html").read_text("utf-8")
     page = page.replace("$report", json.dumps(report).replace("<", "\\u003c"))
     for path, text in zip(pages, (json.dumps(report, indent=1), page)):
