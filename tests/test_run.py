@@ -1,5 +1,6 @@
 """Every command that is shown has flags that exist. run.sh skips what is done and goes on after a failure."""
 import importlib
+import itertools
 import os
 import re
 import shlex
@@ -32,7 +33,10 @@ def check(command: str) -> None:
     module = importlib.import_module(name)
     if name.startswith("bench.") and not hasattr(module, "Config"):
         module = importlib.import_module("bench.measure")
-    if hasattr(module, "Config"):
+    if name.startswith("tools."):  # some take words before their flags: files, or what to do
+        words = [*itertools.takewhile(lambda word: not word.startswith("-"), flags)]
+        parse(getattr(module, f"{''.join(words[:1]).title()}Config", None) or module.Config, flags[len(words):])
+    elif hasattr(module, "Config"):
         parse(module.Config, flags)
     else:
         assert not any(flag.startswith("-") for flag in flags), f"{name} has no flags"
