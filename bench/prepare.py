@@ -95,7 +95,7 @@ def picture(found: dict[str, np.ndarray]) -> None:
         for x, (way, rows) in zip((-0.2, 0.2), found.items()):
             right.bar(np.arange(3) + x, rows[:, :3].mean(0), 0.4, label=way)
             right.plot(np.arange(3) + x, rows[:, :3].T, "k.", ms=3)
-        right.set_xticks(range(3), [name.replace(": ", ":\n") for name in FIGURES[:3]])
+        right.set_xticks(range(3), [name.replace(": ", ":\n").replace("s ", "s\n") for name in FIGURES[:3]])
         right.set(title="a model of the Village, after as many tokens")
         right.legend()
         figure.savefig("docs/prepare.png")
