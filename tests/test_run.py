@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 # train_sft.py ..., python -m village.world ..., torchrun ... train_sft.py ...
 COMMAND = re.compile(r"(?:\$ )?((?:\S*python3? |\S*torchrun .*?)?(?<!\S)(-m [a-z]+\.\w+|\w+\.py)( .*)?)")
 FILES = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"),
-         *(path for room in ("", "lib/", "village/", "bench/") for path in ROOT.glob(f"{room}*.py"))]
+         *(path for room in ("", "lib", "tools", "village", "bench") for path in (ROOT / room).glob("*.py"))]
 
 
 def split(command: str) -> tuple[str, list[str]]:
@@ -28,7 +28,7 @@ def split(command: str) -> tuple[str, list[str]]:
 
 def check(command: str) -> None:
     """Read the flags as the program would; nothing runs."""
-    name, flags = split(command)
+    name, flags = split(re.sub(r"(tools\.prepare)( [^-]\S*)+", r"\1", command))  # its inputs come first
     module = importlib.import_module(name)
     if name.startswith("bench.") and not hasattr(module, "Config"):
         module = importlib.import_module("bench.measure")
@@ -54,8 +54,7 @@ def shown_in(path: Path) -> list[str]:
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_shown_commands_have_flags_that_exist(path):
-    """README, docs, and the docstring at the top of each script. A sentence may name a flag without its
-    value."""
+    """README, docs, and the docstrings of scripts. A sentence may name a flag without its value."""
     for command in shown_in(path):
         try:
             check(command)
