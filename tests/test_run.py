@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent
 # train_sft.py ..., python -m village.world ..., torchrun ... train_sft.py ...
 COMMAND = re.compile(r"(?:\$ )?((?:\S*python3? |\S*torchrun .*?)?(?<!\S)(-m [a-z]+\.\w+|\w+\.py)( .*)?)")
 FILES = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"),
-         *(path for room in ("", "lib/", "village/", "bench/") for path in ROOT.glob(f"{room}*.py"))]
+         *(path for room in ("", "lib", "tools", "village", "bench") for path in (ROOT / room).glob("*.py"))]
 
 
 def split(command: str) -> tuple[str, list[str]]:
@@ -35,7 +35,8 @@ def check(command: str) -> None:
         module = importlib.import_module("bench.measure")
     if name.startswith("tools."):  # some take words before their flags: files, or what to do
         words = [*itertools.takewhile(lambda word: not word.startswith("-"), flags)]
-        parse(getattr(module, f"{''.join(words[:1]).title()}Config", None) or module.Config, flags[len(words):])
+        config = getattr(module, f"{''.join(words[:1]).title()}Config", None)  # PlanConfig of "plan"
+        parse(config or module.Config, flags[len(words):])
     elif hasattr(module, "Config"):
         parse(module.Config, flags)
     else:
@@ -58,8 +59,7 @@ def shown_in(path: Path) -> list[str]:
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_shown_commands_have_flags_that_exist(path):
-    """README, docs, and the docstring at the top of each script. A sentence may name a flag without its
-    value."""
+    """README, docs, and the docstrings of scripts. A sentence may name a flag without its value."""
     for command in shown_in(path):
         try:
             check(command)
