@@ -109,7 +109,7 @@ def test_the_gradient_of_each_kl_by_enumeration(world):
     does to the tokens after it is not in the loss."""
     theta, ref, rewards = world
     p, q = ([x[0].log_softmax(0)[None], x[1:].log_softmax(1)] for x in (theta, ref))  # first, second token
-    seen = torch.ones(1, 1), p[0].exp().detach().T  # how often each is asked for
+    seen = torch.ones(1, 1), p[0].exp().detach().T  # how often each comes up
     for kind, value in (
             ("k2", sum((n * a.exp() * (a - b)).sum() for n, a, b in zip(seen, p, q))),
             ("k3", sum((n * b.exp() * (b - a)).sum() for n, a, b in zip(seen, p, q)))):

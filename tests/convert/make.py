@@ -9,12 +9,23 @@ import json
 import sys
 from pathlib import Path
 
-import gguf
 import numpy as np
 import torch
-import transformers
-from safetensors.torch import save_file
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
+if __name__ == "__main__":  # what the project itself does not need
+    import gguf
+    import transformers
+    from safetensors.torch import save_file
+    from tokenizers import (
+        AddedToken,
+        Regex,
+        Tokenizer,
+        decoders,
+        models,
+        normalizers,
+        pre_tokenizers,
+        trainers,
+    )
 
 sys.path.insert(0, ".")
 from tools import formats  # noqa: E402
