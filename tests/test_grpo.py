@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from small_chat import assert_noticed, bandit, calls_of, metrics, run_script, save_chat_model, write
 from test_rollouts import ONE, naive_logp, rolled_out, settings
 
@@ -145,6 +146,27 @@ def test_what_a_token_counts():
         assert weights.sum().item() == pytest.approx(total) and not weights[~mask].any()
         assert (weights[0, 0] / weights[1, 0]).item() == pytest.approx(10 if variant == "grpo" else 1)
     torch.testing.assert_close(token_weights(mask, "dr_grpo", 200) * 2, token_weights(mask, "dr_grpo", 100))
+
+
+@pytest.mark.parametrize("variant, right, wrong", [("grpo", 0.68, 1.31), ("dr_grpo", 15 / 16, 15 / 16)])
+def test_dividing_by_its_length_makes_a_wrong_reply_grow(variant, right, wrong):
+    """A toy, by all pairs of ten replies: a token is right or wrong, 0 to 4 words follow, then the end. What
+    is right is worth 1, however long it is. Each kind has a logit of its own for the end. dr_grpo leaves the
+    mean number of words alone. Because of 1/|o_i| right replies shrink and wrong ones grow."""
+    kind, words = torch.cartesian_prod(torch.arange(2), torch.arange(5)).T[..., None]  # (10, 1) each
+    t, pairs = torch.arange(6), torch.cartesian_prod(torch.arange(10), torch.arange(10)).flatten()  # (200,)
+    mask, theta = t < 2 + words, torch.zeros(3, dtype=torch.float64, requires_grad=True)
+    A = group_advantages((kind[pairs] == 0).double().flatten(), 2, variant)
+    for _ in range(200):
+        logits = torch.where(t == 0, theta[0] * (1 - 2 * kind), theta[1 + kind] * (2 * (t > words) - 1))
+        logp = F.logsigmoid(logits) * (mask & (t < 5))  # (10, 6); the end after four words is no choice
+        p = logp.detach().sum(1).exp()  # (10,)
+        weights = token_weights(mask[pairs], variant, 6)  # (200, 6)
+        weights = weights * p[pairs].view(-1, 2).prod(1).repeat_interleave(2)[:, None]
+        loss, _ = policy_loss(logp[pairs], logp[pairs].detach(), A, mask[pairs], weights, variant, 0.2, 0.28)
+        theta.data -= 20 * torch.autograd.grad(loss, theta)[0]
+    long = (p[:, None] * words).view(2, 5).sum(1) / p.view(2, 5).sum(1)
+    assert long.tolist() == pytest.approx([right, wrong], abs=0.005)
 
 
 @pytest.mark.parametrize("variant, share", [("grpo", 0.5), ("rloo", 1.0)])

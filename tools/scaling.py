@@ -171,7 +171,7 @@ def plan(cfg: PlanConfig) -> None:
 # ---- measure ---------------------------------------------------------------------------------------------
 ROOT, T, ROWS, RATE = Path(__file__).resolve().parent.parent, 128, 4, 0.4  # tokens in a row, rows in a batch
 WIDTHS = 8, 12, 16, 20, 24, 32, 40, 48, 64, 80, 96, 112, 128, 160, 192, 224, 272  # N from 6 k to 1.9 M
-BUDGETS, CENTRE, WITHIN = (2.5e11, 5e11, 1e12), 8e4, 3  # FLOPs; sizes around this N at 1e12
+BUDGETS, CENTRE, WITHIN = (1e12, 2e12, 4e12), 1e5, 4  # FLOPs; sizes around this N at 1e12
 
 
 @dataclass
@@ -179,7 +179,7 @@ class MeasureConfig:
     data: str = ""  # as in train_pretrain.py; empty: PyTorch's own code, 46 MB
     out: str = "out/scaling"  # folder, with one for each text; what is done there is not done again
     only: Literal["all", "law", "rate", "epochs", "batch"] = "all"  # what to measure beside the law
-    quick: bool = False  # an eighth of the FLOPs, and the law alone
+    quick: bool = False  # a sixteenth of the FLOPs, and the law alone
     jobs: int = 0  # runs at a time, each on one core; 0: one for each core
 
 
@@ -226,7 +226,7 @@ def train_all(cfg, what: str, runs: list[tuple]) -> np.ndarray:
 
 def measure_law(cfg: MeasureConfig, U: int) -> tuple[Law, list[str]]:
     """Curves of equal FLOPs, the law, and a prediction that is on the disk before its run begins."""
-    budgets, sizes = [C / 8**cfg.quick for C in BUDGETS], {x: family(x)[1] for x in WIDTHS}
+    budgets, sizes = [C / 16**cfg.quick for C in BUDGETS], {x: family(x)[1] for x in WIDTHS}
     grid = [(width, C / 6 / N) for C in budgets for width, N in sizes.items()
             if 1 / WITHIN < N / CENTRE / (C / 1e12) ** 0.5 < WITHIN]
     N, D = np.array([(sizes[width], D) for width, D in grid]).T
@@ -259,7 +259,7 @@ def measure_law(cfg: MeasureConfig, U: int) -> tuple[Law, list[str]]:
 def compare(cfg: MeasureConfig, law: Law, what: str) -> list[str]:
     """Runs of one D. worth: of how many tokens the law expects this loss, if the first run's is right."""
     D, lines, text = 6e5, [], cfg.out / "text.txt"
-    runs = {"rate": [(width, D, ROWS, factor) for width in (16, 96) for factor in (1, 0.5, 2)],
+    runs = {"rate": [(width, D, ROWS, factor) for width in (32, 128) for factor in (1, 0.5, 2)],
             "batch": [(48, D, rows) for rows in (1, 2, 4, 8, 16, 32, 64)],
             "epochs": [(48, D, ROWS, 1, f"text-{E}") for E in (1, 2, 4, 16)]}[what]
     for E in (1, 2, 4, 16):
