@@ -241,7 +241,7 @@ def test_each_budget_has_five_sizes(quick, monkeypatch):
         scaling.measure_law(scaling.MeasureConfig(quick=quick), 1e9)
     sizes = [(scaling.family(width)[1], D) for width, D in runs]
     for C in scaling.BUDGETS:
-        C /= 16**quick
+        C /= 32**quick
         mine = [N for N, D in sizes if 6 * N * D == pytest.approx(C)]
         assert len(mine) >= 5 and min(mine) < scaling.CENTRE * (C / 1e12) ** 0.5 / 1.5 < max(mine) / 2.2
 
