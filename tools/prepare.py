@@ -2,14 +2,11 @@
 
     python -m tools.prepare a.jsonl.gz folder/ b.txt --out corpus.jsonl
     python -m tools.prepare web/ books/ --mix mix.json --against test.jsonl --out corpus.jsonl
-    python train_pretrain.py --data corpus.jsonl
 
-The inputs come first, then the flags. Beside the corpus report.html shows what each rule removed. The rules
-for one text are in tools/clean.py, all that repeats is in tools/repeats.py. A run that was stopped goes on:
-what it has cleaned lies in a file beside the corpus until the corpus is whole.
+The inputs come first, then the flags. report.html, beside the corpus, shows what each rule removed. The rules
+are in tools/clean.py and tools/repeats.py. A run that was stopped goes on.
 """
 import fcntl
-import functools
 import gzip
 import hashlib
 import json
@@ -32,8 +29,8 @@ from pathlib import Path
 import numpy as np
 
 from lib.corpora import RECORDS, identity, text_of_record
-from lib.program import UserError, parse, replacing, require_positive, start
-from lib.records import KINDS, Records, check_text, find_files, read_records, read_text, scan
+from lib.program import UserError, parse, replacing, require_positive, start, writing
+from lib.records import KINDS, Records, check_text, find_files, read_records, scan
 from tools.clean import CleanConfig, clean, edits, size
 from tools.repeats import RepeatConfig, duplicates
 
@@ -58,21 +55,23 @@ class Config(CleanConfig, RepeatConfig):
 
 def blocks(path: str, separator: str) -> Iterator[tuple[int, str, bool, int]]:
     """(number of the first line, text of whole documents, whether these are records, bytes of the file that
-    are read). About a megabyte each, but a JSON array is one block."""
+    are read). About a megabyte each, but a JSON array is one block. CRLF becomes LF."""
     with open(path, "rb") as raw:
         file = gzip.open(raw) if raw.peek(2)[:2] == b"\x1f\x8b" else raw
         head, line, left, lines = file.peek(1 << 12), 1, b"", [b""]
-        if head.startswith(tuple(KINDS)) or re.search(r"\.csv(\.gz)?$", path, re.I):
-            read_text(path)  # its error says how to convert the file
+        kind = next((kind for begin, kind in KINDS.items() if head.startswith(begin)), "")
+        if kind or re.search(r"\.csv(\.gz)?$", path, re.I):
+            raise UserError(f"found {kind or 'csv'}, expected JSON or UTF-8 text; pandas can convert it")
         head = head.decode("utf-8", "replace")
         records = bool(RECORDS.match(head.lstrip("\ufeff")) or re.search(r"\.jsonl?(\.gz)?$", path, re.I))
+        array = records and head.lstrip("\ufeff \r\n").startswith("[")
         border = b"\n" if records else separator.encode()
         file.read(3 * (head[:1] == "\ufeff"))
         while lines:
-            lines = file.readlines(-1 if records and head.lstrip("\ufeff \n").startswith("[") else PART)
-            left += b"".join(lines)
+            lines = file.readlines(-1 if array else PART)
+            left += b"".join(lines).replace(b"\r\n", b"\n")
             end = left.rfind(border) + len(border) if border in left else 0
-            end = len(left) if not lines or len(left) - end > ENDLESS else end
+            end = len(left) if array or not lines or len(left) - end > ENDLESS else end
             text = left[:end].decode("utf-8", "surrogateescape")
             yield line, text, records, raw.tell()
             line, left = line + text.count("\n"), left[end:]
@@ -87,7 +86,8 @@ def documents(path: str, separator: str) -> Iterator[tuple[str, str | UserError,
                 line += 0 if records else (item + separator).count("\n")  # scan() counts lines by itself
                 try:
                     item = text_of_record(item) if isinstance(item, dict) else item
-                    check_text(str(item))
+                    if len(check_text(str(item))) > 2 * ENDLESS:
+                        raise UserError("found a text of more than 32 million letters, expected documents")
                 except UserError as error:
                     item = error
                 if str(item).strip():
@@ -118,7 +118,7 @@ def parts(inputs: list[tuple[int, str]], done: int, separator: str) -> Iterator[
 def clean_all(inputs: list[tuple[int, str]], path: Path, cfg: Config) -> None:
     """Write path: a line for each document. Lines that are there stay, but for one that was cut off."""
     how = cfg.workers, signal.signal, (signal.SIGINT, signal.SIG_IGN)
-    with multiprocessing.Pool(*how) as pool, open(path, "ab+") as file:  # workers do not hold the lock
+    with multiprocessing.Pool(*how) as pool, writing(path), open(path, "ab+") as file:  # no worker locks
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -129,28 +129,34 @@ def clean_all(inputs: list[tuple[int, str]], path: Path, cfg: Config) -> None:
             done, end = (done + 1, end + len(line)) if line.endswith(b"\n") else (done, end)
         file.truncate(end)
         left, first, began = parts(inputs, done, cfg.separator), None, time.perf_counter()
-        while some := list(islice(left, 4 * cfg.workers)):  # few at once, so that they need little memory
-            file.writelines(pool.map(functools.partial(clean, cfg=cfg), [part for part, _ in some], 1))
-            share = some[-1][1]
+        workers, some = {*multiprocessing.active_children()}, list(islice(left, 4 * cfg.workers))
+        while some:  # few at once, so that they need little memory
+            result = pool.starmap_async(clean, [(part, cfg) for part, _ in some], 1)
+            share, some = some[-1][1], list(islice(left, 4 * cfg.workers))  # we read on while they clean
+            while not result.ready():
+                result.wait(1)
+                if {*multiprocessing.active_children()} != workers:  # its part would never come
+                    raise UserError("a worker was killed, perhaps for its memory; fewer --workers need less")
+            file.writelines(result.get())
             first = share if first is None else first
             if sys.stdout.isatty() and share > first:
                 seconds = (time.perf_counter() - began) * (1 - share) / (share - first)
-                said = f"{share:.0%} cleaned, {seconds:.0f} s left" if share < 1 else ""
+                said = f"{share:.0%} cleaned, {seconds:.0f} s left" if share < 1 else "all cleaned\n"
                 print(f"\r\033[K{said}", end="", flush=True)
 
 
 # ---- the mixture
 
 def quotas(sizes: dict[str, int], weights: dict[str, float], total: float, most: float) -> dict[str, float]:
-    """Bytes of each input: the total in the ratio of the weights, but of no input more than `most` epochs.
-    What it lacks the others give, in their ratio."""
+    """Bytes of each input, in the order of sizes: the total in the ratio of the weights, but of no input more
+    than `most` epochs. What it lacks the others give, in their ratio."""
     found, free = {}, dict(weights)
     while free:
-        rate = (total - sum(found.values())) / sum(free.values())
+        rate = (total - sum(found.values())) / (sum(free.values()) or 1)
         full = {name: most * sizes[name] for name in free if free[name] * rate >= most * sizes[name]}
         found |= full or {name: free[name] * rate for name in free}
         free = {name: free[name] for name in free if name not in found}
-    return found
+    return {name: found[name] for name in sizes}
 
 
 def mixed(of_input, sizes, digests, quota: list[float]) -> np.ndarray:
@@ -179,8 +185,7 @@ def note(rules: dict, rule: str, cut: int, where: str, example: str) -> None:
 
 
 def read_cleaned(path: Path, bands: int) -> tuple[dict, dict, dict, int]:
-    """Of what clean_all() wrote: {what: array} of the documents that are left, what each rule did, what was
-    used of each file, how many bytes were read."""
+    """({what: array} of the documents left, what each rule did, what was used of each file, bytes read)"""
     left = {"digest": bytearray(), "bands": bytearray(), **{name: array("q") for name in NUMBERS}}
     rules, files, read, offset = {}, {}, 0, 0
     with open(path, "rb") as file:
@@ -207,9 +212,10 @@ def read_cleaned(path: Path, bands: int) -> tuple[dict, dict, dict, int]:
 
 
 def table(rules: dict, edited: list[str], documents: int, read: int) -> list[dict]:
-    """The rules in their order, and what is left after each."""
+    """The rules and what is left after each: in their order, but of those on one text the strongest first."""
     last, found = ["text of a test", "same words", "near duplicate"], []
-    for rule in [*edited, *sorted(rules.keys() - {*edited, *last}), *last]:
+    removed = sorted(rules.keys() - {*edited, *last}, key=lambda rule: (-rules[rule]["bytes"], rule))
+    for rule in [*edited, *removed, *last]:
         entry = rules.get(rule, {"documents": 0, "bytes": 0, "examples": []})
         documents, read = documents - entry["documents"] * (rule not in edited), read - entry["bytes"]
         found.append({"rule": rule, "removes": rule not in edited, **entry,
@@ -217,22 +223,15 @@ def table(rules: dict, edited: list[str], documents: int, read: int) -> list[dic
     return found
 
 
-def largest(first, similarity: Callable, text_of: Callable) -> list[dict]:
+def largest(first, similarity: Callable, line_of: Callable) -> list[dict]:
     """The ten largest clusters, with the document that stays and the least similar of a hundred others."""
     found = []
     for i, n in Counter(first.tolist()).most_common(10):
         if others := np.flatnonzero(first == i)[1:101].tolist():
             far = min(others, key=lambda j: similarity(i, j))
             found.append({"documents": n, "similarity": similarity(i, far),
-                          "stays": text_of(i)[:300], "goes": text_of(far)[:300]})
+                          "stays": line_of(i)["text"][:300], "goes": line_of(far)["text"][:300]})
     return found
-
-
-def write(path: Path, lines: Iterator[dict]) -> None:
-    with replacing(path) as temporary, open(temporary, "w", encoding="utf-8") as corpus:
-        for line in lines:
-            record = {"text": line["text"], "source": line["source"]}
-            corpus.write(json.dumps(record, ensure_ascii=False) + "\n")
 
 
 def finish(cleaned: Path, names: list[str], weights: dict, cfg: Config) -> dict:
@@ -244,23 +243,24 @@ def finish(cleaned: Path, names: list[str], weights: dict, cfg: Config) -> dict:
             file.seek(left["offset"][i])
             return json.loads(file.readline())
 
-        def text_of(i: int) -> str:
-            return line_of(i)["text"]
-        equal, first, similarity = duplicates(left["digest"], left["bands"], text_of, cfg)
+        same, first, similarity = duplicates(left["digest"], left["bands"], lambda i: line_of(i)["text"], cfg)
         for i in np.flatnonzero(first != np.arange(len(first))).tolist():
-            line, rule = line_of(i), "same words" if equal[i] != i else "near duplicate"
+            line, rule = line_of(i), "same words" if same[i] != i else "near duplicate"
             note(rules, rule, size(line["text"]), line["source"], line["text"][:200])
         order = kept = np.flatnonzero(first == np.arange(len(first)))
         of_input, sizes = left["input"][kept], left["size"][kept]
         have = {name: int(sizes[of_input == i].sum()) for i, name in enumerate(names)}
-        take = quotas(have, weights, cfg.size or sum(have.values()), cfg.max_epochs) if weights else have
-        if weights:
+        if weights := weights or (have if cfg.size else {}):
+            take = quotas(have, weights, cfg.size or sum(have.values()), cfg.max_epochs)
             order = kept[mixed(of_input, sizes, left["digest"][kept].view("<u8")[::2], list(take.values()))]
         if len(order):
-            write(Path(cfg.out), map(line_of, order.tolist()))
+            with replacing(Path(cfg.out)) as temporary, open(temporary, "w", encoding="utf-8") as corpus:
+                for line in map(line_of, order.tolist()):
+                    record = {"text": line["text"], "source": line["source"]}
+                    corpus.write(json.dumps(record, ensure_ascii=False) + "\n")
         return {"documents": documents, "bytes": read, "rules": table(rules, [*edits(cfg)], documents, read),
                 "files": {path: found.report() for path, found in files.items() if found.unused},
-                "clusters": largest(first, similarity, text_of),
+                "clusters": largest(first, similarity, line_of),
                 "inputs": [{"input": name, "documents": int((of_input == i).sum()), "bytes": have[name],
                             "taken": int(left["size"][order][left["input"][order] == i].sum())}
                            for i, name in enumerate(names)]}
@@ -302,17 +302,17 @@ def main(argv=None) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     clean_all(inputs, cleaned, cfg)
     report = finish(cleaned, names, weights, cfg)
-    for left in [*out.parent.glob(f"{out.name}.*.cleaned"), *out.parent.glob(f"{out.name}.tmp-*")]:
-        left.unlink()  # also of runs that were killed or had other flags
     page = Path(__file__).with_suffix(".html").read_text("utf-8")
     page = page.replace("$report", json.dumps(report).replace("<", "\\u003c"))
     for path, text in zip(pages, (json.dumps(report, indent=1), page)):
         with replacing(path) as temporary:
             temporary.write_text(text, "utf-8")
+    for left in [*out.parent.glob(f"{out.name}.*.cleaned"), *out.parent.glob(f"{out.name}.tmp-*")]:
+        left.unlink()  # also of runs that were killed or had other flags
     show(report)
     taken = sum(row["taken"] for row in report["inputs"])
     if not taken:
-        raise UserError(f"{' '.join(names)}: nothing is left; {pages[1]} shows which rules removed it")
+        raise UserError(f"{' '.join(names)}: nothing is left, {pages[1]} shows why; long texts: --separator")
     print(f"{out}: {taken / 1e6:.2f} MB, about {taken / 4e6:.1f} M tokens; {pages[1]} shows what was removed")
 
 

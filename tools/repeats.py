@@ -20,6 +20,7 @@ from itertools import chain
 import numpy as np
 
 from lib.corpora import RECORDS
+from lib.program import UserError
 from lib.records import find_files, read_text, scan
 
 APART = re.compile("([\u3040-\u30ff\u3400-\u9fff])|[^\\w\0-\x7f]")  # a Chinese letter; or what is in no word
@@ -28,7 +29,6 @@ LOWER = bytes(ord(chr(i).lower()) if chr(i).isalnum() or chr(i) == "_" else 32 f
 M = np.uint64(0x9E3779B97F4A7C15)  # odd, and irregular
 REPEATED = {  # n: the largest share of a document that n-grams may be which repeat (Gopher, table A1)
     2: 0.20, 3: 0.18, 4: 0.16, 5: 0.15, 6: 0.14, 7: 0.13, 8: 0.12, 9: 0.11, 10: 0.10}
-
 
 
 @dataclass
@@ -50,8 +50,7 @@ def words_of(text: str) -> list[bytes]:
 
 
 def hash_words(documents: list[list[bytes]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(hashes, sizes, numbers), each (N,), of the words of all documents. A size is in bytes, with a space; a
-    number is that of the document."""
+    """(hashes; sizes, in bytes with a space; numbers of their documents), each (N,), of the words of all."""
     words = list(chain.from_iterable(documents))
     hashes = np.fromiter(map(zlib.crc32, words), np.uint64, len(words))
     sizes = np.fromiter(map(len, words), np.int64, len(words)) + 1
@@ -171,7 +170,10 @@ def examined(data: str, longest: int = 13) -> dict[int, np.ndarray]:
     texts, found = [], {}
     for path in find_files(data):
         text = read_text(path, "replace")
-        texts += strings([record for _, record in scan(path, text)]) if RECORDS.match(text) else [text]
+        for line, record in scan(path, text) if RECORDS.match(text) else [(1, text)]:
+            if isinstance(record, UserError):
+                raise UserError(f"{path}:{line}: {record}")
+            texts += strings(record)
     for words in map(words_of, texts):
         if (n := min(longest, len(words))) >= 5:
             hashes, _, numbers = hash_words([words])
