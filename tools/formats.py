@@ -216,11 +216,11 @@ def vocabulary(tokenizer: Tokenizer, V: int) -> tuple[dict, dict, list[str], str
 
 
 def tokenizer_json(tokenizer: Tokenizer, V: int) -> dict:
-    """A text gets bos in front, as in training. Each row has an entry in vocab, also a name: a reader gives
-    a name that is not there another id, counted from the length of vocab."""
+    """A text gets bos in front, as in training. Names are in vocab, too: a reader gives others new ids."""
     vocab, names, merges, pattern = vocabulary(tokenizer, V)
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-    added = [{"id": names[name], "content": name, **flags} for name in sorted(names, key=names.get)]
+    names = {name: names[name] for name in sorted(names, key=names.get)}
+    added = [{"id": i, "content": name, **flags} for name, i in names.items()]
     level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
     bos = tokenizer.decode([tokenizer.bos_id])
     first, text = {"SpecialToken": {"id": bos, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}
