@@ -92,8 +92,7 @@ def renamed(weights: dict, shape: GPTConfig, column: int) -> dict[str, torch.Ten
 
 
 def joined(tensors: dict, shape: GPTConfig, column: int) -> dict[str, torch.Tensor]:
-    """Their tensors under our names, but for a tied head. One that is missing, left over or of another shape
-    is refused."""
+    """Their tensors under our names, but for a tied head. One missing, left over or misshapen is refused."""
     tables = re.compile(r".*\.(rotary_emb\.inv_freq|attn\.bias|attn\.masked_bias)")  # in old files
     tensors = {name: x for name, x in tensors.items() if not tables.fullmatch(name)}
     if column == GPT2 and "wte.weight" in tensors:  # as its authors named them
@@ -117,8 +116,7 @@ def joined(tensors: dict, shape: GPTConfig, column: int) -> dict[str, torch.Tens
 
 
 def widened(weights: dict, shape: GPTConfig, V: int) -> None:
-    """Add rows for new tokens, and a tied head. The rows are like the others, and no two are alike: with
-    --tune lora they stay so."""
+    """Add a tied head, and rows for new tokens. No two rows are alike: with --tune lora they stay so."""
     draw, more, shape.vocab_size = torch.Generator().manual_seed(0), V - shape.vocab_size, V
     for name in [name for name in ("embed.weight", "head.weight") if more and name in weights]:
         x = weights[name].float()  # (V before, C)
@@ -143,7 +141,10 @@ def shape_of(their: dict, longest: int) -> GPTConfig:
         expect(their.get(field, good) == good, f"found {field} {their.get(field)}, expected {good}")
     found = {ours: their[names[column]] for ours, names in FIELDS.items() if names[column]}
     for ours, value in found.items():
-        expect(type(value) in (int, float, bool), f"found {FIELDS[ours][column]} {value}, expected a number")
+        most = {"n_layer": 2**10, "vocab_size": 2**22}.get(ours, 2**40)  # these two cost memory early
+        expect(type(value) in (int, float, bool) and 0 <= value < most,
+               f"found {FIELDS[ours][column]} {value}, expected a number of 0 to {most}")
+        found[ours] = type(getattr(GPTConfig, ours))(value)  # llama.cpp refuses the integer 1000000 as theta
     found["max_seq_len"] = min(longest or math.inf, found["max_seq_len"])
     window = their.get("sliding_window") if their.get("use_sliding_window", True) else None
     expect((window or math.inf) >= found["max_seq_len"], f"found sliding_window {window}, expected none; "
@@ -151,7 +152,7 @@ def shape_of(their: dict, longest: int) -> GPTConfig:
     scaling = their.get("rope_type", their.get("type", "default"))
     expect(scaling in ("default", "llama3"), f"found rope_type {scaling}, expected default or llama3")
     if scaling == "llama3":
-        found["rope_scaling"] = ",".join(str(float(rope[field])) for field in SCALING)
+        found["rope_scaling"] = ",".join(str(float(their[field])) for field in SCALING)
     return GPTConfig(**found, **FAMILIES[kind])
 
 
@@ -172,11 +173,10 @@ def config_of(shape: GPTConfig) -> dict:
 def gguf_fields(shape: GPTConfig) -> dict:
     """The architectures of llama.cpp that turn their heads as we do. Our default switches are qwen3."""
     kind = config_of(shape)["model_type"]
-    expect(kind in ("qwen2", "qwen3") and not shape.rope_scaling,
-           "--gguf: expected --qk_norm or --qkv_bias, and no --rope_scaling; of other models give the folder "
-           "of --to to llama.cpp's convert_hf_to_gguf.py")
+    expect(kind in ("qwen2", "qwen3") and not shape.rope_scaling, "--gguf: expected --qk_norm or --qkv_bias, "
+           "and no --rope_scaling; for others use --to, then llama.cpp's convert_hf_to_gguf.py")
     found = {names[LLAMA_CPP]: getattr(shape, ours) for ours, names in FIELDS.items() if names[LLAMA_CPP]}
-    found |= {"attention.value_length": shape.head_width}
+    found["attention.value_length"] = shape.head_width
     return {"general.architecture": kind, **{f"{kind}.{name}": value for name, value in found.items()}}
 
 
@@ -245,7 +245,7 @@ def give_out(cfg: Config) -> None:
 
 def main(argv=None) -> None:
     cfg = parse(Config, argv, __doc__)
-    expect(bool(cfg.from_) != bool(cfg.model) == bool(cfg.to or cfg.gguf),
+    expect(bool(cfg.from_) != bool(cfg.model) and bool(cfg.model) == bool(cfg.to or cfg.gguf),
            "expected either --from, or --model with --to or --gguf")
     take_in(cfg) if cfg.from_ else give_out(cfg)
 

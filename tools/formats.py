@@ -162,7 +162,7 @@ def last_pair(token: bytes, ranks: dict[bytes, int]) -> tuple:
 
 def read_tokenizer(found: dict, V: int, bos, end) -> Tokenizer:
     """found: tokenizer.json; V: rows of the model; bos, end: their ids, or None. All ids stay. Our other
-    specials, and bytes without a token, get rows of the model without a token, or new ones."""
+    specials, and bytes without a token, get new rows: rows of the model without a token may all be alike."""
     model, form = found["model"], (found.get("normalizer") or {}).get("type")
     for field, good in BPE.items():
         expect(model.get(field) in (None, good), f"found {field} {model.get(field)}, expected byte-level BPE")
@@ -178,7 +178,7 @@ def read_tokenizer(found: dict, V: int, bos, end) -> Tokenizer:
     taken = {*names.values(), *ranks.values()}
     expect(all(type(i) is int and 0 <= i < V for i in taken) and len(taken) == len(names) + len(ranks),
            f"found an id twice, or one that is not below vocab_size {V}")
-    new = iter([*sorted({*range(V)} - taken), *range(V, V + 300)])
+    new = iter(range(V, V + 300))
     ranks |= {bytes([byte]): next(new) for byte in range(256) if bytes([byte]) not in ranks}
     own, specials = {"<|bos|>": bos, "<|end|>": end}, []
     for name in SPECIALS:
@@ -216,11 +216,11 @@ def vocabulary(tokenizer: Tokenizer, V: int) -> tuple[dict, dict, list[str], str
 
 
 def tokenizer_json(tokenizer: Tokenizer, V: int) -> dict:
-    """A text gets bos in front, as in training."""
+    """A text gets bos in front, as in training. Names are in vocab, too: a reader gives others new ids."""
     vocab, names, merges, pattern = vocabulary(tokenizer, V)
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-    names = sorted(names.items(), key=lambda item: item[1])
-    added = [{"id": i, "content": name, **flags} for name, i in names if not name.startswith("<|unused-")]
+    names = {name: names[name] for name in sorted(names, key=names.get)}
+    added = [{"id": i, "content": name, **flags} for name, i in names.items()]
     level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
     bos = tokenizer.decode([tokenizer.bos_id])
     first, text = {"SpecialToken": {"id": bos, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}
@@ -230,7 +230,7 @@ def tokenizer_json(tokenizer: Tokenizer, V: int) -> dict:
             "normalizer": {"type": "NFC"} if tokenizer.nfc else None,
             "pre_tokenizer": {"type": "Sequence", "pretokenizers": [cut_by(pattern), level]},
             "post_processor": after if tokenizer.bos_id < V else None,
-            "model": {**BPE, "ignore_merges": True, "vocab": vocab, "merges": merges}}
+            "model": {**BPE, "ignore_merges": True, "vocab": vocab | names, "merges": merges}}
 
 
 # ---- GGUF, version 3 -------------------------------------------------------------------------------------
