@@ -54,7 +54,7 @@ class Config(RunConfig, RehearsalConfig, DeltaConfig):  # the flags that all sta
     reward_model: str = ""  # folder of a reward model; or else
     reward: str = ""  # module:function, say village.truth:points: f(messages, reply, ended, data) -> number
     variant: Literal["grpo", "dr_grpo", "rloo"] = "grpo"  # see the head of this file
-    beta: float = 0.15  # weight of the KL; 0: off
+    beta: float = 0.3  # weight of the KL; 0: off
     kl: Literal["reward", "k1", "k2", "k3"] = "reward"  # how it is paid for
     missing_eos_penalty: float = 1.0  # taken off the reward of a reply that did not end in time
     # optimisation

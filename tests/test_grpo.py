@@ -286,7 +286,7 @@ def test_groups_are_drawn_and_paid(place, tmp_path, monkeypatch, variant):
         rewards = torch.tensor([line["reward"][0] - (not line["ended"][0]) for line in some])
         groups, given = rewards.view(3, 4), [call[0] for call in grouped[2 * step:2 * step + 2]]
         torch.testing.assert_close(given, [rewards, torch.tensor(kl)], atol=1e-5, rtol=0)
-        expected = group_advantages(rewards, 4, variant) - 0.15 * group_advantages(
+        expected = group_advantages(rewards, 4, variant) - 0.3 * group_advantages(
             torch.tensor(kl), 4, "rloo" if variant == "rloo" else "dr_grpo")
         used = torch.cat([A for _, _, A, *_ in policy[2 * step:2 * step + 2]])
         torch.testing.assert_close(used.sort().values, expected.sort().values, atol=1e-4, rtol=1e-4)
