@@ -2,6 +2,7 @@
 import itertools
 import json
 import math
+import re
 import subprocess
 from pathlib import Path
 
@@ -116,6 +117,18 @@ def test_the_common_estimate_is_a_sum(capsys):
     assert states["0 data parallel"][:4] == [14, 28, 28, 56]  # 18 bytes a parameter
     assert states["3 + weights"][:4] == [0, 0.4375, 0.4375, 0.875]  # 16 bytes over 64 GPUs
     assert states["3, and params"][4] == 1.75
+
+
+@pytest.mark.parametrize("N, V", [(1e6, 262), (1e6, 32000), (1e8, 32000), (7e9, 32000), (1e13, 262)])
+def test_the_planned_shape_has_the_size_asked(N, V, capsys):
+    """Embedding and head counted; and a day is FLOPs / (GPUs, their peak, MFU) seconds / 86400."""
+    out = plan(capsys, f"--params={N}", f"--vocab_size={V}", "--tokens=1e12", "--n=8", "--mfu=0.5")
+    L, C, hidden, params, each, _, flops, days = (float(re.findall(word, out)[0]) for word in (
+        r"(\d+) blocks", r"(\d+) wide", r"MLP (\d+)", r"(\S+) parameters", r"(\S+) FLOPs a token",
+        r"(\S+) tokens:", r"(\S+) FLOPs,", r"(\S+) days"))
+    assert params == pytest.approx(N, rel=0.07) and hidden == pytest.approx(8 / 3 * C, abs=32)
+    assert flops == pytest.approx(each * 1e12, rel=0.01) and each > 6 * (params - V * C)
+    assert days == pytest.approx(flops / (8 * 989e12 * 0.5) / 86400, rel=0.01)
 
 
 def test_optimum_and_overtraining(capsys):

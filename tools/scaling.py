@@ -147,17 +147,17 @@ def plan(cfg: PlanConfig) -> None:
         law = Law(**json.loads(Path(cfg.law).read_text())["law"]) if cfg.law else law
     except (OSError, ValueError, TypeError, KeyError):
         raise UserError(f"--law {cfg.law}: found no law, expected law.json of a `measure`") from None
-    L = max(1, round((cfg.params / 12 / 128**2) ** (1 / 3)))  # blocks have 12 L C^2, and C is about 128 L
-    width, N, tokens = (cfg.params / 12 / L) ** 0.5, cfg.params, cfg.tokens or law.best_tokens(cfg.params)
-    C = 128 * round(width / 128) if width > 256 else 8 * max(1, round(width / 8))
-    shape = GPTConfig(cfg.vocab_size, n_layer=L, n_embd=C, n_head=max(1, C // 128), max_seq_len=cfg.seq_len)
+    N, V, tokens = cfg.params, cfg.vocab_size, cfg.tokens or law.best_tokens(cfg.params)
+    C = min((*range(8, 256, 8), *range(256, 2**16, 128)), key=lambda C: abs(C**3 * 12 / 128 + 2 * V * C - N))
+    L = max(1, round((N - 2 * V * C) / 12 / C**2))  # C / 128 or so, N = 12 L C^2 + 2 V C
+    shape = GPTConfig(V, n_layer=L, n_embd=C, n_head=max(1, C // 128), max_seq_len=cfg.seq_len)
     params, _, flops, *_ = sizes_of(shape)
     days = flops * tokens / (cfg.n * GPUS[cfg.gpu][1] * 1e12 * cfg.mfu) / 86400
     print(f"{L} blocks, {C} wide, {shape.n_head} heads, MLP {shape.mlp_hidden}: {params:.4g} parameters, "
           f"{flops:.3g} FLOPs a token\n{tokens:.3g} tokens: {flops * tokens:.3g} FLOPs, {days:.3g} days on "
           f"{cfg.n} {cfg.gpu} at an MFU of {cfg.mfu:g}\n\n{plan_memory(cfg, shape)}\nL = {law.E:.4g} + "
           f"{law.A:.4g} / N^{law.alpha:.4g} + {law.B:.4g} / D^{law.beta:.4g}\n"
-          f"{'':24}{'N':>10}{'D':>10}{'D / N':>10}{'6 N D':>10}{'+ 2 N served':>14}{'loss':>9}")
+          f"{'':24}{'N':>10}{'D':>10}{'D / N':>10}{'6 N D':>10}{'+ 2 N served':>14}{'loss':>10}")
     best, loss = law.best_size(6 * N * tokens), law.loss(N, tokens)
     same = (law.A / (loss - law.E) * (1 + law.alpha / law.beta)) ** (1 / law.alpha)  # the best for this loss
     smaller = [(f"its loss, {k:g} best N", k * same, law.tokens_for(k * same, loss))
@@ -165,7 +165,7 @@ def plan(cfg: PlanConfig) -> None:
     for name, n, D in [("this run", N, tokens), ("best for its FLOPs", best, N * tokens / best),
                        ("best for its size", N, law.best_tokens(N)), *smaller]:
         print(f"{name:24}{n:10.3g}{D:10.3g}{D / n:10.3g}{6 * n * D:10.3g}{n * (6 * D + 2 * cfg.served):14.3g}"
-              f"{law.loss(n, D):9.4f}")
+              f"{law.loss(n, D):10.4f}")
 
 
 # ---- measure ---------------------------------------------------------------------------------------------
