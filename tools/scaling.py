@@ -11,6 +11,7 @@ can know, A's term what a small model cannot hold, B's what a short text does no
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import time
@@ -25,8 +26,9 @@ import torch
 import torch.nn.functional as F
 
 from kernels import LOGITS_AT_ONCE
+from lib.checkpoint import expect, reading
 from lib.corpora import read_corpus, split_documents
-from lib.program import UserError, parse, replacing, require_positive, start
+from lib.program import parse, replacing, require_positive, start
 from lib.records import read_records
 from model import GPTConfig
 from zero import per_rank
@@ -48,12 +50,11 @@ class Law(namedtuple("Law", "E A alpha B beta")):
         left = loss - self.E - self.A / N**self.alpha
         return (self.B / left) ** (1 / self.beta) if left > 0 else math.inf
 
-    def repeated(self, N: float, D: float, U: float) -> float:
-        """The loss if the D tokens are U, read D / U times: R more readings are worth R* (1 - e^(-R / R*)).
-        So is size beyond the best one for U (Muennighoff et al. 2023, arXiv 2305.16264, section 3.1)."""
-        best = (U / self.best_tokens(1)) ** (self.beta / self.alpha)
-        return self.loss(*(min(x, once + once * most * (1 - math.exp((1 - max(x / once, 1)) / most)))
-                           for x, once, most in ((N, best, 5.309743), (D, U, 15.387756))))
+
+def worth(x: float, once: float, most: float = 15.387756) -> float:
+    """Of x tokens only `once` differ: R = x / once - 1 more readings are worth R* (1 - e^(-R / R*)) of them,
+    R* = most (Muennighoff et al. 2023, arXiv 2305.16264, section 3.1)."""
+    return min(x, once + once * most * (1 - math.exp((1 - max(x / once, 1)) / most)))
 
 
 def fit_law(N, D, L, bootstrap: int = 0) -> list[Law]:
@@ -116,7 +117,8 @@ def sizes_of(c: GPTConfig) -> tuple[int, int, int, int, int]:
     numbers a token that blocks keep for backward; with checkpointing: each its input, and one the rest)."""
     C, H, G, F, D = c.n_embd, c.n_head, c.n_kv_head, c.mlp_hidden, c.n_embd // c.n_head
     products, table = C * (D * (2 * H + 2 * G) + 3 * F), c.vocab_size * C
-    block, kept = products + 2 * C + 2 * D, 11 * C + 5 * D * G + 4 * F + 2 + 2 * H + G  # rows > 1
+    block = products + 2 * C + 2 * D  # kept: two norms 6 C; q, k, v; q and k normalised, turned; v by heads;
+    kept = 11 * C + 5 * D * G + 4 * F + 2 + 2 * H + G  # result twice; MLP 4 F; of norms and softmax one each
     flops = 6 * (c.n_layer * products + table) + 6 * c.n_layer * C * (c.max_seq_len + 1)
     return c.n_layer * block + 2 * table + C, max(block, table), flops, c.n_layer * kept, c.n_layer * C + kept
 
@@ -140,24 +142,23 @@ def plan_memory(cfg: PlanConfig, shape: GPTConfig) -> str:
 
 def plan(cfg: PlanConfig) -> None:
     require_positive(cfg, "params", "vocab_size", "seq_len", "rows", "micro_batches", "n", "mfu")
-    if cfg.mfu > 1:
-        raise UserError(f"--mfu {cfg.mfu}: expected a share, at most 1")
+    expect(cfg.mfu <= 1, f"--mfu {cfg.mfu}: expected a share, at most 1")
     law = Law(1.8172, 482.01, 0.3478, 2085.43, 0.3658)  # Chinchilla's points, fitted anew (arXiv 2404.10102)
-    try:
-        law = Law(**json.loads(Path(cfg.law).read_text())["law"]) if cfg.law else law
-    except (OSError, ValueError, TypeError, KeyError):
-        raise UserError(f"--law {cfg.law}: found no law, expected law.json of a `measure`") from None
-    L = max(1, round((cfg.params / 12 / 128**2) ** (1 / 3)))  # blocks have 12 L C^2, and C is about 128 L
-    width, N, tokens = (cfg.params / 12 / L) ** 0.5, cfg.params, cfg.tokens or law.best_tokens(cfg.params)
-    C = 128 * round(width / 128) if width > 256 else 8 * max(1, round(width / 8))
-    shape = GPTConfig(cfg.vocab_size, n_layer=L, n_embd=C, n_head=max(1, C // 128), max_seq_len=cfg.seq_len)
+    if cfg.law:
+        with reading(f"--law {cfg.law}"):
+            law = Law(**json.loads(Path(cfg.law).read_text())["law"])
+    N, V, tokens = cfg.params, cfg.vocab_size, cfg.tokens or law.best_tokens(cfg.params)
+    widths = *range(8, 256, 8), *range(256, 2**16, 128)  # N is 12 L C^2 + 2 V C, and L about C / 128
+    C = min(widths, key=lambda C: abs(12 * C**2 * max(1, round(C / 128)) + 2 * V * C - N))
+    L = max(1, min(C // 64, round((N - 2 * V * C) / 12 / C**2)))
+    shape = GPTConfig(V, n_layer=L, n_embd=C, n_head=max(1, C // 128), max_seq_len=cfg.seq_len)
     params, _, flops, *_ = sizes_of(shape)
     days = flops * tokens / (cfg.n * GPUS[cfg.gpu][1] * 1e12 * cfg.mfu) / 86400
     print(f"{L} blocks, {C} wide, {shape.n_head} heads, MLP {shape.mlp_hidden}: {params:.4g} parameters, "
           f"{flops:.3g} FLOPs a token\n{tokens:.3g} tokens: {flops * tokens:.3g} FLOPs, {days:.3g} days on "
           f"{cfg.n} {cfg.gpu} at an MFU of {cfg.mfu:g}\n\n{plan_memory(cfg, shape)}\nL = {law.E:.4g} + "
           f"{law.A:.4g} / N^{law.alpha:.4g} + {law.B:.4g} / D^{law.beta:.4g}\n"
-          f"{'':24}{'N':>10}{'D':>10}{'D / N':>10}{'6 N D':>10}{'+ 2 N served':>14}{'loss':>9}")
+          f"{'':24}{'N':>10}{'D':>10}{'D / N':>10}{'6 N D':>10}{'+ 2 N served':>14}{'loss':>10}")
     best, loss = law.best_size(6 * N * tokens), law.loss(N, tokens)
     same = (law.A / (loss - law.E) * (1 + law.alpha / law.beta)) ** (1 / law.alpha)  # the best for this loss
     smaller = [(f"its loss, {k:g} best N", k * same, law.tokens_for(k * same, loss))
@@ -165,7 +166,7 @@ def plan(cfg: PlanConfig) -> None:
     for name, n, D in [("this run", N, tokens), ("best for its FLOPs", best, N * tokens / best),
                        ("best for its size", N, law.best_tokens(N)), *smaller]:
         print(f"{name:24}{n:10.3g}{D:10.3g}{D / n:10.3g}{6 * n * D:10.3g}{n * (6 * D + 2 * cfg.served):14.3g}"
-              f"{law.loss(n, D):9.4f}")
+              f"{law.loss(n, D):10.4f}")
 
 
 # ---- measure ---------------------------------------------------------------------------------------------
@@ -200,27 +201,28 @@ def train(cfg, width: int, tokens: float, rows: int = ROWS, factor: float = 1.0,
     as 1 / width (Yang et al. 2022, arXiv 2203.03466) and as the root of the rows; it ends at 0."""
     steps, lr = max(20, round(tokens / rows / T)), f"{factor * RATE / width * (rows / ROWS) ** 0.5:.3g}"
     folder = cfg.out / f"{text}-{width}-wide-{steps}-x-{rows}-{lr}"
-    if not (folder / "final").exists():
+    if not (final := folder / "final").exists():
         flags = family(width)[0] | {
             "data": cfg.out / f"{text}.txt", "val_data": cfg.out / "val.txt", "out": folder, "seq_len": T,
             "tokenizer": "byte", "batch_size": rows, "steps": steps, "warmup_steps": steps // 20, "lr": lr,
             "eval_every": 0, "sample_tokens": 0}
         command = [sys.executable, "train_pretrain.py", "--resume", *(f"--{x}={flags[x]}" for x in flags)]
         done = subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-        if not (folder / "final").exists():
-            raise UserError(f"{folder}: {(done.stderr.strip() or 'stopped').splitlines()[-1]}")
+        expect(final.exists(), f"{folder}: {(done.stderr.strip() or 'stopped').splitlines()[-1]}")
     return [row["eval_loss"] for row in read_records(folder / "metrics.jsonl") if "eval_loss" in row][-1]
 
 
 def train_all(cfg, what: str, runs: list[tuple]) -> np.ndarray:
     """The losses of runs, each what train() takes. A token takes time for N, and for what does not grow."""
-    work, clock, losses = np.cumsum([(1e5 + family(x)[1]) * D for x, D, *_ in runs]), time.monotonic(), []
+    work = np.cumsum([(1e5 + family(x)[1]) * D for x, D, *_ in runs])
+    clock, losses, read = time.monotonic(), [], 0
     os.environ["OMP_NUM_THREADS"] = str(max(1, cfg.jobs // len(runs)))
     with ThreadPoolExecutor(cfg.jobs) as pool:
-        for loss in pool.map(lambda run: train(cfg, *run), runs):
-            left = (time.monotonic() - clock) * (work[-1] / work[len(losses)] - 1) / 60
-            losses.append(loss)
-            print(f"{what}: {len(losses)} of {len(runs)} runs, {left:.1f} minutes left", flush=True)
+        for done, loss in zip(work, pool.map(lambda run: train(cfg, *run), runs)):
+            minutes, losses = (time.monotonic() - clock) / 60, [*losses, loss]
+            read = done if minutes < 1 / 60 else read  # what an earlier command has trained
+            left = f", {minutes * (work[-1] - done) / (done - read):.1f} minutes left" if done > read else ""
+            print(f"{what}: {len(losses)} of {len(runs)} runs{left}", flush=True)
     return np.array(losses)
 
 
@@ -230,10 +232,10 @@ def measure_law(cfg: MeasureConfig, U: int) -> tuple[Law, list[str]]:
     grid = [(width, C / 6 / N) for C in budgets for width, N in sizes.items()
             if 1 / WITHIN < N / CENTRE / (C / 1e12) ** 0.5 < WITHIN]
     N, D = np.array([(sizes[width], D) for width, D in grid]).T
-    if D.max() > 4 * U:
-        raise UserError(f"--data {cfg.data}: found {U} bytes, expected {D.max() / 4:.0f} or more")
+    expect(D.max() <= 4 * U, f"--data {cfg.data}: found {U} bytes, expected {D.max() / 4:.0f} or more")
     L = train_all(cfg, "law", grid)
     law, *more = fit_law(N, D, L, bootstrap=200)
+    expect(all(0.01 < x < 10 for x in law[2::2]), f"--data {cfg.data}: its losses follow no law, found {law}")
     lines = ["width         N         D   D / N    FLOPs  read    loss     law", *(
         f"{x:5}{n:10.0f}{d:10.0f}{d / n:8.0f}{6 * n * d:9.2g}{d / U:6.2f}{loss:8.4f}{law.loss(n, d):8.4f}"
         for (x, _), n, d, loss in zip(grid, N, D, L))]
@@ -246,10 +248,10 @@ def measure_law(cfg: MeasureConfig, U: int) -> tuple[Law, list[str]]:
     C = 4 * max(budgets)
     _, n, width = min((abs(math.log(N / law.best_size(C))), N, x) for x, N in sizes.items())
     values = np.array([(*x, x.beta / (x.alpha + x.beta), x.loss(n, C / 6 / n)) for x in (law, *more)])
-    spans = zip(values[0], *np.percentile(values[1:], (2.5, 97.5), axis=0))
-    known = dict(zip((*law._fields, "a", "guess"), spans))
-    lines += ["{:6}{:10.4g} ({:.4g}..{:.4g})".format(name, *x) for name, x in known.items()]
-    known = {"law": law._asdict(), "found": known, "points": [*zip(N, D, L)], "largest": (n, C / 6 / n)}
+    low, high = np.percentile(values[1:], (2.5, 97.5), axis=0)
+    spans = dict(zip((*law._fields, "a", "guess"), zip(values[0], low, high)))
+    lines += ["{:6}{:10.4g} ({:.4g}..{:.4g})".format(name, *x) for name, x in spans.items()]
+    known = {"law": law._asdict(), "found": spans, "points": [*zip(N, D, L)], "largest": (n, C / 6 / n)}
     write(cfg.out / "prediction.json", json.dumps(known))
     loss, = train_all(cfg, "the largest", [(width, C / 6 / n)])
     write(cfg.out / "law.json", json.dumps(known | {"loss": loss}))
@@ -257,24 +259,23 @@ def measure_law(cfg: MeasureConfig, U: int) -> tuple[Law, list[str]]:
 
 
 def compare(cfg: MeasureConfig, law: Law, what: str) -> list[str]:
-    """Runs of one D. worth: of how many tokens the law expects this loss, if the first run's is right."""
-    D, lines, text = 6e5, [], cfg.out / "text.txt"
+    """Runs of one D. worth: the share of D that the law wants for this loss, if the first run's is right."""
+    D, lines, texts = 6e5, [], {f"text-{E}": E for E in (1, 2, 4, 16)}  # name: how often it is read
     runs = {"rate": [(width, D, ROWS, factor) for width in (32, 128) for factor in (1, 0.5, 2)],
             "batch": [(48, D, rows) for rows in (1, 2, 4, 8, 16, 32, 64)],
-            "epochs": [(48, D, ROWS, 1, f"text-{E}") for E in (1, 2, 4, 16)]}[what]
-    for E in (1, 2, 4, 16):
-        write(text.with_name(f"text-{E}.txt"), text.read_text("utf-8")[:int(D / E)])
+            "epochs": [(48, D, ROWS, 1, name) for name in ("text", *texts)]}[what]
+    for name, E in texts.items():
+        write(cfg.out / f"{name}.txt", (cfg.out / "text.txt").read_text("utf-8")[:int(D / E)])
     for run, loss in zip(runs, losses := train_all(cfg, what, runs)):
-        N, U = family(run[0])[1], D / int(run[4][5:]) if what == "epochs" else D
-        less = loss - losses[[width for width, *_ in runs].index(run[0])]
-        worth, said = (law.tokens_for(N, law.loss(N, D) + x) / D for x in
-                       (less, law.repeated(N, D, U) - law.repeated(N, D, D)))
-        lines.append(f"{what} {run}: {loss:.4f}, worth {worth:.0%}, by the law {said:.0%}")
+        N, first = family(run[0])[1], losses[[width for width, *_ in runs].index(run[0])]
+        here, D_law = law.tokens_for(N, law.loss(N, D) + loss - first), worth(D, D / texts.get(run[-1], 1))
+        lines.append(f"{what} {run}: {loss:.4f}, worth {here / D:.0%}, by the law {D_law / D:.0%}")
     return lines
 
 
 def measure(cfg: MeasureConfig) -> None:
-    cfg.jobs, cfg.out = cfg.jobs or os.cpu_count(), Path(cfg.out, Path(cfg.data).stem or "torch").absolute()
+    name = "-".join(re.findall(r"[\w.]+", cfg.data)) or "torch"  # the whole path: two texts are two folders
+    cfg.jobs, cfg.out = cfg.jobs or os.cpu_count(), Path(cfg.out, name + "-quick" * cfg.quick).absolute()
     if not (cfg.out / "val.txt").exists():  # one document each: attention that ends at documents is slower
         documents = read_corpus(cfg.data or f"{Path(torch.__file__).parent}/**/*.py")
         np.random.default_rng(0).shuffle(documents)
@@ -290,8 +291,7 @@ def measure(cfg: MeasureConfig) -> None:
 
 def main(argv=None) -> None:
     word, *rest = (sys.argv[1:] if argv is None else argv) or ["nothing"]
-    if word not in ("plan", "measure"):
-        raise UserError(f"found {word}, expected plan or measure, as in python -m tools.scaling plan --help")
+    expect(word in ("plan", "measure"), f"found {word}, expected plan or measure: tools.scaling plan --help")
     does, config = (plan, PlanConfig) if word == "plan" else (measure, MeasureConfig)
     does(parse(config, rest, __doc__))
 
