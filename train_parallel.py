@@ -379,16 +379,17 @@ def main(argv=None) -> int:
     for step in run.steps(lambda: evaluate(part, val_tokens, micro, cfg, ranks)):
         batch = [x.to(ranks.device) for x in train.batch(step - 1, grid.data.rank, grid.data.world)]  # (b, T)
         n_tokens, = ranks.sum((batch[1] >= 0).sum() * first)  # every rank of a replica has the same rows
-        before, begun = [axis.sent for axis in grid[:4]], time.perf_counter()
-        grid.down.waited = grid.up.waited = 0.0
+        for axis in grid[:4]:
+            axis.sent = axis.waited = 0.0
+        begun = time.perf_counter()
         loss = train_step(part, batch, micro, n_tokens, order)
         idle = grid.down.waited + grid.up.waited, time.perf_counter() - begun
         lr = lr_at(step, cfg)
         info = part.step(lr, cfg.clip)
         loss, idle, seconds = ranks.sum(loss * (grid.tensor.rank == 0), *idle)
-        data, tensor, down, up = (axis.sent - was for axis, was in zip(grid, before))  # bytes
+        sent = {f"sent_{name}": axis.sent for name, axis in grid._asdict().items() if name != "sequence" and axis.sent}
         run.log(step, tokens=n_tokens, skipped=info.skipped, loss=loss, grad_norm=info.norm, learning_rate=lr,
-                bubble=idle / seconds, sent_data=data, sent_tensor=tensor, sent_pipeline=down + up)
+                bubble=idle / seconds, **sent)  # sent: bytes, by rank 0
     return run.finish()
 
 

@@ -145,7 +145,7 @@ def test_every_gradient_is_that_of_one_process(world):
 
 def replaced(owner, name, right, wrong):
     """Inside, `right` in the source of owner.name is `wrong`."""
-    original, scope = getattr(owner, name), {}
+    original, scope = inspect.unwrap(getattr(owner, name)), {}
     source = textwrap.dedent(inspect.getsource(original))
     assert source.count(right) == 1, f"{name}: found {source.count(right)} times {right!r}"
     exec(source.replace(right, wrong), original.__globals__, scope)
@@ -153,7 +153,7 @@ def replaced(owner, name, right, wrong):
 
 
 P2, T2, TIED = ((2, 1, 2), {}), ((2, 2, 1), {}), ((2, 1, 2), {"tie_embeddings": True})
-SP2, BIAS = ((2, 2, 1), {"sequence": True}), ((2, 2, 1), {"n_kv_head": 8, **GPT2})
+SP2 = ((2, 2, 1), {"sequence": True})
 KNOWN = {  # bug, in brackets who has had it: (where, owner, function, right, wrong)
     "no f: a plain all_reduce in forward": (T2, tp, "operators", "(copy, total), (total", "(copy, copy), (total"),
     "f and g swapped": (T2, tp, "operators", "(copy, total), (total, copy)", "(total, copy), (copy, total)"),
@@ -167,7 +167,6 @@ KNOWN = {  # bug, in brackets who has had it: (where, owner, function, right, wr
     "up cut like any other matrix": (T2, tp, "pieces", '"up": [', '"none": ['),
     "a token that is elsewhere read as row 0": (T2, tp, "split_embedding", " * here[..., None]", ""),
     "each rank subtracts its own maximum": (T2, tp, "split_logp", ".amax(0)", "[tensor.rank]"),
-    "a bias added by every rank": (BIAS, tp, "make_part", "last.bias if tensor.rank == 0 else None", "last.bias"),
     "the wrong micro-batch": (P2, tp, "train_step", "popleft", "pop"),
     "not divided before backward (picotron)": (P2, tp, "train_step", "-y.sum() / n_tokens", "-y.sum()"),
     "the mean of means": (P2, tp, "train_step", "/ n_tokens", "/ (batch[1] >= 0).sum() / 2"),
@@ -177,25 +176,24 @@ KNOWN = {  # bug, in brackets who has had it: (where, owner, function, right, wr
     "the norm of one stage (torchtitan 596)": (P2, tp.Part, "squares", "self.everyone", "self.comm")}
 
 
-def with_bugs(cases) -> list[bool]:
-    """Whether loss, norm or a gradient, which must be those of one process, differ."""
+def with_bugs() -> list[bool]:
+    """Whether the norm or a gradient, which must be those of one process, differ: without a bug, then with."""
     noticed = []
-    for (grid, options), owner, name, right, wrong in cases:
+    for (grid, options), *bug in [[where] for where in (P2, T2, TIED, SP2)] + [*KNOWN.values()]:
         changes = {key: value for key, value in options.items() if key != "sequence"}
-        loss, expected = one_process(10, **changes)
+        loss, expected = one_process(8, **changes)
         norm = math.sqrt(sum(g.square().sum().item() for g in expected.values()))
-        with replaced(owner, name, right, wrong) if owner else contextlib.nullcontext():
-            (_, its_norm, found, _, _), = measured([(grid, 10, 2, options)])
+        with replaced(*bug) if bug else contextlib.nullcontext():
+            (_, its_norm, found, _, _), = measured([(grid, 8, 2, options)])
         noticed.append(worst(found, expected) > 1e-7 or abs(its_norm / norm - 1) > 1e-7)
     return noticed
 
 
 def test_known_bugs_are_noticed():
     """Each of these changes a gradient or the norm; some of them leave the loss as it is. None is here."""
-    sound = [(where, None, "", "", "") for where in (P2, T2, TIED, SP2, BIAS)]
-    answer = ranks().run(4, with_bugs, [*sound, *KNOWN.values()], timeout=300)[0]
-    assert not any(answer[:5])
-    assert all(answer[5:]), [name for name, seen in zip(KNOWN, answer[5:]) if not seen]
+    answer = ranks().run(4, with_bugs, timeout=300)[0]
+    assert not any(answer[:4])
+    assert all(answer[4:]), [name for name, seen in zip(KNOWN, answer[4:]) if not seen]
 
 
 # ---- what is held and sent, and when
@@ -302,8 +300,8 @@ def test_bytes_are_the_formulas(world):
         for (grid, options), (held, kept, sent) in zip(cases, answer):
             states, most, to_send = predicted(rank, grid, **options)
             assert sent == pytest.approx(to_send, rel=1e-12), (grid, options, rank)
-            if "dtype" not in options:
-                print(grid, options, rank, held, states, kept, most, (held + kept) / (states + most))
+            if not {"dtype", "activation_checkpointing"} & {*options}:
+                assert held == states and kept == pytest.approx(most, rel=0.05), (grid, options, rank)
 
 
 # ---- the parts alone
@@ -345,8 +343,7 @@ def births(cases) -> list:
         axes, c = make_grid(*grid, dist.get_rank(), sequence), GPTConfig(**{**SHAPE, **changes})
         part = tp.Part(c, axes, 7, device="cpu", stage=1, lr=1e-2)
         with torch.device("meta"):
-            whole = Whole(part, GPT(c), VECTORS, SCALARS)
-        state = whole.full_state_dict()
+            state = Whole(part, GPT(c), VECTORS, SCALARS).full_state_dict()
         order = tp.schedule("1f1b", axes.down.rank, grid[2], 2)
         for step in range(3):
             mine = [x[axes.data.rank::grid[0]] for x in batch(4 * grid[0], seed=step)]
@@ -495,7 +492,7 @@ def test_few_micro_batches_are_warned_of(text, tmp_path):
         said = "\\n".join(ranks().run(2, told, argv, os.getcwd())[0])
         assert f"(P - 1) / (m + P - 1) = {share}" in said and ("warning: 1 micro-batches" in said) == (m == 1)
         event = metrics(tmp_path / f"{m}")[0]
-        assert 0 < event["bubble"] < 1 and event["sent_pipeline"] == 4 * 24 * 32 * 4 and event["sent_tensor"] == 0
+        assert 0 < event["bubble"] < 1 and event["sent_down"] == 4 * 24 * 32 * 4 and "sent_tensor" not in event
 
 
 def dies(how) -> None:
