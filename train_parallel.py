@@ -7,9 +7,9 @@ Three ways to cut a step of B rows, T tokens, width C: rank = (replica * P + sta
 
     --data_parallel N  the rows     a replica reads B / N of them    sums gradients, once a step
     --tensor M         the matrices a rank has H / M heads           sums (B, T, C) four times a block
-    --pipeline P       the blocks   a stage has L / P of them        sends (B, T, C) on, its gradient back
+    --pipeline P       the blocks   a stage has L / P of them        sends (B, T, C) on, a gradient back
 
-A block on one tensor rank (Shoeybi et al. 2019, arXiv 1909.08053, section 3): qkv and up are split by outputs,
+A block on a tensor rank (Shoeybi et al. 2019, arXiv 1909.08053, section 3): qkv and up are split by outputs,
 proj and down by inputs. Forward, g sums what the ranks have of an output; backward, f what they have of a
 gradient. Between g and f all ranks hold the same x, or with --sequence_parallel T / M places of it each.
 
@@ -144,7 +144,8 @@ def operators(tensor: Axis, sequence: bool) -> tuple:
 
     def scatter(x):  # (B, T, C) -> (B, T/M, C)
         x = x.unflatten(1, (tensor.world, -1)).transpose(0, 1)  # (M, B, T/M, C)
-        return tensor.reduce_scatter(x.flatten(), x.dtype).view(x.shape[1:])
+        wide = torch.promote_types(x.dtype, torch.float32)
+        return tensor.reduce_scatter(x.flatten(), wide).view(x.shape[1:]).to(x.dtype)
 
     f, g = ((gather, scatter), (scatter, gather)) if sequence else ((copy, total), (total, copy))
     return lambda x: Move.apply(x, *f), lambda x: Move.apply(x, *g)
@@ -248,11 +249,12 @@ class Part(Zero):
 
     @torch.no_grad()
     def add_up(self) -> None:
-        """After the last micro-batch, sum the gradients of which ranks have parts. q_norm and k_norm have seen
-        a rank's own heads; all copies its own places, if places are shared out; a matrix that is tied over
-        stages has two gradients. No loss shows what is missing here, and the norm hardly does."""
+        """After the last micro-batch, sum gradients of which ranks have parts. q_norm and k_norm have seen a
+        rank's own heads; all copies its own places, if places are shared out; a matrix that is tied over
+        stages has two. No loss shows what is missing here, and the norm hardly does."""
         _, tensor, down, up, sequence = self.grid
-        for slot, grad in ((*each,) for unit in self.trained for each in zip(unit.slots, unit.views(unit.grad))):
+        pairs = [pair for unit in self.trained for pair in zip(unit.slots, unit.views(unit.grad))]
+        for slot, grad in pairs:
             kind = slot.places[0][0].split(".")[-2]
             if tensor.world > 1 and (kind in ("q_norm", "k_norm") or sequence and kind not in SPLIT):
                 tensor.all_reduce(grad)
@@ -383,13 +385,15 @@ def main(argv=None) -> int:
             axis.sent = axis.waited = 0.0
         begun = time.perf_counter()
         loss = train_step(part, batch, micro, n_tokens, order)
-        idle = grid.down.waited + grid.up.waited, time.perf_counter() - begun
+        seconds = time.perf_counter() - begun
+        busy = seconds - grid.down.waited - grid.up.waited
         lr = lr_at(step, cfg)
         info = part.step(lr, cfg.clip)
-        loss, idle, seconds = ranks.sum(loss * (grid.tensor.rank == 0), *idle)
-        sent = {f"sent_{name}": axis.sent for name, axis in grid._asdict().items() if name != "sequence" and axis.sent}
+        loss, busy, seconds = ranks.sum(  # the first stage ends last: a step takes as long as it does there
+            loss * (grid.tensor.rank == 0), busy, seconds * (grid.down.rank == 0))
+        sent = {f"sent_{name}": axis.sent for name, axis in zip(grid._fields, grid[:4]) if axis.sent}
         run.log(step, tokens=n_tokens, skipped=info.skipped, loss=loss, grad_norm=info.norm, learning_rate=lr,
-                bubble=idle / seconds, **sent)  # sent: bytes, by rank 0
+                bubble=1 - busy / seconds / P, **sent)
     return run.finish()
 
 

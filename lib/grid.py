@@ -92,7 +92,7 @@ class Whole:
                 for name, slots, _ in self.units}
 
     def pairs(self, slots, flat, mine: list):
-        """(name, a place in the vector of a whole unit, the same in this rank's own) for all that it holds."""
+        """(name, a place in the vector of a whole unit, the same in this rank's own) for all it holds."""
         parts = {slot.places[0][0]: view for unit, own in zip(self.part.trained, mine)
                  for slot, view in zip(unit.slots, unit.views(own))}
         for start, shape, places in slots:

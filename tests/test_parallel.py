@@ -31,11 +31,12 @@ V, T = 24, 12
 SHAPE = {"vocab_size": V, "n_layer": 4, "n_head": 8, "n_kv_head": 4, "n_embd": 24, "head_width": 4,
          "mlp_hidden": 40, "max_seq_len": T}  # H D is not C
 GPT2 = {"norm": "layer", "position": "learned", "mlp": "gelu", "bias": True}
-GRIDS = {2: [(1, 2, 1), (1, 1, 2)], 4: [(2, 2, 1), (2, 1, 2), (1, 2, 2), (1, 4, 1), (1, 1, 4)], 8: [(2, 2, 2)]}
+GRIDS = {2: [(1, 2, 1), (1, 1, 2)], 8: [(2, 2, 2)],
+         4: [(2, 2, 1), (2, 1, 2), (1, 2, 2), (1, 4, 1), (1, 1, 4)]}  # (data, tensor, pipeline)
 
 
 def random_gpt(seed=0, dtype=torch.float64, **changes) -> GPT:
-    """Nothing in it is zero, gains included: at birth proj, down and head are, and hide what comes before."""
+    """Nothing in it is zero, gains included. At birth the head is: it hides all that comes before."""
     model, generator = GPT(GPTConfig(**{**SHAPE, **changes})).to(dtype), torch.Generator().manual_seed(seed)
     for p in model.parameters():
         p.data.copy_(0.5 * torch.randn(p.shape, generator=generator, dtype=dtype) + (p.dim() == 1))
@@ -71,7 +72,7 @@ class Alone(Comm):
 
 
 def build(N, M, P, sequence=False, stage=1, dtype=torch.float64, model=None, **options) -> tuple:
-    """(part, whole) of this rank, with the weights of random_gpt: as if one process had saved a checkpoint."""
+    """(part, whole) of this rank with the weights of random_gpt, as from a checkpoint of one process."""
     changes = {key: options.pop(key) for key in [*options] if key in GPTConfig.__dataclass_fields__}
     grid, model = make_grid(N, M, P, dist.get_rank(), sequence), model or random_gpt(dtype=dtype, **changes)
     part = tp.Part(model.config, grid, 0, dtype=dtype, stage=stage, device="cpu", **options)
@@ -110,10 +111,12 @@ def measured(cases) -> list:
 
 
 def worst(found, expected) -> float:
-    """The largest relative error of a gradient. (Of one that is 0, as a key's bias, to a billionth of all.)"""
+    """The largest error of a gradient relative to its own size; one that is exactly 0, as that of a key's
+    bias, to 1e-5 of the largest gradient."""
     assert found.keys() == expected.keys()
-    floor = 1e-5 * max(g.abs().max() for g in expected.values())
-    return max(((found[name] - g).abs().max() / max(g.abs().max(), floor)).item() for name, g in expected.items())
+    least = 1e-5 * max(g.abs().max() for g in expected.values())
+    return max(((found[name] - g).abs().max() / max(g.abs().max(), least)).item()
+               for name, g in expected.items())
 
 
 # ---- equality
@@ -127,7 +130,8 @@ def test_every_gradient_is_that_of_one_process(world):
     """Loss and norm, and each gradient relative to its own size, to 1e-10 in float64, on every grid: grouped
     queries, several documents a row, uneven micro-batches, tied embeddings, GPT-2's parts, sequence parallel.
     And what a checkpoint would hold is, bit for bit, what the parts were made of."""
-    cases = [(grid, 5 * grid[0], 2, options) for grid in GRIDS[world] for options in VARIANTS]
+    cases = [(grid, 5 * grid[0], 2, options) for grid in GRIDS[world] for options in VARIANTS
+             if world != 4 or grid == (1, 2, 2) or options in VARIANTS[:2]]
     answers = ranks().run(world, measured, cases, timeout=300)
     for i, (grid, rows, _, options) in enumerate(cases):
         changes = {key: value for key, value in options.items() if key not in ("sequence", "stage")}
@@ -136,7 +140,7 @@ def test_every_gradient_is_that_of_one_process(world):
         norm = math.sqrt(sum(g.square().sum().item() for g in expected.values()))
         _, its_norm, its_gradients, weights, _ = answers[0][i]
         assert found == pytest.approx(loss, rel=1e-10), (grid, options)
-        assert [answer[i][1] for answer in answers] == pytest.approx([norm] * world, rel=1e-12), (grid, options)
+        assert [answer[i][1] for answer in answers] == pytest.approx([norm] * world, rel=1e-12), grid
         assert worst(its_gradients, expected) < 1e-10, (grid, options)
         before = random_gpt(**changes).state_dict()
         assert weights.keys() == before.keys()
@@ -155,10 +159,10 @@ def replaced(owner, name, right, wrong):
 P2, T2, TIED = ((2, 1, 2), {}), ((2, 2, 1), {}), ((2, 1, 2), {"tie_embeddings": True})
 SP2 = ((2, 2, 1), {"sequence": True})
 KNOWN = {  # bug, in brackets who has had it: (where, owner, function, right, wrong)
-    "no f: a plain all_reduce in forward": (T2, tp, "operators", "(copy, total), (total", "(copy, copy), (total"),
+    "no f: a plain all_reduce in forward": (T2, tp, "operators", "(copy, total), ", "(copy, copy), "),
     "f and g swapped": (T2, tp, "operators", "(copy, total), (total, copy)", "(total, copy), (copy, total)"),
-    "a g that sums both ways (torch.distributed.nn)": (T2, tp, "operators", "(total, copy))", "(total, total))"),
-    "no sum over places": (SP2, tp, "operators", "tensor.reduce_scatter(x.flatten(), x.dtype).view(x.shape[1:])",
+    "a g that sums both ways (torch.distributed.nn)": (T2, tp, "operators", "l, copy))", "l, total))"),
+    "no sum over places": (SP2, tp, "operators", "tensor.reduce_scatter(x.flatten(), wide).view(x.shape[1:])",
                            "x[tensor.rank].contiguous()"),
     "q_norm and k_norm not summed (Megatron 1446)": (T2, tp.Part, "add_up", '"q_norm", "k_norm"', '""'),
     "copies not summed over places (Megatron 7452)": (SP2, tp.Part, "add_up", "sequence and", "False and"),
@@ -171,13 +175,13 @@ KNOWN = {  # bug, in brackets who has had it: (where, owner, function, right, wr
     "not divided before backward (picotron)": (P2, tp, "train_step", "-y.sum() / n_tokens", "-y.sum()"),
     "the mean of means": (P2, tp, "train_step", "/ n_tokens", "/ (batch[1] >= 0).sum() / 2"),
     "a tied matrix not summed (Megatron 844)": (TIED, tp.Part, "add_up", "grad += more", "pass"),
-    "copies counted M times in the norm (TransformerEngine 715)": (T2, tp.Part, "counts", "not copied and", ""),
+    "copies counted M times (TransformerEngine 715)": (T2, tp.Part, "counts", "not copied and", ""),
     "a tied matrix counted twice": (TIED, tp.Part, "counts", "self.c.tie_embeddings", "False"),
     "the norm of one stage (torchtitan 596)": (P2, tp.Part, "squares", "self.everyone", "self.comm")}
 
 
 def with_bugs() -> list[bool]:
-    """Whether the norm or a gradient, which must be those of one process, differ: without a bug, then with."""
+    """Whether the norm or a gradient is not that of one process, without a bug, and with each of them."""
     noticed = []
     for (grid, options), *bug in [[where] for where in (P2, T2, TIED, SP2)] + [*KNOWN.values()]:
         changes = {key: value for key, value in options.items() if key != "sequence"}
@@ -255,7 +259,8 @@ def used(cases) -> list:
     answers = []
     for grid, options in cases:
         options = {"dtype": torch.float32, **options}
-        part, _ = build(*grid, model=random_gpt(dtype=torch.float32, **LARGER | options.pop("shape", {})), **options)
+        model = random_gpt(dtype=torch.float32, **LARGER | options.pop("shape", {}))
+        part, _ = build(*grid, model=model, **options)
         ids, kept, peak = torch.arange(6 * 64).view(6, 64) % 48, {}, [0]
         weights = {unit.resident.untyped_storage().data_ptr() for unit in part.trained}
 
@@ -263,10 +268,13 @@ def used(cases) -> list:
             storage = x.untyped_storage()
             if storage.data_ptr() not in weights:
                 kept[StorageWeakRef(storage)] = storage.nbytes()
-                peak[0] = max(peak[0], sum({ref.cdata: n for ref, n in kept.items() if not ref.expired()}.values()))
+                alive = {ref.cdata: n for ref, n in kept.items() if not ref.expired()}
+                peak[0] = max(peak[0], sum(alive.values()))
             return x.detach()
 
         order = tp.schedule("1f1b", part.grid.down.rank, grid[2], 3)
+        for axis in part.grid[:4]:  # loading has published weights
+            axis.sent = 0.0
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
             tp.train_step(part, (ids, ids.roll(-1, 1), ids * 0), 2, 1.0, order)
         part.step(1e-3, 1.0)
@@ -279,12 +287,13 @@ def used(cases) -> list:
 
 def predicted(rank, grid, sequence=False, stage=1, dtype=torch.float32, shape=(), **options) -> tuple:
     """The same by the formulas of tools/parallel.py."""
-    cfg = tp.Config(data_parallel=grid[0], tensor=grid[1], pipeline=grid[2], sequence_parallel=sequence, zero=stage,
-                    dtype=str(dtype)[6:], **options)
+    cfg = tp.Config(data_parallel=grid[0], tensor=grid[1], pipeline=grid[2], sequence_parallel=sequence,
+                    zero=stage, dtype=str(dtype)[6:], **options)
     c, stage, r = GPTConfig(**LARGER | dict(shape)), rank // grid[1] % grid[2], rank % grid[1]
     _, padded, *_ = paper.numbers(cfg, c, stage, r)
     states = sum(per_rank(cfg.zero, grid[0], padded, padded, dtype.itemsize)[:4])
-    return (states, dtype.itemsize * paper.kept(cfg, c, stage, 3, 2 * 64), paper.sent(cfg, c, stage, r, 6 * 64))
+    most = dtype.itemsize * paper.kept(cfg, c, stage, 3, 2 * 64)
+    return states, most, paper.sent(cfg, c, stage, r, 6 * 64)
 
 
 @pytest.mark.parametrize("world", GRIDS)
@@ -295,7 +304,8 @@ def test_bytes_are_the_formulas(world):
     variants = [{}, {"sequence": True}, {"shape": {"tie_embeddings": True}, "stage": 0},
                 {"activation_checkpointing": True}, {"activation_checkpointing": True, "sequence": True},
                 {"dtype": torch.bfloat16, "shape": GPT2 | {"n_kv_head": 8}}]
-    cases = [(grid, options) for grid in GRIDS[world] for options in variants[:6 if world < 8 else 2]]
+    some = {2: variants, 4: variants[:2], 8: variants[2:3]}[world]
+    cases = [(grid, options) for grid in GRIDS[world] for options in some]
     for rank, answer in enumerate(ranks().run(world, used, cases, timeout=300)):
         for (grid, options), (held, kept, sent) in zip(cases, answer):
             states, most, to_send = predicted(rank, grid, **options)
@@ -331,8 +341,8 @@ def parts_alone() -> list:
 
 
 def test_operators_and_the_split_cross_entropy():
-    """f and g leave their inputs alone. The loss of split logits as large as 1e4, with targets on both ranks, at
-    their border and nowhere, is F.cross_entropy, and so is its gradient."""
+    """f and g leave their inputs alone. The loss of split logits as large as 1e4, with targets on both ranks,
+    at their border and nowhere, is F.cross_entropy, and so is its gradient."""
     assert ranks().run(2, parts_alone) == [[True] * 4] * 2
 
 
@@ -370,20 +380,27 @@ def test_a_new_model_is_that_of_one_process_and_its_copies_stay_equal():
             assert answer[i][1] == answers[rank // grid[1] % grid[2] * grid[1]][i][1], (grid, rank)
 
 
-def bubbles(m) -> float:
-    """The share of waiting in the time of all ranks, if a forward sleeps for 20 ms, and a backward for 40."""
+def bubbles(m) -> tuple[float, float]:
+    """(seconds at work, of a step), if a stage's forward sleeps for 0.1 s and its backward for 0.2 s."""
     (part, _), P = build(1, 1, dist.get_world_size()), dist.get_world_size()
-    forward, embed = tp.forward, part.model.blocks[tp.blocks_of(part.grid.down.rank, P, part.c)[0]]
-    embed.register_full_backward_hook(lambda *_: time.sleep(0.04))
-    batch = [x[:1].repeat(m, 1) for x in (torch.arange(T)[None], torch.arange(T)[None], torch.zeros(1, T).long())]
-    order = tp.schedule("1f1b", part.grid.down.rank, P, m)
-    with mock.patch.object(tp, "forward", lambda *args: time.sleep(0.02) or forward(*args)):
-        for turn in range(2):  # the first one warms up
-            dist.barrier()
-            part.grid.down.waited, part.grid.up.waited, begun = 0.0, 0.0, time.perf_counter()
-            tp.train_step(part, batch, 1, 1.0, order)
-            dist.barrier()
-    return part.grid.down.waited + part.grid.up.waited, time.perf_counter() - begun
+    stage, ids = part.grid.down.rank, torch.arange(T).repeat(m, 1)
+    block = part.model.blocks[tp.blocks_of(stage, P, part.c)[0]]
+    block.attn.register_forward_hook(lambda *_: time.sleep(0.1))
+    block.attn.register_full_backward_hook(lambda *_: time.sleep(0.2))
+    for _ in range(2):  # the first step warms up
+        dist.barrier()
+        part.grid.down.waited, part.grid.up.waited, begun = 0.0, 0.0, time.perf_counter()
+        tp.train_step(part, (ids, ids, ids * 0), 1, 1.0, tp.schedule("1f1b", stage, P, m))
+        seconds = time.perf_counter() - begun
+    return seconds - part.grid.down.waited - part.grid.up.waited, seconds
+
+
+@pytest.mark.slow
+def test_the_bubble_is_as_predicted():
+    """(P - 1) / (m + P - 1) of the time, within a tenth of it. Slow: it needs an idle machine."""
+    for P, m in (2, 4), (4, 4), (2, 1):
+        busy, seconds = zip(*ranks().run(P, bubbles, m, timeout=120))
+        assert 1 - sum(busy) / P / max(seconds) == pytest.approx((P - 1) / (m + P - 1), rel=0.1)
 
 
 # ---- the script
@@ -425,7 +442,7 @@ def reference(text, tmp_path_factory):
     *(pytest.param(grid, flags, marks=pytest.mark.slow) for grids in GRIDS.values() for grid in grids
       for flags in ("", "--schedule gpipe --zero 0"))])
 def test_one_curve_on_every_grid(reference, text, tmp_path, grid, flags):
-    """The loss of each of 20 updates, and of the evaluation, within 1e-5 of train_pretrain.py's; what it saves
+    """The loss of each of 20 updates, and of the evaluation, within 1e-5 of train_pretrain.py's. What is saved
     is an ordinary model."""
     on_grid(text, tmp_path, grid, flags)
     for (_, a), (_, b) in zip(curve(reference), curve(tmp_path), strict=True):
@@ -442,23 +459,26 @@ def test_a_grid_of_one_is_bitwise_train_pretrain(reference, text, tmp_path):
     assert [loss for _, loss in curve(tmp_path)] == [loss for _, loss in curve(reference)]
 
 
-def test_any_grid_goes_on_from_any_other(reference, text, tmp_path):
-    """From step 10 of a run on a grid: the same grid bit for bit, two others and train_pretrain.py within
-    1e-5. (Megatron's and picotron's checkpoints are bound to a grid.)"""
-    on_grid(text, tmp_path / "first", (1, 2, 2), "--save_every 10")
+@pytest.mark.parametrize("grid, other", [
+    ((1, 1, 2), (1, 2, 1)), pytest.param((1, 2, 2), (2, 1, 2), marks=pytest.mark.slow)])
+def test_any_grid_goes_on_from_any_other(text, tmp_path, grid, other):
+    """From step 4 of 8 of a run on a grid: the same grid bit for bit, another one and train_pretrain.py to
+    1e-5. (picotron's checkpoints are bound to their grid.)"""
+    flags = "--steps 8 --save_every 4"
+    on_grid(text, tmp_path / "first", grid, flags)
 
     def half(name):
         shutil.copytree(tmp_path / "first", tmp_path / name)
-        for done in ("step-00000020", "final"):
+        for done in ("step-00000008", "final"):
             shutil.rmtree(tmp_path / name / done)
         return tmp_path / name
 
-    on_grid(text, half("same"), (1, 2, 2), "--resume --save_every 10")
+    on_grid(text, half("same"), grid, f"{flags} --resume")
     assert same_weights(tmp_path / "first", tmp_path / "same")
-    on_grid(text, half("other"), (2, 1, 1), "--resume")
-    run_script("train_pretrain", arguments(text, half("plain"), "--resume --sample_tokens 0"))
+    on_grid(text, half("other"), other, f"{flags} --resume")
+    run_script("train_pretrain", arguments(text, half("plain"), f"{flags} --resume --sample_tokens 0"))
     for name in ("other", "plain"):
-        assert len(curve(tmp_path / name)) == 20
+        assert len(curve(tmp_path / name)) == 8
         for (_, a), (_, b) in zip(curve(tmp_path / "first"), curve(tmp_path / name), strict=True):
             assert b == pytest.approx(a, rel=1e-5)
 
@@ -490,9 +510,11 @@ def test_few_micro_batches_are_warned_of(text, tmp_path):
     for micro, m, share in (2, 2, "33%"), (4, 1, "50%"):
         argv = arguments(text, tmp_path / f"{m}", f"{flags} --micro_batch_size {micro}")
         said = "\\n".join(ranks().run(2, told, argv, os.getcwd())[0])
-        assert f"(P - 1) / (m + P - 1) = {share}" in said and ("warning: 1 micro-batches" in said) == (m == 1)
+        assert f"(P - 1) / (m + P - 1) = {share}" in said
+        assert ("warning: 1 micro-batches" in said) == (m == 1)
         event = metrics(tmp_path / f"{m}")[0]
-        assert 0 < event["bubble"] < 1 and event["sent_down"] == 4 * 24 * 32 * 4 and "sent_tensor" not in event
+        assert 0 < event["bubble"] < 1 and "sent_tensor" not in event
+        assert event["sent_down"] == 4 * 24 * 32 * 4  # 4 rows of 24 places, 32 wide, in float32
 
 
 def dies(how) -> None:

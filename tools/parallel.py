@@ -2,8 +2,8 @@
 
     python -m tools.parallel --data_parallel 2 --tensor 2 --pipeline 2 --batch_size 16 --micro_batch_size 2
 
-takes the flags of train_parallel.py, and needs one process. Bytes sent are exact, those kept within 5 %: tests
-count them.
+takes the flags of train_parallel.py, and needs one process. Bytes sent are exact, those kept within 5 %:
+tests count them.
 """
 import torch
 
@@ -46,25 +46,25 @@ def kept(cfg: Config, c: GPTConfig, stage: int, m: int, tokens: int) -> int:
     inside = (5 * H * D + 5 * G * D + 4 * c.mlp_hidden + 2 * H + G) // M
     blocks, waiting = len(blocks_of(stage, cfg.pipeline, c)), schedule(cfg.schedule, stage, cfg.pipeline, m)
     most = max(waiting[:i].count("F") - waiting[:i].count("B") for i in range(len(waiting) + 1))
-    one, rest = blocks * (norms + inside), 2 * D + (stage == cfg.pipeline - 1) * (
-        4 * c.n_embd if M == 1 else 3 * c.n_embd + c.vocab_size // M)  # tables of positions; norm and head
+    last = 4 * c.n_embd if M == 1 else 3 * c.n_embd + c.vocab_size // M  # norm and head
+    rest = 2 * D + last * (stage == cfg.pipeline - 1)  # 2 D: tables of positions
     if cfg.activation_checkpointing:  # the input of each block, and one block anew
-        return tokens * (most * (blocks * c.n_embd // (M if cfg.sequence_parallel else 1) + rest) + one // blocks)
-    return tokens * most * (one + rest)
+        inputs = blocks * c.n_embd // (M if cfg.sequence_parallel else 1)
+        return tokens * (most * (inputs + rest) + norms + inside)
+    return tokens * most * (blocks * (norms + inside) + rest)
 
 
 def sent(cfg: Config, c: GPTConfig, stage: int, r: int, tokens: int) -> tuple[float, float, float]:
-    """Bytes that a rank sends in one step over the axes data, tensor, pipeline. tokens: of a replica's step,
-    with padding."""
+    """Bytes that a rank sends in a step over the axes data, tensor, pipeline. tokens: a replica's."""
     N, M, P, C = cfg.data_parallel, cfg.tensor, cfg.pipeline, c.n_embd
     _, padded, summed, tied = numbers(cfg, c, stage, r)
     p, wide = getattr(torch, cfg.dtype).itemsize, 8 if cfg.dtype == "float64" else 4
     *_, data = per_rank(cfg.zero, N, padded, padded, p, wide)
     first, last, ring = stage == 0, stage == P - 1, 2 * (M - 1) / M
-    again = cfg.activation_checkpointing * (1.5 if cfg.sequence_parallel else 1)  # recomputed until down's input
+    again = cfg.activation_checkpointing * (1.5 if cfg.sequence_parallel else 1)  # up to the input of `down`
     sums = (4 + again) * len(blocks_of(stage, P, c)) + first + last  # of (B, T, C)
-    heads = (M - 1) + 2 * ring  # of a token: largest logits gathered, two sums
-    tensor = ring * (sums * tokens * C * p + summed * wide) + last * (M > 1) * heads * tokens * wide
+    loss = last * tokens * (M - 1 + 2 * ring)  # the largest logits are gathered, and two numbers summed
+    tensor = ring * (sums * tokens * C * p + summed * wide) + loss * wide
     places = tokens // (M if cfg.sequence_parallel else 1)
     return data, tensor, (2 - first - last) * places * C * p + tied * wide
 
@@ -98,10 +98,9 @@ def drawing(cfg: Config, c: GPTConfig) -> str:
              for s, b in enumerate(blocks_of(s, P, c) for s in range(P))]
     width = max(map(len, names), default=0) + 3
     lines = [" " * 34 + "".join(name.ljust(width) for name in names)]
-    for n in range(N):
-        for r in range(M):
-            ranks = "".join(f"rank {(n * P + s) * M + r}".ljust(width) for s in range(P))
-            lines.append(f"replica {n}, tensor rank {r}".ljust(34) + ranks)
+    for n, r in ((n, r) for n in range(N) for r in range(M)):
+        ranks = "".join(f"rank {(n * P + s) * M + r}".ljust(width) for s in range(P))
+        lines.append(f"replica {n}, tensor rank {r}".ljust(34) + ranks)
     for r in range(M):
         lines.append(f"tensor rank {r}: heads {span(c.n_head, M, r)}, of keys {span(c.n_kv_head, M, r)}; MLP "
                      f"{span(c.mlp_hidden, M, r)}; tokens {span(c.vocab_size, M, r)}")
@@ -117,14 +116,14 @@ def main(argv=None) -> None:
     m, P, p = -(-share // micro), cfg.pipeline, getattr(torch, cfg.dtype).itemsize
     print(drawing(cfg, c))
     lines = timeline(cfg.schedule, P, m)
-    print(f"\n{cfg.schedule}, {m} micro-batches: {sum(line.count('.') for line in lines) / len(''.join(lines)):.0%} idle")
+    print(f"\n{cfg.schedule}, {m} micro-batches: {(P - 1) / (m + P - 1):.0%} idle")
     print("\n".join(f"stage {s}  {line}" for s, line in enumerate(lines)))
-    print("\nMB per rank  parameters    states      kept | sent: data    tensor  pipeline")
+    print("\nof a rank, parameters (millions); MB of states, kept for backward, sent by data, tensor, pipeline")
     for s in range(P):
         psi, padded, *_ = numbers(cfg, c, s, 0)
         states = sum(per_rank(cfg.zero, cfg.data_parallel, padded, padded, p)[:4])
-        row = (4 * psi, states, p * kept(cfg, c, s, m, micro * cfg.seq_len), *sent(cfg, c, s, 0, share * cfg.seq_len))
-        print(f"stage {s}   " + "".join(f"{x / 1e6:12.3f}" for x in row))
+        most, send = p * kept(cfg, c, s, m, micro * cfg.seq_len), sent(cfg, c, s, 0, share * cfg.seq_len)
+        print(f"stage {s}" + "".join(f"{x / 1e6:12.3f}" for x in (psi, states, most, *send)))
 
 
 if __name__ == "__main__":
