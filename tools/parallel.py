@@ -46,12 +46,13 @@ def kept(cfg: Config, c: GPTConfig, stage: int, m: int, tokens: int) -> int:
     inside = (5 * H * D + 5 * G * D + 4 * c.mlp_hidden + 2 * H + G) // M
     blocks, waiting = len(blocks_of(stage, cfg.pipeline, c)), schedule(cfg.schedule, stage, cfg.pipeline, m)
     most = max(waiting[:i].count("F") - waiting[:i].count("B") for i in range(len(waiting) + 1))
-    last = 4 * c.n_embd if M == 1 else 3 * c.n_embd + c.vocab_size // M  # norm and head
-    rest = 2 * D + last * (stage == cfg.pipeline - 1)  # 2 D: tables of positions
+    head = (c.n_embd if M == 1 else c.vocab_size // M) * tokens + (M == 1) * c.vocab_size * c.n_embd
+    last, rest = stage == cfg.pipeline - 1, 2 * D * tokens  # 2 D: tables of positions
+    rest += last * (3 * c.n_embd * tokens + head)
     if cfg.activation_checkpointing:  # the input of each block, and one block anew
         inputs = blocks * c.n_embd // (M if cfg.sequence_parallel else 1)
-        return tokens * (most * (inputs + rest) + norms + inside)
-    return tokens * most * (blocks * (norms + inside) + rest)
+        return most * (inputs * tokens + rest) + tokens * (norms + inside)
+    return most * (blocks * (norms + inside) * tokens + rest)
 
 
 def sent(cfg: Config, c: GPTConfig, stage: int, r: int, tokens: int) -> tuple[float, float, float]:
@@ -98,9 +99,10 @@ def drawing(cfg: Config, c: GPTConfig) -> str:
              for s, b in enumerate(blocks_of(s, P, c) for s in range(P))]
     width = max(map(len, names), default=0) + 3
     lines = [" " * 34 + "".join(name.ljust(width) for name in names)]
-    for n, r in ((n, r) for n in range(N) for r in range(M)):
+    for n, r in ((n, r) for n in range(min(N, 4)) for r in range(M)):
         ranks = "".join(f"rank {(n * P + s) * M + r}".ljust(width) for s in range(P))
         lines.append(f"replica {n}, tensor rank {r}".ljust(34) + ranks)
+    lines += [f"and {N - 4} more replicas"] * (N > 4)
     for r in range(M):
         lines.append(f"tensor rank {r}: heads {span(c.n_head, M, r)}, of keys {span(c.n_kv_head, M, r)}; MLP "
                      f"{span(c.mlp_hidden, M, r)}; tokens {span(c.vocab_size, M, r)}")
@@ -118,7 +120,7 @@ def main(argv=None) -> None:
     lines = timeline(cfg.schedule, P, m)
     print(f"\n{cfg.schedule}, {m} micro-batches: {(P - 1) / (m + P - 1):.0%} idle")
     print("\n".join(f"stage {s}  {line}" for s, line in enumerate(lines)))
-    print("\nof a rank, parameters (millions); MB of states, kept for backward, sent by data, tensor, pipeline")
+    print("\na rank's  parameters   MB: states        kept     sent: data  tensor    pipeline")
     for s in range(P):
         psi, padded, *_ = numbers(cfg, c, s, 0)
         states = sum(per_rank(cfg.zero, cfg.data_parallel, padded, padded, p)[:4])
