@@ -321,7 +321,7 @@ def train_step(part: Part, batch, micro: int, n_tokens: float, order: str):
             torch.autograd.backward(y, up.receive(torch.empty_like(y), down.rank + 1))
         if down.rank > 0:
             up.send(x.grad, down.rank - 1)
-        x = y = None  # nor need they last until the next forward has made others
+        x = y = None  # the next forward needs their room
     down.finish()
     up.finish()
     part.add_up()

@@ -74,7 +74,7 @@ class Zero:
     frozen: no gradients, no optimizer (a reference or reward model); sharded at stage 3 only.
     activation_checkpointing, compile: of units that are members of a ModuleList, which are the blocks.
     init(module, prefix): for a model built under torch.device("meta"), because no rank may hold it whole. It
-        fills one unit's parameters in place, with numbers that depend on their full names. device: where to.
+        fills one unit's parameters in place, as their full names say. device: where to. comm: which ranks.
     Afterwards the model has no Parameters: model(...) works as before, model.parameters() is empty.
     """
 
