@@ -1,5 +1,6 @@
 """train_parallel.py: each grid computes what one process computes, and holds and sends what formulas say."""
 import contextlib
+import copy
 import datetime
 import functools
 import inspect
@@ -29,7 +30,7 @@ from zero import SCALARS, VECTORS, Zero, per_rank
 
 V, T = 24, 12
 SHAPE = {"vocab_size": V, "n_layer": 4, "n_head": 8, "n_kv_head": 4, "n_embd": 24, "head_width": 4,
-         "mlp_hidden": 40, "max_seq_len": T}  # H D is not C
+         "mlp_hidden": 40, "max_seq_len": T, "attention": "naive"}  # H D is not C
 GPT2 = {"norm": "layer", "position": "learned", "mlp": "gelu", "bias": True}
 GRIDS = {2: [(1, 2, 1), (1, 1, 2)], 8: [(2, 2, 2)],
          4: [(2, 2, 1), (2, 1, 2), (1, 2, 2), (1, 4, 1), (1, 1, 4)]}  # (data, tensor, pipeline)
@@ -71,13 +72,24 @@ class Alone(Comm):
         self.rank, self.world = 0, 1
 
 
+@functools.lru_cache
+def on_meta(config: str) -> GPT:
+    with torch.device("meta"):
+        return GPT(eval(config))
+
+
+def quick_gpt(config) -> GPT:
+    """GPT(config) on the meta device; a copy is quicker than to draw numbers that are not there."""
+    return copy.deepcopy(on_meta(repr(config)))
+
+
 def build(N, M, P, sequence=False, stage=1, dtype=torch.float64, model=None, **options) -> tuple:
     """(part, whole) of this rank with the weights of random_gpt, as from a checkpoint of one process."""
     changes = {key: options.pop(key) for key in [*options] if key in GPTConfig.__dataclass_fields__}
     grid, model = make_grid(N, M, P, dist.get_rank(), sequence), model or random_gpt(dtype=dtype, **changes)
-    part = tp.Part(model.config, grid, 0, dtype=dtype, stage=stage, device="cpu", **options)
-    with torch.device("meta"):
-        whole = Whole(part, GPT(model.config), VECTORS, SCALARS)
+    with mock.patch.object(tp, "GPT", quick_gpt):
+        part = tp.Part(model.config, grid, 0, dtype=dtype, stage=stage, device="cpu", **options)
+    whole = Whole(part, quick_gpt(model.config), VECTORS, SCALARS)
     whole.load_shards([Zero(model, units=model.units(), dtype=dtype, comm=Alone()).state_shards()])
     return part, whole
 
@@ -121,8 +133,8 @@ def worst(found, expected) -> float:
 
 # ---- equality
 
-VARIANTS = [{}, {"sequence": True, "tie_embeddings": True}, {"sequence": True, "n_kv_head": 8, **GPT2},
-            {"tie_embeddings": True, "stage": 0, **GPT2}]
+VARIANTS = [{"attention": "flash"}, {"sequence": True, "tie_embeddings": True},
+            {"sequence": True, "n_kv_head": 8, **GPT2}, {"tie_embeddings": True, "stage": 0, **GPT2}]
 
 
 @pytest.mark.parametrize("world", GRIDS)
@@ -131,7 +143,7 @@ def test_every_gradient_is_that_of_one_process(world):
     queries, several documents a row, uneven micro-batches, tied embeddings, GPT-2's parts, sequence parallel.
     And what a checkpoint would hold is, bit for bit, what the parts were made of."""
     cases = [(grid, 5 * grid[0], 2, options) for grid in GRIDS[world] for options in VARIANTS
-             if world != 4 or grid == (1, 2, 2) or options in VARIANTS[:2]]
+             if world == 2 or grid == (1, 2, 2) or options in (VARIANTS[0], VARIANTS[sum(grid) % 2 + 1])]
     answers = ranks().run(world, measured, cases, timeout=300)
     for i, (grid, rows, _, options) in enumerate(cases):
         changes = {key: value for key, value in options.items() if key not in ("sequence", "stage")}
@@ -156,8 +168,8 @@ def replaced(owner, name, right, wrong):
     return mock.patch.object(owner, name, scope[name])
 
 
-PP, TP, TIED = ((2, 1, 2), {}), ((2, 2, 1), {}), ((2, 1, 2), {"tie_embeddings": True})
-SP = ((2, 2, 1), {"sequence": True})
+PP, TP, TIED = ((1, 1, 2), {}), ((1, 2, 1), {}), ((1, 1, 2), {"tie_embeddings": True})
+SP = ((1, 2, 1), {"sequence": True})
 KNOWN = {  # bug, in brackets who has had it: (where, owner, function, right, wrong)
     "no f: a plain all_reduce in forward": (TP, tp, "operators", "(copy, total), ", "(copy, copy), "),
     "f and g swapped": (TP, tp, "operators", "(copy, total), (total, copy)", "(total, copy), (copy, total)"),
@@ -173,7 +185,7 @@ KNOWN = {  # bug, in brackets who has had it: (where, owner, function, right, wr
     "each rank subtracts its own maximum": (TP, tp, "split_logp", ".amax(0)", "[tensor.rank]"),
     "the wrong micro-batch": (PP, tp, "train_step", "popleft", "pop"),
     "not divided before backward (picotron)": (PP, tp, "train_step", "-y.sum() / n_tokens", "-y.sum()"),
-    "the mean of means": (PP, tp, "train_step", "/ n_tokens", "/ (batch[1] >= 0).sum() / 2"),
+    "the mean of means": (PP, tp, "train_step", "/ n_tokens", "/ (y != 0).sum() / 4"),
     "a tied matrix not summed (Megatron 844)": (TIED, tp.Part, "add_up", "grad += more", "pass"),
     "copies counted M times (TransformerEngine 715)": (TP, tp.Part, "counts", "not copied and", ""),
     "a tied matrix counted twice": (TIED, tp.Part, "counts", "self.c.tie_embeddings", "False"),
@@ -195,7 +207,7 @@ def with_bugs() -> list[bool]:
 
 def test_known_bugs_are_noticed():
     """Each of these changes a gradient or the norm; some of them leave the loss as it is. None is here."""
-    answer = ranks().run(4, with_bugs, timeout=300)[0]
+    answer = ranks().run(2, with_bugs, timeout=300)[0]
     assert not any(answer[:4])
     assert all(answer[4:]), [name for name, seen in zip(KNOWN, answer[4:]) if not seen]
 
@@ -239,7 +251,7 @@ def pipelines(cases) -> list:
 def test_pipelines_are_bitwise_one_process(P):
     """For as many micro-batches as stages, fewer and more, of unequal sizes. At most P - stage of them wait,
     of GPipe's all. No schedule ends in a circle of ranks that wait for each other."""
-    cases = [(P, m, name) for m in sorted({1, P - 1, P, 2 * P + 1}) for name in ("1f1b", "gpipe")]
+    cases = [(P, m, "1f1b") for m in sorted({1, P - 1, P, 2 * P + 1})] + [(P, 2 * P + 1, "gpipe")]
     answers = ranks().run(P, pipelines, cases, timeout=300)
     for i, (_, m, name) in enumerate(cases):
         _, expected = one_process(2 * m + (m == 3), 2)
@@ -250,7 +262,7 @@ def test_pipelines_are_bitwise_one_process(P):
 
 
 LARGER = {"vocab_size": 48, "n_layer": 4, "n_head": 16, "n_kv_head": 8, "n_embd": 64, "head_width": 4,
-          "mlp_hidden": 160, "max_seq_len": 64}
+          "mlp_hidden": 160, "max_seq_len": 64, "attention": "flash"}
 
 
 def used(cases) -> list:
@@ -304,8 +316,8 @@ def test_bytes_are_the_formulas(world):
     variants = [{}, {"sequence": True}, {"shape": {"tie_embeddings": True}, "stage": 0},
                 {"activation_checkpointing": True}, {"activation_checkpointing": True, "sequence": True},
                 {"dtype": torch.bfloat16, "shape": GPT2}]
-    some = {2: variants, 4: variants[:2], 8: variants[2:3]}[world]
-    cases = [(grid, options) for grid in GRIDS[world] for options in some]
+    cases = [(grid, variants[i]) for grid in GRIDS[world]
+             for i in {2: range(6), 4: (sum(grid) % 2,), 8: (2,)}[world]]
     for rank, answer in enumerate(ranks().run(world, used, cases, timeout=300)):
         for (grid, options), (held, kept, sent) in zip(cases, answer):
             states, most, to_send = predicted(rank, grid, **options)
@@ -370,7 +382,7 @@ def test_a_new_model_is_that_of_one_process_and_its_copies_stay_equal():
     """Bit for bit GPT(config, seed), whatever the grid: ranks that drew their own shards with one seed, and
     with the fan-in of a shard, would be copies of each other (picotron). Norms have the same bits on all
     tensor ranks and replicas after updates, too."""
-    cases = [((2, 2, 1), True, {}), ((1, 2, 2), False, {"tie_embeddings": True}), ((1, 4, 1), True, GPT2)]
+    cases = [((2, 2, 1), True, GPT2), ((1, 2, 2), False, {"tie_embeddings": True})]
     answers = ranks().run(4, births, cases, timeout=120)
     for i, (grid, _, changes) in enumerate(cases):
         state, expected = answers[0][i][0], GPT(GPTConfig(**{**SHAPE, **changes}), seed=7).state_dict()
@@ -527,7 +539,7 @@ def dies(how) -> None:
         gradients(part, 6, 2)
 
 
-@pytest.mark.parametrize("how", ["killed", "silent"])
+@pytest.mark.parametrize("how", ["killed", pytest.param("silent", marks=pytest.mark.slow)])
 def test_a_dying_rank_ends_all(how):
     """All other ranks end with an error: at once if it died, else after the patience of their group."""
     begun = time.monotonic()
