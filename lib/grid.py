@@ -80,11 +80,14 @@ class Whole:
     the meta device, which loses its parameters. vectors, scalars: names of what is saved."""
 
     def __init__(self, part, model: nn.Module, vectors: tuple, scalars: tuple):
-        self.part, self.model, self.comm, self.report = part, model, part.everyone, part.report
+        self.part, self.model, self.comm = part, model, part.everyone
         self.vectors, self.scalars, self.units = vectors, scalars, []
         for name, _, _, parameters in group_parameters(model, model.units(), False):
             slots = take_out(parameters)[0]
             self.units.append((name or "root", slots, aligned(slots[-1].start + slots[-1].shape.numel())))
+
+    def report(self) -> str:
+        return f"of {self.comm.world} processes this one, among its replicas: {self.part.report()}"
 
     def layout(self) -> dict:
         """As Zero.layout."""
