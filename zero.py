@@ -35,7 +35,6 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 import torch.nn as nn
-from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 from lib import collectives
@@ -75,7 +74,7 @@ class Zero:
     frozen: no gradients, no optimizer (a reference or reward model); sharded at stage 3 only.
     activation_checkpointing, compile: of units that are members of a ModuleList, which are the blocks.
     init(module, prefix): for a model built under torch.device("meta"), because no rank may hold it whole. It
-        fills one unit's parameters in place, with numbers that depend on their full names. device: where to.
+        fills one unit's parameters in place, as their full names say. device: where to. comm: which ranks.
     Afterwards the model has no Parameters: model(...) works as before, model.parameters() is empty.
     """
 
@@ -92,10 +91,7 @@ class Zero:
         for unit in self.trained:
             unit.finish_gradients()
         self.memory.wait()  # for gradients on their way to the host
-        squares = torch.stack([sum_of_squares(unit.shard_grad) for unit in self.trained]).to(self.device)
-        if self.stage > 0:  # (units,); also the vote on skipping: an inf or NaN of one rank reaches all
-            self.comm.all_reduce(squares)
-        scale, norm = self.loss_scale, squares.sum().sqrt().item() / self.loss_scale
+        scale, norm = self.loss_scale, self.squares().sum().sqrt().item() / self.loss_scale
         if not math.isfinite(norm):
             self.skipped, self.good_steps = self.skipped + 1, 0
             if self.dtype == torch.float16:
@@ -118,6 +114,13 @@ class Zero:
             self.loss_scale, self.good_steps = self.loss_scale * 2, 0
         return StepInfo(norm, norm == 0, scale)
 
+    def squares(self) -> torch.Tensor:
+        """(units,) of all ranks: also the vote on skipping, as an inf or NaN of one reaches them all."""
+        squares = torch.stack([sum_of_squares(unit.shard_grad) for unit in self.trained]).to(self.device)
+        if self.stage > 0:
+            self.comm.all_reduce(squares)
+        return squares
+
     @contextlib.contextmanager
     def gathered(self):
         """Inside, modules have whole weights and nothing is communicated: replies may differ in length."""
@@ -132,7 +135,7 @@ class Zero:
             for unit in self.units:
                 plug(unit.slots, None)
 
-    def __init__(self, model: nn.Module, *, units: list[nn.Module], stage: int = 0,
+    def __init__(self, model: nn.Module, *, units: list[nn.Module], stage: int = 0, comm=None,
                  dtype: torch.dtype = torch.float32, offload: tuple[str, ...] = (), lr: float = 1e-3,
                  weight_decay: float = 0.0, betas: tuple[float, float] = (0.9, 0.95), eps: float = 1e-8,
                  frozen: bool = False, activation_checkpointing: bool = False, compile: bool = False,
@@ -145,7 +148,7 @@ class Zero:
         self.activation_checkpointing, self.compile = activation_checkpointing, compile
         self.wide = torch.float64 if dtype == torch.float64 else torch.float32
         self.device = torch.device(device or next(model.parameters()).device)
-        self.memory, self.comm = collectives.Memory(self.device), collectives.Comm()
+        self.memory, self.comm = collectives.Memory(self.device), comm or collectives.Comm()
         self.is_gathered, self.held = False, {}  # held: {unit: its weights} of backward's module
         self.loss_scale = 2.0**16 if dtype == torch.float16 else 1.0
         self.updates = self.good_steps = self.skipped = 0  # all; since the scale changed; skipped in a row
@@ -269,11 +272,8 @@ def plug(slots: list[Slot], weights: list[torch.Tensor] | None) -> None:
 
 def sum_of_squares(x: torch.Tensor) -> torch.Tensor:
     """In float64. Part by part, because x.double() would take twice the memory of the gradient."""
-    total = torch.zeros((), dtype=torch.float64, device=x.device)
-    for part in x.split(1 << (17 if x.device.type == "cpu" else 24)):  # on a CPU a part fits its cache
-        wide = part.double()
-        total += torch.dot(wide, wide)
-    return total
+    parts = map(torch.Tensor.double, x.split(1 << (17 if x.device.type == "cpu" else 24)))  # a CPU's cache
+    return sum((torch.dot(part, part) for part in parts), x.new_zeros((), dtype=torch.float64))
 
 
 class Unit:
@@ -295,7 +295,7 @@ class Unit:
         for view, value in zip(self.views(flat), values):
             view.copy_(value)
         if comm.world > 1:  # ranks that were seeded differently would train a mixture
-            dist.broadcast(flat, 0)
+            dist.broadcast(flat, group=comm.group, group_src=0)
         size = self.shard_size if stage > 0 else flat.numel()
         self.low = comm.rank * size if stage > 0 else 0
         # resident: the weights that compute, as far as they stay on the device: all at stages 0-2; at stage 3
@@ -418,7 +418,7 @@ class Unit:
                 raise RuntimeError("a tensor needed for backward has been modified by an inplace operation")
             return source
 
-        return saved_tensors_hooks(pack, unpack)
+        return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
 
     def refetch(self) -> torch.Tensor:
         """The weights again, in backward. They are held for a module, because autograd asks several times."""

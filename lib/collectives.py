@@ -75,21 +75,21 @@ def take_out(parameters: list) -> tuple[list[Slot], list[torch.Tensor], int]:
 
 
 class Comm:
-    """The collectives that ZeRO needs. In a world of one none of them sends anything."""
-
+    """The collectives that ZeRO needs, of all ranks. In a world of one none of them sends anything."""
+    group = None  # all ranks
     def __init__(self):
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
     def all_reduce(self, x: torch.Tensor) -> None:
         """x <- the sum of x over ranks. A ring sends 2 (N-1)/N of x per rank."""
         if self.world > 1:
-            dist.all_reduce(x)
+            dist.all_reduce(x, group=self.group)
 
     def all_gather(self, shard: torch.Tensor, whole: torch.Tensor | None = None) -> torch.Tensor:
         """whole (N shard_size,) <- the shards (shard_size,) of all ranks. Sends (N-1)/N of it."""
         whole = shard.new_empty(self.world * shard.numel()) if whole is None else whole
         if self.world > 1:
-            dist.all_gather_single(whole, shard)
+            dist.all_gather_single(whole, shard, group=self.group)
         elif whole.data_ptr() != shard.data_ptr():
             whole.copy_(shard)
         return whole
@@ -101,7 +101,7 @@ class Comm:
         chunks = x.view(self.world, -1)  # (N, shard_size)
         if self.world > 1:
             chunks = torch.empty_like(chunks)
-            dist.all_to_all_single(chunks, x.view(self.world, -1))
+            dist.all_to_all_single(chunks, x.view(self.world, -1), group=self.group)
         total = chunks[0].to(dtype)  # (shard_size,)
         for chunk in chunks[1:]:
             total += chunk

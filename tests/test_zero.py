@@ -409,7 +409,7 @@ def counted():
 
     def watch(name, share):
         real = getattr(dist, name)
-        return mock.patch.object(dist, name, lambda *args: sent.update({name: share(*args)}) or real(*args))
+        return mock.patch.object(dist, name, lambda *x, **g: sent.update({name: share(*x)}) or real(*x, **g))
 
     def fetch(unit):
         whole = real_fetch(unit)
