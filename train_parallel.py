@@ -400,7 +400,7 @@ def main(argv=None) -> int:
         loss, busy, seconds = ranks.sum(  # the first stage ends last: a step takes as long as it does there
             loss * (grid.tensor.rank == 0), busy, seconds * (grid.down.rank == 0))
         also = {f"sent_{name}": axis.sent for name, axis in zip(grid._fields, grid[:4]) if axis.sent}
-        if ranks.device.type == "cpu":  # a GPU works on while Python's clock stands elsewhere
+        if P > 1 and ranks.device.type == "cpu":  # on a GPU Python does not wait for what it receives
             also["bubble"] = 1 - busy / seconds / P
         run.log(step, tokens=n_tokens, skipped=info.skipped, loss=loss, grad_norm=info.norm, learning_rate=lr,
                 **also)

@@ -477,6 +477,7 @@ def test_a_grid_of_one_is_bitwise_train_pretrain(reference, text, tmp_path):
     run_script("train_parallel", arguments(text, tmp_path, ""))
     assert same_weights(tmp_path, reference)
     assert [loss for _, loss in curve(tmp_path)] == [loss for _, loss in curve(reference)]
+    assert not any("bubble" in event for event in metrics(tmp_path))
 
 
 @pytest.mark.parametrize("grid, other", [
