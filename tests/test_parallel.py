@@ -325,7 +325,7 @@ def test_bytes_are_the_formulas(world):
                 {"activation_checkpointing": True}, {"activation_checkpointing": True, "sequence": True},
                 {"dtype": torch.bfloat16, "shape": GPT2}]
     cases = [(grid, variants[i]) for grid in GRIDS[world]
-             for i in {2: range(grid[2] - 1, 6, grid[2]), 4: (sum(grid) % 2,), 8: (2,)}[world]]
+             for i in {2: range(0, 6, 5 if grid[2] > 1 else 1), 4: (sum(grid) % 2,), 8: (2,)}[world]]
     for rank, answer in enumerate(ranks().run(world, used, cases, timeout=300)):
         for (grid, options), (held, kept, sent) in zip(cases, answer):
             states, most, to_send = predicted(rank, grid, **options)

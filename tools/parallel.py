@@ -41,17 +41,17 @@ def numbers(cfg: Config, c: GPTConfig, stage: int, r: int) -> tuple[int, int, in
 def kept(cfg: Config, c: GPTConfig, stage: int, m: int, tokens: int) -> int:
     """Numbers that a stage keeps for backward at most. Of a token a block keeps 6 C + 2 around its norms, and
     what heads and columns make: only that is cut by M, or all but 2 C if places are shared out, too."""
-    M, D, H, G = cfg.tensor, c.head_width, c.n_head, c.n_kv_head
-    norms = (4 * c.n_embd + 2) // (M if cfg.sequence_parallel else 1) + 2 * c.n_embd
+    M, C, D, H, G = cfg.tensor, c.n_embd, c.head_width, c.n_head, c.n_kv_head
+    S = M if cfg.sequence_parallel else 1
+    norms = (4 * C + 2) // S + 2 * C
     inside = (5 * H * D + 5 * G * D + 4 * c.mlp_hidden + 2 * H + G) // M
     blocks, waiting = len(blocks_of(stage, cfg.pipeline, c)), schedule(cfg.schedule, stage, cfg.pipeline, m)
     most = max(waiting[:i].count("F") - waiting[:i].count("B") for i in range(len(waiting) + 1))
     wide = max(1, 4 / getattr(torch, cfg.dtype).itemsize)  # logits are float32
-    head = wide * c.vocab_size // M * tokens if M > 1 else c.n_embd * (tokens + c.vocab_size)
-    rest = 2 * D * tokens + (stage == cfg.pipeline - 1) * (3 * c.n_embd * tokens + head)  # 2 D: rotations
+    head = wide * c.vocab_size // M * tokens if M > 1 else C * (tokens + c.vocab_size)
+    rest = 2 * D * tokens + (stage == cfg.pipeline - 1) * ((2 * C // S + C) * tokens + head)  # 2 D: rotations
     if cfg.activation_checkpointing:  # the input of each block, and one block anew
-        inputs = blocks * c.n_embd // (M if cfg.sequence_parallel else 1)
-        return most * (inputs * tokens + rest) + tokens * (norms + inside)
+        return most * (blocks * C // S * tokens + rest) + tokens * (norms + inside)
     return most * (blocks * (norms + inside) * tokens + rest)
 
 
