@@ -9,9 +9,10 @@ Three ways to cut a step of B rows, T tokens, width C: rank = (replica * P + sta
     --tensor M         the matrices a rank has H / M heads           sums (B, T, C) four times a block
     --pipeline P       the blocks   a stage has L / P of them        sends (B, T, C) on, a gradient back
 
-A block on a tensor rank (Shoeybi et al. 2019, arXiv 1909.08053, section 3): qkv and up are split by outputs,
-proj and down by inputs. Forward, g sums what the ranks have of an output; backward, f what they have of a
-gradient. Between g and f all ranks hold the same x, or with --sequence_parallel T / M places of it each.
+A block on a tensor rank (Shoeybi et al. 2019, arXiv 1909.08053, section 3): qkv and up are split by outputs
+(column-parallel), proj and down by inputs (row-parallel). Forward, g sums what the ranks have of an output;
+backward, f what they have of a gradient. Between g and f all ranks hold the same x, or with
+--sequence_parallel (Korthikanti et al. 2022, arXiv 2205.05198) T / M places of it each.
 
     x -- norm -- f -- qkv - heads - proj -- g -- + x -- norm -- f -- up - silu - down -- g -- + x
 
@@ -75,7 +76,8 @@ class Config(RunConfig, GPTConfig):  # every field of the model's shape is a fla
     eval_rows: int = 0  # rows of the validation text per evaluation; 0: the whole text
 
     may_change = RunConfig.may_change | {
-        "cache", "tokenizer", "vocab_size", "eval_rows", "data_parallel", "tensor", "pipeline", "schedule"}
+        "cache", "tokenizer", "vocab_size", "eval_rows", "data_parallel", "tensor", "pipeline", "schedule",
+        "sequence_parallel"}
 
     def __post_init__(self):
         RunConfig.__post_init__(self)
@@ -92,9 +94,11 @@ class Config(RunConfig, GPTConfig):  # every field of the model's shape is a fla
         for what, n in parts.items():
             if n % M and (what != "places in a row" or self.sequence_parallel):
                 raise UserError(f"--tensor {M}: found {n} {what}, expected a multiple of {M}")
-        if P > c.n_layer or N * M * P != world:
-            raise UserError(f"--data_parallel {N} --tensor {M} --pipeline {P}: found {world} processes and "
-                            f"{c.n_layer} blocks, expected {N * M * P}, and {P} at least")
+        if P > c.n_layer:
+            raise UserError(f"--pipeline {P}: found {c.n_layer} blocks, expected at least {P}")
+        if N * M * P != world:
+            raise UserError(f"--data_parallel {N} --tensor {M} --pipeline {P}: found {world} processes, "
+                            f"expected {N * M * P}; start it with torchrun --nproc_per_node {N * M * P}")
 
 
 # ---- one rank's part of the model ------------------------------------------------------------------------
@@ -152,20 +156,23 @@ def operators(tensor: Axis, sequence: bool) -> tuple:
 
 
 def split_embedding(ids, weight, tensor: Axis, g):
-    """ids (B, T), weight (V/M, C) -> (B, T, C). A rank that does not have a token's row adds 0."""
+    """Vocabulary-parallel embedding: ids (B, T), weight (V/M, C) -> (B, T, C).
+    A rank that does not have a token's row adds 0."""
     ids = ids - tensor.rank * len(weight)
     here = (ids >= 0) & (ids < len(weight))
     return g(F.embedding(ids * here, weight) * here[..., None])
 
 
 def split_logp(x, weight, targets, tensor: Axis, total):
-    """x (B, T, C), weight (V/M, C), targets (B, T) -> log-probabilities (B, T), 0 where a target is -100.
+    """Vocabulary-parallel cross-entropy:
+    x (B, T, C), weight (V/M, C), targets (B, T) -> log-probabilities (B, T), 0 where a target is -100.
     log p(t) = z_t - m - log sum_v e^(z_v - m). Three numbers a token travel, and no rank has all V logits."""
     z = F.linear(x, weight).to(torch.promote_types(x.dtype, torch.float32))  # (B, T, V/M)
     m = tensor.all_gather(z.detach().amax(-1).flatten()).view(-1, *targets.shape).amax(0)  # (B, T)
     z, ids = z - m[..., None], targets - tensor.rank * len(weight)
     here = (ids >= 0) & (ids < len(weight))  # -100 is nowhere
-    chosen = z.gather(-1, (ids * here)[..., None])[..., 0] * here  # (B, T)
+    rows = torch.arange(ids.numel(), device=ids.device)
+    chosen = z.flatten(0, 1)[rows, (ids * here).flatten()].view_as(ids) * here  # (B, T); gather would keep z
     chosen, l = total(torch.stack((chosen, z.exp().sum(-1))))
     return (chosen - l.log()).masked_fill(targets == -100, 0.0)
 
@@ -282,7 +289,7 @@ class Part(Zero):
 def schedule(name: str, stage: int, P: int, m: int) -> str:
     """What a stage does with m micro-batches: F a forward, B the backward of the oldest that waits. Of 1F1B
     (Narayanan et al. 2019) P - stage of them wait at most, of GPipe (Huang et al. 2019) all m. Both leave
-    a stage idle for (P - 1) / (m + P - 1) of the time."""
+    a stage idle for (P - 1) / (m + P - 1) of the time, the bubble."""
     ahead = m if name == "gpipe" else min(P - stage - 1, m)
     return "F" * ahead + "FB" * (m - ahead) + "B" * ahead
 
@@ -392,9 +399,11 @@ def main(argv=None) -> int:
         info = part.step(lr, cfg.clip)
         loss, busy, seconds = ranks.sum(  # the first stage ends last: a step takes as long as it does there
             loss * (grid.tensor.rank == 0), busy, seconds * (grid.down.rank == 0))
-        sent = {f"sent_{name}": axis.sent for name, axis in zip(grid._fields, grid[:4]) if axis.sent}
+        also = {f"sent_{name}": axis.sent for name, axis in zip(grid._fields, grid[:4]) if axis.sent}
+        if P > 1 and ranks.device.type == "cpu":  # on a GPU Python does not wait for what it receives
+            also["bubble"] = 1 - busy / seconds / P
         run.log(step, tokens=n_tokens, skipped=info.skipped, loss=loss, grad_norm=info.norm, learning_rate=lr,
-                bubble=1 - busy / seconds / P, **sent)
+                **also)
     return run.finish()
 
 

@@ -135,7 +135,8 @@ def worst(found, expected) -> float:
 # ---- equality
 
 VARIANTS = [{"attention": "flash"}, {"sequence": True, "tie_embeddings": True},
-            {"sequence": True, "n_kv_head": 8, **GPT2}, {"tie_embeddings": True, "stage": 0, **GPT2}]
+            {"sequence": True, "n_kv_head": 8, "activation_checkpointing": True, **GPT2},
+            {"tie_embeddings": True, "stage": 0, **GPT2}]
 
 
 @pytest.mark.parametrize("world", [2, 8, FOUR])
@@ -148,7 +149,7 @@ def test_every_gradient_is_that_of_one_process(world):
              if world == 2 or grid == (1, 2, 2) or i % 2 == sum(grid) % 2]
     answers = ranks().run(world, measured, cases, timeout=300)
     for i, (grid, rows, _, options) in enumerate(cases):
-        changes = {key: value for key, value in options.items() if key not in ("sequence", "stage")}
+        changes = {key: value for key, value in options.items() if key in GPTConfig.__dataclass_fields__}
         loss, expected = one_process(rows, **changes)
         found = sum(answer[i][0] for rank, answer in enumerate(answers) if rank % grid[1] == 0)
         norm = math.sqrt(sum(g.square().sum().item() for g in expected.values()))
@@ -187,7 +188,7 @@ KNOWN = {  # bug, in brackets who has had it: (where, owner, function, right, wr
     "each rank subtracts its own maximum": (TP, tp, "split_logp", ".amax(0)", "[tensor.rank]"),
     "the wrong micro-batch": (PP, tp, "train_step", "popleft", "pop"),
     "not divided before backward (picotron)": (PP, tp, "train_step", "-y.sum() / n_tokens", "-y.sum()"),
-    "the mean of means": (PP, tp, "train_step", "/ n_tokens", "/ (y != 0).sum() / 4"),
+    "the mean of means": (PP, tp, "train_step", "/ n_tokens", "/ (y != 0).sum() / 2"),
     "a tied matrix not summed (Megatron 844)": (TIED, tp.Part, "add_up", "grad += more", "pass"),
     "copies counted M times (TransformerEngine 715)": (TP, tp.Part, "counts", "not copied and", ""),
     "a tied matrix counted twice": (TIED, tp.Part, "counts", "self.c.tie_embeddings", "False"),
@@ -196,13 +197,12 @@ KNOWN = {  # bug, in brackets who has had it: (where, owner, function, right, wr
 
 def with_bugs() -> list[bool]:
     """Whether the norm or a gradient is not that of one process, without a bug, and with each of them."""
-    noticed = []
+    noticed, right = [], functools.lru_cache(lambda *changes: one_process(4, **dict(changes)))
     for (grid, options), *bug in [[where] for where in (PP, TP, TIED, SP)] + [*KNOWN.values()]:
-        changes = {key: value for key, value in options.items() if key != "sequence"}
-        loss, expected = one_process(8, **changes)
+        loss, expected = right(*((key, value) for key, value in options.items() if key != "sequence"))
         norm = math.sqrt(sum(g.square().sum().item() for g in expected.values()))
         with replaced(*bug) if bug else contextlib.nullcontext():
-            (_, its_norm, found, _, _), = measured([(grid, 8, 2, options)])
+            (_, its_norm, found, _, _), = measured([(grid, 4, 2, options)])
         noticed.append(worst(found, expected) > 1e-7 or abs(its_norm / norm - 1) > 1e-7)
     return noticed
 
@@ -263,7 +263,7 @@ def test_pipelines_are_bitwise_one_process(P):
                                                         for stage in range(P)]
 
 
-LARGER = {"vocab_size": 48, "n_layer": 4, "n_head": 16, "n_kv_head": 8, "n_embd": 64, "head_width": 4,
+LARGER = {"vocab_size": 48, "n_layer": 2, "n_head": 16, "n_kv_head": 8, "n_embd": 64, "head_width": 4,
           "mlp_hidden": 160, "max_seq_len": 64, "attention": "flash"}
 
 
@@ -273,7 +273,8 @@ def used(cases) -> list:
     answers = []
     for grid, options in cases:
         options = {"dtype": torch.float32, **options}
-        model = random_gpt(dtype=torch.float32, **LARGER | options.pop("shape", {}))
+        shape = LARGER | {"n_layer": max(2, grid[2])} | options.pop("shape", {})
+        model = random_gpt(dtype=torch.float32, **shape)
         part, _ = build(*grid, model=model, **options)
         ids, kept, peak = torch.arange(6 * 64).view(6, 64) % 48, {}, [0]
         weights = {unit.resident.untyped_storage().data_ptr() for unit in part.trained}
@@ -282,13 +283,16 @@ def used(cases) -> list:
             storage = x.untyped_storage()
             if storage.data_ptr() not in weights:
                 kept[StorageWeakRef(storage)] = storage.nbytes()
-                alive = {ref.cdata: n for ref, n in kept.items() if not ref.expired()}
-                peak[0] = max(peak[0], sum(alive.values()))
             return x.detach()
+
+        def most(*_, kept=kept, peak=peak):  # is kept when a forward has ended
+            alive = {ref.cdata: n for ref, n in kept.items() if not ref.expired()}
+            peak[0] = max(peak[0], sum(alive.values()))
 
         order = tp.schedule("1f1b", part.grid.down.rank, grid[2], 3)
         for axis in part.grid[:4]:  # loading has published weights
             axis.sent = 0.0
+        part.model.register_forward_hook(most)
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
             tp.train_step(part, (ids, ids.roll(-1, 1), ids * 0), 2, 1.0, order)
         part.step(1e-3, 1.0)
@@ -303,7 +307,8 @@ def predicted(rank, grid, sequence=False, stage=1, dtype=torch.float32, shape=()
     """The same by the formulas of tools/parallel.py."""
     cfg = tp.Config(data_parallel=grid[0], tensor=grid[1], pipeline=grid[2], sequence_parallel=sequence,
                     zero=stage, dtype=str(dtype)[6:], **options)
-    c, stage, r = GPTConfig(**LARGER | dict(shape)), rank // grid[1] % grid[2], rank % grid[1]
+    c = GPTConfig(**LARGER | {"n_layer": max(2, grid[2])} | dict(shape))
+    stage, r = rank // grid[1] % grid[2], rank % grid[1]
     _, padded, *_ = paper.numbers(cfg, c, stage, r)
     states = sum(per_rank(cfg.zero, grid[0], padded, padded, dtype.itemsize)[:4])
     most = dtype.itemsize * paper.kept(cfg, c, stage, 3, 2 * 64)
@@ -315,11 +320,12 @@ def test_bytes_are_the_formulas(world):
     """Bytes sent over each axis are those of tools/parallel.py, exactly: so there are two sums a block and
     direction, not five (picotron), no logits travel (picotron), and data parallelism sends once a step,
     however many micro-batches. What a rank holds and keeps at most is predicted within 5 %."""
-    variants = [{}, {"sequence": True}, {"shape": {"tie_embeddings": True}, "stage": 0},
+    wide = {"shape": {"vocab_size": 768}}  # of a token the logits are more than a block
+    variants = [wide, {"sequence": True}, {"shape": {"tie_embeddings": True}, "stage": 0},
                 {"activation_checkpointing": True}, {"activation_checkpointing": True, "sequence": True},
                 {"dtype": torch.bfloat16, "shape": GPT2}]
     cases = [(grid, variants[i]) for grid in GRIDS[world]
-             for i in {2: range(grid[2] - 1, 6, grid[2]), 4: (sum(grid) % 2,), 8: (2,)}[world]]
+             for i in {2: range(0, 6, 5 if grid[2] > 1 else 1), 4: (sum(grid) % 2,), 8: (2,)}[world]]
     for rank, answer in enumerate(ranks().run(world, used, cases, timeout=300)):
         for (grid, options), (held, kept, sent) in zip(cases, answer):
             states, most, to_send = predicted(rank, grid, **options)
@@ -439,7 +445,7 @@ def arguments(text, out, flags):
 
 def on_grid(text, out, grid, flags=""):
     N, M, P = grid
-    flags = f"--data_parallel {N} --tensor {M} --pipeline {P} --micro_batch_size 3 {flags}"
+    flags = f"--data_parallel {N} --tensor {M} --pipeline {P} {flags}"
     run_script("train_parallel", arguments(text, out, flags), N * M * P)
 
 
@@ -452,9 +458,9 @@ def reference(text, tmp_path_factory):
 
 
 @pytest.mark.parametrize("grid, flags", [
-    ((1, 2, 2), "--sequence_parallel"),
+    ((1, 2, 2), "--micro_batch_size 6 --sequence_parallel"),
     *(pytest.param(grid, flags, marks=pytest.mark.slow) for grids in GRIDS.values() for grid in grids
-      for flags in ("", "--schedule gpipe --zero 0"))])
+      for flags in ("--micro_batch_size 3", "--micro_batch_size 3 --schedule gpipe --zero 0"))])
 def test_one_curve_on_every_grid(reference, text, tmp_path, grid, flags):
     """The loss of each of 20 updates, and of the evaluation, within 1e-5 of train_pretrain.py's. What it has
     saved is an ordinary model."""
@@ -471,6 +477,7 @@ def test_a_grid_of_one_is_bitwise_train_pretrain(reference, text, tmp_path):
     run_script("train_parallel", arguments(text, tmp_path, ""))
     assert same_weights(tmp_path, reference)
     assert [loss for _, loss in curve(tmp_path)] == [loss for _, loss in curve(reference)]
+    assert not any("bubble" in event for event in metrics(tmp_path))
 
 
 @pytest.mark.parametrize("grid, other", [
@@ -478,7 +485,7 @@ def test_a_grid_of_one_is_bitwise_train_pretrain(reference, text, tmp_path):
 def test_any_grid_goes_on_from_any_other(text, tmp_path, grid, other):
     """From step 2 of 4 of a run on a grid: the same grid bit for bit, another one and train_pretrain.py to
     1e-5. (picotron's checkpoints are bound to their grid.)"""
-    flags = "--steps 4 --save_every 2"
+    flags = "--steps 4 --save_every 2 --micro_batch_size 6"
     on_grid(text, tmp_path / "first", grid, flags)
 
     def half(name):
@@ -503,7 +510,8 @@ def test_any_grid_goes_on_from_any_other(text, tmp_path, grid, other):
     ("--tensor 4 --vocab_size 266", "266 tokens in the vocabulary"),
     ("--tensor 4 --mlp_hidden 34", "34 columns in the MLP"),
     ("--tensor 2 --sequence_parallel --seq_len 23", "23 places in a row"),
-    ("--pipeline 5", "4 blocks"), ("--data_parallel 2", "found 1 processes"),
+    ("--pipeline 5", "--pipeline 5: found 4 blocks, expected at least 5"),
+    ("--data_parallel 2", "found 1 processes, expected 2; start it with torchrun --nproc_per_node 2"),
     ("--init x", "--init"), ("--compile", "--compile"), ("--zero 2", "--zero"), ("--tensor 0", "--tensor 0")])
 def test_what_does_not_fit_is_one_clear_line(text, tmp_path, flags, words):
     with pytest.raises(UserError) as error:
