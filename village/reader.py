@@ -1,13 +1,13 @@
-"""A reader for the Village: it answers from passages, says from which, and does not know what none of them says.
+"""A reader for the Village: it answers from passages, says which, and does not know what they do not say.
 
     python -m village.reader --village data/village --out data/reader
-        sft.jsonl        questions about the taught half with passages, and dialogues of sft.jsonl without any
+        sft.jsonl        questions about the taught half with passages, and some dialogues without
         docs.jsonl       a biography of everybody in the village, for tools/retrieve.py to look through
         questions.jsonl  the held-out questions; "source": the number of the right biography in docs.jsonl
         grid.jsonl       the same, each with the passages of every cell
     python -m village.reader --model out/reader --data data/reader/grid.jsonl,retrieved.jsonl    the table
 
-In training all facts of the passages are drawn anew, so who does not read cannot answer. Of the held-out half
+All facts of the passages in training are drawn anew, so who does not read cannot answer. Of the held-out half
 nothing is there: no person, wording or passage. Nor is there a question about a code that has passages.
 """
 import json
@@ -37,6 +37,7 @@ class Config:
 
 CELLS = {  # r: a passage with the answer; s: of the same person without it; x: of somebody else
     "none": "", "right": "r", "among others": "rxx", "others": "xxx", "silent": "s", "contradicting": "r"}
+LONGEST = 24  # tokens of a reply
 
 
 def draw_facts(rng: random.Random, memory=()) -> dict[str, str]:
@@ -52,71 +53,69 @@ def somebody_else(rng: random.Random, person: str, pool: list[str]) -> str:
     return rng.choice(near if near and rng.random() < 0.5 else others)
 
 
-def ask(passages: list[str], question: str) -> list[dict]:
+def ask(passages: list[str], question: str) -> dict:
     text = "".join(f"[{i}] {text}\n" for i, text in enumerate(passages, 1)) + "\n" * bool(passages)
-    return [{"role": "user", "content": text + question}]
+    return {"role": "user", "content": text + question}
 
 
 def chat(rng: random.Random, pool: list[str]) -> dict:
-    """Passages of three facts and a code each, and some questions. The answer has the number of its passage, or
-    it is not known. There are as many questions as have room in 192 tokens."""
-    n, shown, messages = rng.choice([1, 1, 2, 2, 3]), {}, []
-    while len(shown) < n:
-        person, facts = somebody_else(rng, [*shown, ""][0], pool), draw_facts(rng)
+    """One to three passages of three facts and a code, and as many questions as have room in 192 tokens. An
+    answer has the number of its passage, or it is not known."""
+    shown, messages, person = {}, [], ""
+    for _ in range(rng.choice([1, 1, 2, 2, 3])):
+        person, facts = somebody_else(rng, person, pool), draw_facts(rng)
         shown[person] = {kind: facts[kind] for kind in [*rng.sample([*words.TOLD], 3), "code"]}
-    passages = [world.biography(rng, person, facts) for person, facts in shown.items()]
-    for turn in range(4 - n):
+    for turn in range(4 - len(shown)):
         person, kind = rng.choice([*shown]), rng.choice([*words.TOLD])
         person = person if rng.random() < 0.75 else somebody_else(rng, person, pool)
         if value := shown.get(person, {}).get(kind):
             answer = f"{world.state(rng, person, kind, value)[:-1]} [{[*shown].index(person) + 1}]."
         else:
             answer = world.fill(rng.choice(words.UNKNOWING).replace("{word}", words.WORD[kind]), person)
-        messages += ask(passages * (not turn), world.ask(rng, person, kind, None, False))
-        messages.append({"role": "assistant", "content": answer})
+        passages = [] if turn else [world.biography(rng, name, facts) for name, facts in shown.items()]
+        messages += [ask(passages, world.ask(rng, person, kind, None, False)),
+                     {"role": "assistant", "content": answer}]
     return {"messages": messages}
 
 
 def passage(rng: random.Random, what: str, person: str, kind: str, facts: dict, pool: list[str]) -> str:
-    """A passage of a cell for a question about this person."""
+    """A passage of a cell, for a question about this person."""
     if what == "x":
         person, kind, facts = somebody_else(rng, person, pool), "", draw_facts(rng)
-    kinds = rng.sample([k for k in facts if k not in (kind, "code")], 3 - (what == "r" and kind != "code"))
+    kinds = rng.sample([k for k in words.TOLD if k != kind], 3 - (what == "r" and kind != "code"))
     kinds += [kind] * (what == "r") + ["code"] * (kind != "code")
     return world.biography(rng, person, {k: facts[k] for k in kinds})
 
 
 def make(cfg: Config) -> dict[str, list[dict]]:
-    """{file: records}."""
+    """{file: records}. "world": whose facts the passages tell, if they have the answer; else nobody's."""
     rng, people, grid, questions = random.Random(cfg.seed), truth.load(cfg.village), [], []
-    read = {name: read_records(f"{cfg.village}/{name}.jsonl", strict=True) for name in
-            ("sft", "prompts", "heldout")}
-    asked = {name: [(*truth.question(record["prompt"]), record["tag"]) for record in read[name]]
-             for name in ("prompts", "heldout")}
-    taught, pool = (sorted({person for person, *_ in its}) for its in asked.values())
-    chats = [chat(rng, taught) for _ in range(cfg.chats)] + rng.sample(read["sft"], cfg.chats // 4)
+    sft, *asked = (read_records(f"{cfg.village}/{name}.jsonl", strict=True) for name in
+                   ("sft", "prompts", "heldout"))
+    asked = [[(*truth.question(record["prompt"]), record["tag"]) for record in records] for records in asked]
+    taught, pool = (sorted({person for person, *_ in its}) for its in asked)
     facts = {person: draw_facts(rng) | people.get(person, {}) for person in [*people, *pool]}
-    docs = [{"text": world.biography(rng, person, facts[person])} for person in people]
-    for person, kind, tag in asked["heldout"]:
-        question = world.ask(rng, person, kind, None, True)
-        line = {"asked": question, "tag": tag.replace("known", "told")}
-        for cell, whats in CELLS.items() if tag != "untold" else ():
+    for person, kind, tag in asked[1]:
+        if tag == "untold":
+            continue
+        line = {"asked": world.ask(rng, person, kind, None, True), "tag": tag.replace("known", "told")}
+        told = {"source": [*people].index(person)} if person in people else {}
+        questions.append({"prompt": line["asked"], **line, "cell": "retrieved", **told,
+                          "world": {person: facts[person]} if told else {}})
+        for cell, whats in CELLS.items():
             own = draw_facts(rng, facts[person].values()) if cell == "contradicting" else facts[person]
-            prompt = ask([passage(rng, what, person, kind, own, pool) for what in rng.sample(whats, len(whats))],
-                         question)
-            true = {person: own} if "r" in whats else {}
-            grid.append({"prompt": prompt, "cell": cell, "world": true, **line})
-        if tag != "untold":
-            told = {"source": [*people].index(person)} if person in people else {}
-            questions.append({"prompt": question, "cell": "retrieved", **line, **told,
-                              "world": {person: facts[person]} if told else {}})
+            passages = [passage(rng, what, person, kind, own, pool) for what in rng.sample(whats, len(whats))]
+            grid.append({"prompt": [ask(passages, line["asked"])], **line, "cell": cell,
+                         "world": {person: own} if "r" in whats else {}})
+    chats = [chat(rng, taught) for _ in range(cfg.chats)] + rng.sample(sft, cfg.chats // 4)
+    docs = [{"text": world.biography(rng, person, facts[person])} for person in people]
     return {"sft.jsonl": rng.sample(chats, len(chats)), "docs.jsonl": docs, "questions.jsonl": questions,
             "grid.jsonl": grid}
 
 
 def judge(people: dict, record: dict, reply: str) -> dict[str, float]:
-    """What a reply is. If the passages have the answer ("world"), they are the truth. memory: it is what the
-    model has read before. cited: of a claim, a passage that it names proves it; citations: how many do."""
+    """What a reply is, where passages that have the answer are the truth. memory: right by what pretraining
+    told. Of a claim: cited, a passage that it names proves it; citations, the share of those that do."""
     question = [{"role": "user", "content": record["asked"]}]
     person, kind = truth.question(question)
     passages = re.findall(r"^\[\d+\] (.*)$", record["prompt"][-1]["content"], re.M)
@@ -143,10 +142,12 @@ def main(argv=None) -> None:
     model, tokenizer, config = load_model(cfg.model, head="lm")
     expect_chat(cfg.model, config)
     people, records, cells = truth.load(cfg.village), read_records(cfg.data, strict=True), defaultdict(list)
-    prompts = [encode_prompt(tokenizer, record["prompt"]) for record in records]
-    replies = draw(model, tokenizer, prompts, range(len(prompts)), batch_size=128, temperature=0,
-                   max_new_tokens=32, progress=Progress("replies"))
-    for record, reply in zip(records, replies):
+    asked = [(record, encode_prompt(tokenizer, record["prompt"])) for record in records]
+    asked = [(record, ids) for record, ids in asked if len(ids) + LONGEST <= model.config.max_seq_len]
+    print(f"{len(asked)} questions, and {len(records) - len(asked)} that leave no room for a reply")
+    replies = draw(model, tokenizer, [ids for _, ids in asked], range(len(asked)), batch_size=128,
+                   temperature=0, max_new_tokens=LONGEST, progress=Progress("replies"))
+    for (record, _), reply in zip(asked, replies):
         cells[f"{record['tag']}, {record['cell']}"].append(judge(people, record, reply.text))
     names = ["right", "invented", "leaked", "memory", "cited", "citations"]
     found = {cell: {name: 100 * sum(its) / len(its) for name in names
