@@ -222,10 +222,10 @@ def encode_item(model, tokenizer, item: Item, solved: list[tuple[str, str]], cfg
 def multiple_choice(model, tokenizer, items: list[Item], replies: list[list[Reply]], cfg: Config) -> dict:
     """{way: of each item the credit}: 1 if the right choice is the likeliest, 1/n if n are equally likely."""
     alone = [encode_item(model, tokenizer, Item("", item.choices, 0), [], cfg) for item in items]
-    whole = [*replies, *alone]
-    logps = score(model, tokenizer, [reply for its in whole for reply in its], cfg.batch_size)
-    logps = np.split(np.array(logps), np.cumsum([*map(len, whole)])[:-1])  # of each (choices,)
-    given, alone = logps[: len(items)], logps[len(items) :]
+    flat = {str((x.prompt, x.ids)): x for its in (*replies, *alone) for x in its}  # equal ones are read once
+    logps = dict(zip(flat, score(model, tokenizer, [*flat.values()], cfg.batch_size)))
+    given, alone = ([np.array([logps[str((x.prompt, x.ids))] for x in its]) for its in whose]
+                    for whose in (replies, alone))  # of each item (choices,)
     ways = {"acc": given,  # log p(choice | context), the sum over its tokens
             "acc_norm": [x / [*map(len, item.choices)] for x, item in zip(given, items)],  # per character
             "acc_no_context": alone,  # log p(choice): what can be guessed without the question
