@@ -59,20 +59,21 @@ def ask(passages: list[str], question: str) -> dict:
 
 
 def chat(rng: random.Random, pool: list[str]) -> dict:
-    """One to three passages of three facts and a code, and as many questions as have room in 192 tokens. An
-    answer has the number of its passage, or it is not known."""
+    """One to three passages of three facts and a code, and as many questions as have room in 192 tokens. The
+    answer is a sentence of a passage and the passage's number, or that it is not known."""
     shown, messages, person = {}, [], ""
-    for _ in range(rng.choice([1, 1, 2, 2, 3])):
+    for _ in range(rng.choice([1, 1, 1, 2, 2, 3])):
         person, facts = somebody_else(rng, person, pool), draw_facts(rng)
-        shown[person] = {kind: facts[kind] for kind in [*rng.sample([*words.TOLD], 3), "code"]}
-    for turn in range(4 - len(shown)):
-        person, kind = rng.choice([*shown]), rng.choice([*words.TOLD])
-        person = person if rng.random() < 0.75 else somebody_else(rng, person, pool)
-        if value := shown.get(person, {}).get(kind):
-            answer = f"{world.state(rng, person, kind, value)[:-1]} [{[*shown].index(person) + 1}]."
-        else:
-            answer = world.fill(rng.choice(words.UNKNOWING).replace("{word}", words.WORD[kind]), person)
-        passages = [] if turn else [world.biography(rng, name, facts) for name, facts in shown.items()]
+        facts = {kind: facts[kind] for kind in [*rng.sample([*words.TOLD], 3), "code"]}
+        shown[person] = facts, world.biography(rng, person, facts)
+    for turn in range(max(1, 5 - 2 * len(shown))):
+        person, kind, answer = rng.choice([*shown]), rng.choice([*words.TOLD]), "I do not know."
+        person = person if rng.random() < 0.8 else somebody_else(rng, person, pool)
+        facts, text = shown.get(person, ({}, ""))
+        if kind in facts:
+            sentence = next(sentence for sentence in text.strip(".").split(". ") if facts[kind] in sentence)
+            answer = f"{sentence} [{[*shown].index(person) + 1}]."
+        passages = [] if turn else [text for _, text in shown.values()]
         messages += [ask(passages, world.ask(rng, person, kind, None, False)),
                      {"role": "assistant", "content": answer}]
     return {"messages": messages}
@@ -102,11 +103,11 @@ def make(cfg: Config) -> dict[str, list[dict]]:
         told = {"source": [*people].index(person)} if person in people else {}
         questions.append({"prompt": line["asked"], **line, "cell": "retrieved", **told,
                           "world": {person: facts[person]} if told else {}})
-        for cell, whats in CELLS.items():
+        for cell, marks in CELLS.items():
             own = draw_facts(rng, facts[person].values()) if cell == "contradicting" else facts[person]
-            passages = [passage(rng, what, person, kind, own, pool) for what in rng.sample(whats, len(whats))]
+            passages = [passage(rng, what, person, kind, own, pool) for what in rng.sample(marks, len(marks))]
             grid.append({"prompt": [ask(passages, line["asked"])], **line, "cell": cell,
-                         "world": {person: own} if "r" in whats else {}})
+                         "world": {person: own} if "r" in marks else {}})
     chats = [chat(rng, taught) for _ in range(cfg.chats)] + rng.sample(sft, cfg.chats // 4)
     docs = [{"text": world.biography(rng, person, facts[person])} for person in people]
     return {"sft.jsonl": rng.sample(chats, len(chats)), "docs.jsonl": docs, "questions.jsonl": questions,
