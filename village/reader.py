@@ -60,22 +60,23 @@ def ask(passages: list[str], question: str) -> dict:
 
 def chat(rng: random.Random, pool: list[str]) -> dict:
     """One to three passages of three facts and a code, and as many questions as have room in 192 tokens. The
-    answer is a sentence of a passage and the passage's number, or that it is not known."""
-    shown, messages, person = {}, [], ""
+    answer is a sentence of a passage, or all but the code, and the passage's number; or it is not known."""
+    shown, messages, person, everything = {}, [], "", rng.random() < 0.4
     for _ in range(rng.choice([1, 1, 1, 2, 2, 3])):
         person, facts = somebody_else(rng, person, pool), draw_facts(rng)
         facts = {kind: facts[kind] for kind in [*rng.sample([*words.TOLD], 3), "code"]}
         shown[person] = facts, world.biography(rng, person, facts)
-    for turn in range(max(1, 5 - 2 * len(shown))):
+    for turn in range(1 if everything else max(1, 5 - 2 * len(shown))):
         person, kind, answer = rng.choice([*shown]), rng.choice([*words.TOLD]), "I do not know."
         person = person if rng.random() < 0.8 else somebody_else(rng, person, pool)
+        question = world.ask(rng, person, kind, None, False)
+        question = f"What do you know about {person}?" if everything else question
         facts, text = shown.get(person, ({}, ""))
-        if kind in facts:
-            sentence = next(sentence for sentence in text.strip(".").split(". ") if facts[kind] in sentence)
-            answer = f"{sentence} [{[*shown].index(person) + 1}]."
+        wanted = {facts[k] for k in facts if k == kind or everything and k != "code"}
+        if said := [x for x in text.strip(".").split(". ") if wanted & {*x.split()}]:
+            answer = f"{'. '.join(said)} [{[*shown].index(person) + 1}]."
         passages = [] if turn else [text for _, text in shown.values()]
-        messages += [ask(passages, world.ask(rng, person, kind, None, False)),
-                     {"role": "assistant", "content": answer}]
+        messages += [ask(passages, question), {"role": "assistant", "content": answer}]
     return {"messages": messages}
 
 
