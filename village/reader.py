@@ -29,7 +29,7 @@ from village import truth, words, world
 class Config:
     village: str = "data/village"  # folder of the world
     out: str = "data/reader"  # folder for the files
-    chats: int = 4000  # with passages in sft.jsonl, and a quarter as many without
+    chats: int = 12000  # with passages in sft.jsonl, and a quarter as many without
     seed: int = 1  # of the files
     model: str = ""  # instead: folder of a reader to ask
     data: str = "data/reader/grid.jsonl"  # with --model: files of questions with passages
