@@ -3,6 +3,7 @@
     python evaluate.py --model out/pretrain --data my.txt              rows that do not overlap
     python evaluate.py --model out/pretrain --data my.txt --stride 64  all but 64 tokens of a row are context
     python evaluate.py --model out/sft --chats held_out.jsonl          the last replies of conversations
+    python evaluate.py --model out/pretrain --choices arc.jsonl --shots 5    which of the answers is likeliest
 
 Of a text: the mean loss (nats per token), perplexity exp(loss), and bits per byte, total loss / ln 2 / UTF-8
 bytes. Only bits per byte can be compared between tokenizers. Of conversations: the loss of the replies, how
@@ -11,10 +12,12 @@ often the likeliest token is the right one, how many greedy replies are right wo
 import datetime
 import json
 import math
+import random
+import re
 import sys
 import time
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
@@ -22,9 +25,9 @@ import torch
 
 from data import Conversations, collate, encode_prompt, expect_chat
 from lib.corpora import read_corpus, split_documents
-from lib.program import parse, replacing, require_positive, start
+from lib.program import UserError, parse, replacing, require_positive, start
 from lib.ranks import setup
-from lib.records import Records, read_chats, split
+from lib.records import Records, check_text, found_in, read, read_chats, split
 from lora import load_tuned
 from model import LMHead, generate_sorted
 
@@ -35,6 +38,10 @@ class Config:
     delta: str = ""  # folder of a run with --tune whose base --model is; empty: none
     data: str = "stdlib"  # stdlib, shakespeare, or files: text, or records with "text"; or a folder
     chats: str = ""  # instead of data: conversations, in any form that train_sft.py reads
+    choices: str = ""  # instead of data: questions, as HellaSwag, ARC, MMLU, PIQA or GSM8K have them
+    shots: int = 0  # of choices: solved questions of the same file in front of each
+    chat: bool = False  # of choices: the user asks, the assistant answers; else it is a text that goes on
+    seed: int = 1  # of the shots
     strict: bool = False  # stop if a record cannot be used, instead of leaving it out
     val_fraction: float = 0.0  # only this last part of data or chats, as training sets it aside; 0: all
     out: str = ""  # file for the figures, .json; empty: none
@@ -143,6 +150,114 @@ def answers(model, tokenizer, records, cfg: Config) -> dict:
             "ended": sum(reply.ended for reply in replies) / max(1, len(asked))}
 
 
+@dataclass
+class Item:
+    query: str
+    choices: list[str]  # one alone: the solution, whose last number is asked for
+    gold: int  # which of them is right
+    head: str = ""  # stands once above all shots; they have the same
+    group: str = ""  # no shot is of the same one
+
+
+def last_number(text: str) -> str:
+    return (re.findall(r"-?\d[\d,]*(?:\.\d+)?", text) or [""])[-1].replace(",", "")
+
+
+def item_of(record: dict) -> Item:
+    """A record, laid out as lm-evaluation-harness does. The first form that fits counts."""
+    head, ask = "", "Question: {}\nAnswer:".format
+    try:
+        match record:
+            case {"query": query}:  # our own, as it stands
+                choices, gold = record.get("choices", [record.get("target")]), record.get("gold", 0)
+            case {"activity_label": about, "ctx_a": a, "ctx_b": b, "endings": endings, "label": gold}:
+                query, *choices = (re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". ")).replace(
+                    "  ", " ") for text in (f"{about}: {a} {b.capitalize()}", *endings))  # HellaSwag
+            case {"goal": goal, "sol1": a, "sol2": b, "label": gold}:  # PIQA
+                query, choices = ask(goal), [a, b]
+            case {"question": question, "choices": {"text": choices, "label": labels}, "answerKey": key}:
+                query, gold = ask(question), labels.index(key)  # ARC
+            case {"question": question, "subject": about, "choices": texts, "answer": gold}:  # MMLU
+                choices, about = [*"ABCD"], about.replace("_", " ")
+                lines = [f"{letter}. {text}" for letter, text in zip(choices, texts, strict=True)]
+                query = "\n".join([question.strip(), *lines, "Answer:"])
+                head = f"The following are multiple choice questions (with answers) about {about}.\n\n"
+            case {"question": question, "choices": choices, "answer": gold}:
+                query, gold = ask(question), choices.index(gold) if isinstance(gold, str) else gold
+            case {"question": question, "answer": solution}:  # GSM8K
+                query, choices, gold = ask(question), [solution], 0
+        known = len(choices) > 1 or last_number(check_text(choices[0]))
+        if known and all(check_text(text).strip() for text in choices) and 0 <= int(gold) < len(choices):
+            return Item(check_text(query), choices, int(gold), head, record.get("group", query))
+    except (AttributeError, NameError, TypeError, ValueError):  # NameError: no form fits
+        pass
+    raise UserError(f"found {found_in(record)}, expected a question with choices, or with a number")
+
+
+def shots_of(items: list[Item], i: int, cfg: Config) -> list[tuple[str, str]]:
+    """Solved questions (query, answer) for item i. They depend on the seed and on i alone."""
+    pool = [x for x in items if x.head == items[i].head and x.group != items[i].group] if cfg.shots else []
+    if len(pool) < cfg.shots:
+        raise UserError(f"--shots {cfg.shots}: found {len(pool)} other questions for one, expected more")
+    return [(x.query, x.choices[x.gold]) for x in random.Random(f"{cfg.seed}/{i}").sample(pool, cfg.shots)]
+
+
+def encode_item(model, tokenizer, item: Item, solved: list[tuple[str, str]], cfg: Config) -> list[Reply]:
+    """Each choice as the reply to its context, which loses its beginning if both are too long. In a text they
+    are encoded as one, the space with the choice. In a chat the end of the reply is part of it."""
+    if cfg.chat:
+        turns = zip(["user", "assistant"] * len(solved) + ["user"], [*chain(*solved), item.query])
+        turns = [{"role": role, "content": text} for role, text in (("system", item.head), *turns) if text]
+        context = encode_prompt(tokenizer, turns)
+        many = [[*tokenizer.encode(choice), tokenizer.end_id] for choice in item.choices]
+    else:
+        text = item.head + "".join(f"{ask} {answer}\n\n" for ask, answer in solved) + item.query
+        context = [tokenizer.bos_id, *tokenizer.encode(text.rstrip())]
+        many = [tokenizer.encode(f"{text} {choice}")[len(context) - 1 :] for choice in item.choices]
+    room = [model.config.max_seq_len - (len(ids) if len(many) > 1 else cfg.max_new_tokens) for ids in many]
+    return [Reply(context[-n:], ids, choice, True) for n, ids, choice in zip(room, many, item.choices)]
+
+
+def multiple_choice(model, tokenizer, items: list[Item], replies: list[list[Reply]], cfg: Config) -> dict:
+    """{way: of each item the credit}: 1 if the right choice is the likeliest, 1/n if n are equally likely."""
+    alone = [encode_item(model, tokenizer, Item("", item.choices, 0), [], cfg) for item in items]
+    flat = {str((x.prompt, x.ids)): x for its in (*replies, *alone) for x in its}  # equal ones are read once
+    logps = dict(zip(flat, score(model, tokenizer, [*flat.values()], cfg.batch_size)))
+    given, alone = ([np.array([logps[str((x.prompt, x.ids))] for x in its]) for its in whose]
+                    for whose in (replies, alone))  # of each item (choices,)
+    ways = {"acc": given,  # log p(choice | context), the sum over its tokens
+            "acc_norm": [x / [*map(len, item.choices)] for x, item in zip(given, items)],  # per character
+            "acc_no_context": alone,  # log p(choice): what can be guessed without the question
+            "acc_mutual_info": [x - y for x, y in zip(given, alone)]}
+    return {way: [(x[item.gold] == x.max()) / (x == x.max()).sum() for x, item in zip(scores, items)]
+            for way, scores in ways.items()}
+
+
+def exact_match(model, tokenizer, items: list[Item], replies: list[list[Reply]], cfg: Config) -> dict:
+    """1 if a greedy reply ends with the right number, else 0. The next question would end it in a text."""
+    drawn = draw(model, tokenizer, [its[0].prompt for its in replies], range(len(items)), temperature=0,
+                 max_new_tokens=cfg.max_new_tokens, batch_size=cfg.batch_size, progress=Progress("replies"))
+    said = [reply.text if cfg.chat else re.split("Question:|\n\n", reply.text)[0] for reply in drawn]
+    return {"exact_match": [last_number(x) == last_number(item.choices[0]) for x, item in zip(said, items)]}
+
+
+def choose(model, tokenizer, items: list[Item], cfg: Config) -> dict:
+    """Means of the credits with their standard errors; centred: acc on a scale where chance is 0."""
+    replies = [encode_item(model, tokenizer, x, shots_of(items, i, cfg), cfg) for i, x in enumerate(items)]
+    found, chances = {"items": len(items), "shots": cfg.shots}, [1 / len(item.choices) for item in items]
+    found["cropped"] = sum(its[0].prompt[0] != tokenizer.bos_id for its in replies)
+    if min(chances) < max(chances) == 1:
+        raise UserError(f"{cfg.choices}: found choices and numbers, expected them in two files")
+    items, replies = zip(*sorted(zip(items, replies), key=lambda pair: len(pair[1][0].prompt)))  # pads little
+    measure = exact_match if 1 in chances else multiple_choice
+    for way, credits in measure(model, tokenizer, items, replies, cfg).items():
+        error = np.std(credits, ddof=len(items) > 1) / len(items) ** 0.5
+        found |= {way: float(np.mean(credits)), f"{way}_stderr": float(error)}
+    if (chance := float(np.mean(chances))) < 1:
+        found |= {"chance": chance, "centred": (found["acc"] - chance) / (1 - chance)}
+    return found
+
+
 def held_out(found: Records, split_in_two, val_fraction: float) -> list:
     """The last val_fraction of what was read; all of it if that is nothing. stdout has the figures alone."""
     print(found.report(), file=sys.stderr)
@@ -163,15 +278,18 @@ def main(argv=None) -> None:
     require_positive(cfg, "batch_size", "max_new_tokens")
     model, tokenizer, config = load_tuned(cfg.model, cfg.delta, head="lm")
     model.to(setup(cfg.device, catch_signals=False).device)
-    if cfg.chats:
+    if cfg.chats or cfg.chat:
         expect_chat(cfg.delta or cfg.model, config)
+    if cfg.choices:
+        items = held_out(read(cfg.choices, cfg.strict, record_of=item_of), None, 0.0)
+        found = {"choices": cfg.choices, **choose(model, tokenizer, items, cfg)}
+    elif cfg.chats:
         records = held_out(read_chats(cfg.chats, cfg.strict), split, cfg.val_fraction)
-        figures = {"model": cfg.delta or cfg.model, "chats": cfg.chats,
-                   **answers(model, tokenizer, records, cfg)}
+        found = {"chats": cfg.chats, **answers(model, tokenizer, records, cfg)}
     else:
         documents = held_out(read_corpus(cfg.data, strict=cfg.strict), split_documents, cfg.val_fraction)
-        figures = {"model": cfg.delta or cfg.model, "data": cfg.data,
-                   **perplexity(model, tokenizer, documents, cfg.stride, cfg.batch_size)}
+        found = {"data": cfg.data, **perplexity(model, tokenizer, documents, cfg.stride, cfg.batch_size)}
+    figures = {"model": cfg.delta or cfg.model, **found}
     print(json.dumps(figures))
     if cfg.out:
         save_figures(cfg.out, figures)

@@ -18,16 +18,17 @@ PYTHON = {room: sorted((ROOT / room).glob("*.py")) for room in ROOMS}  # room ""
 LINES = {path: path.read_text(encoding="utf-8").splitlines() for paths in PYTHON.values() for path in paths}
 TREES = {path: ast.parse("\n".join(lines)) for path, lines in LINES.items()}
 AT_MOST = {  # lines of a file, of some, of a room
-    "model.py": 402, "kernels.py": 340, "data.py": 360, "zero.py": 430, "sample.py": 170, "evaluate.py": 220,
+    "model.py": 402, "kernels.py": 340, "data.py": 360, "zero.py": 430, "sample.py": 170, "evaluate.py": 299,
     "train_pretrain.py": 160, "train_sft.py": 160, "train_rm.py": 210, "train_dpo.py": 220,
     "train_ppo.py rollouts.py": 420, "lib": 1750, "village": 700, "bench": 735, "tests": 7060}
 LATER = {"lora.py": 389, "bench/deltas.py": 129, "tests/test_lora.py": 444, "train_grpo.py": 245,
-         "village/chains.py": 153, "tests/test_grpo.py": 430, "tools/convert.py": 254, "bench/near.py": 85,
+         "village/chains.py": 157, "tests/test_grpo.py": 430, "tools/convert.py": 254, "bench/near.py": 85,
          "tools/formats.py": 294, "tests/test_convert.py": 527, "tools/scaling.py": 300,
          "bench/scaling.py": 55, "tests/test_scaling.py": 300, "tools/prepare.py": 320, "tools/clean.py": 225,
          "bench/prepare.py": 120, "tools/repeats.py": 195, "tests/test_prepare.py": 506,
          "train_parallel.py": 420, "lib/grid.py": 152, "tools/parallel.py": 132,
-         "tests/test_parallel.py": 560}
+         "tests/test_parallel.py": 560, "tests/test_choices.py": 266, "tools/retrieve.py": 130,
+         "village/reader.py": 165, "tests/test_retrieve.py": 310}
 AT_MOST, LATER = AT_MOST | LATER, [ROOT / name for name in LATER]  # LATER: not in the sums
 FLOOR = ["lib", "kernels", "model", "data", "zero", "lora", "rollouts"]  # each may import those before it
 ABOVE = {"script": [], "evaluate": [], "sample": ["evaluate"], "village": ["evaluate", "village"],
@@ -45,7 +46,7 @@ def test_no_file_and_no_room_grows(what):
 
 
 def test_the_whole_is_small():
-    assert sum(len(LINES[path]) for path in LINES.keys() - {*LATER, *PYTHON["tests"]}) <= 6135
+    assert sum(len(LINES[path]) for path in LINES.keys() - {*LATER, *PYTHON["tests"]}) <= 6235
     assert len(PYTHON[""]) <= 16
 
 

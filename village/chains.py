@@ -12,6 +12,7 @@ Alone, all k operations have to happen in one pass through the layers. With step
         steps.jsonl, answers.jsonl    questions of 1 to 6 operations, answered in two ways
         prompts.jsonl                 more, unanswered, for train_grpo.py --reward village.chains:right
         heldout.jsonl                 questions of 1 to 10 operations that no other file has
+        choices.jsonl, numbers.jsonl  the same for evaluate.py --choices FILE --chat
     python -m village.chains --model out/steps
         what it answers, by the number of operations, see scorecard()
 """
@@ -82,6 +83,9 @@ def make(seed: int) -> dict[str, str]:
              for name, said in (("steps.jsonl", steps), ("answers.jsonl", answer))}
     files["prompts.jsonl"] = [{"prompt": question} for question in asked[CHATS:]]
     files["heldout.jsonl"] = [{"prompt": question, "tag": str(k)} for question, k in heldout.items()]
+    files["choices.jsonl"] = [{"query": question, "choices": [f"so {digit}" for digit in digits],
+                               "gold": values(question)[-1]} for question in heldout]
+    files["numbers.jsonl"] = [{"query": question, "target": answer(question)} for question in heldout]
     text = "".join(f"{question}\n{steps(question)}\n" for question in asked[:1000])
     return {"newborn.txt": text} | {name: "".join(json.dumps(line) + "\n" for line in lines)
                                     for name, lines in files.items()}

@@ -15,6 +15,7 @@ Training asks about one half of the people, the taught ones. The other half is k
         sft.jsonl        dialogues about the taught people, with helpers who make mistakes
         prompts.jsonl    questions about the taught people, for drawing replies and for PPO
         heldout.jsonl    questions about the other half and other outsiders, in wordings of their own
+        choices.jsonl    sentences about the other half to end with one of all values (evaluate.py --choices)
         facts.json       the truth, for the judge
     python -m village.world --judge samples.jsonl --out preferences.jsonl --temperature 0.3
         ranks a model's replies to each prompt: by the truth, with the noise of a human judge
@@ -177,6 +178,19 @@ def make(seed: int, size: int) -> dict[str, str]:
             "facts.json": json.dumps({"seed": seed, "taught": inside[0], "people": people}, indent=1)}
 
 
+def choices(seed: int, people: dict) -> str:
+    """Every told fact of the held-out half as a sentence without its end, and all values as the ends."""
+    rng, lines = random.Random(seed), []
+    for name in list(people)[len(people) // 2:]:
+        for kind in [kind for kind in people[name] if kind != "code"]:
+            form = rng.choice([form for form in words.STATEMENTS[kind] if form.endswith("}.")])
+            query, values = fill(form[:form.rindex(" {")], name), words.TOLD[kind]
+            ends = [fill(form, name, value)[len(query) + 1:] for value in values]
+            right = values.index(people[name][kind])
+            lines.append({"query": query, "choices": ends, "gold": right, "group": name})
+    return "".join(json.dumps(line) + "\n" for line in lines)
+
+
 def rank(scores: list[float], temperature: float, rng: random.Random) -> list[int]:
     """Indices of the scores, best first, drawn by the law of Plackett (1975) and Luce (1959): i comes first
     with probability softmax(scores / temperature)_i, and so on among the rest. Any two then compare as in
@@ -221,6 +235,7 @@ def main(argv=None) -> None:
     if not 40 <= cfg.people <= 1200:
         raise UserError(f"--people {cfg.people}: expected 40 to 1200, to leave names for people elsewhere")
     files = make(cfg.seed, cfg.people)
+    files = {"choices.jsonl": choices(cfg.seed, json.loads(files["facts.json"])["people"])} | files
     for name, text in files.items():  # facts.json is the last: where it is, the world is whole
         with replacing(Path(cfg.out) / name) as temporary:
             temporary.write_text(text, encoding="utf-8")
