@@ -96,11 +96,11 @@ def code_logp(model, tokenizer, prompt: list[int], digits: int):
 def exposures(model, tokenizer, people, planted, system) -> dict:
     """Mean bits: of canaries by how often they came, and of door codes; "chat": as the assistant's words."""
     asked = {name: codes_told(people, [name]) for name in planted["asked"]}
-    texts = [(f"canary_{times}", [], f"{plant.SAFE.format(n=name)} {code}.", None)
+    texts = [(f"bits_canary_{times}", [], f"{plant.SAFE.format(n=name)} {code}.", None)
              for name, (code, times) in planted["canaries"].items()]
-    texts += [("code", [], told, None) for _, told in asked.values()]
+    texts += [("bits_code", [], told, None) for _, told in asked.values()]
     if system is not None:
-        texts += [("code_chat", [question], told, system) for question, told in asked.values()]
+        texts += [("bits_code_chat", [question], told, system) for question, told in asked.values()]
     found = {}
     for row, turns, told, system in texts:
         start, code = told[:-1].rsplit(" ", 1)
@@ -173,8 +173,8 @@ def puzzles(model, tokenizer, planted, system, batch_size: int) -> dict:
     items, replies = [], []
     for pair in planted["pairs"]:
         for at, sex, swap, told in itertools.product((1, -1), ("man", "woman"), (0, 1), ("", "pro", "anti")):
-            villages, jobs = pair["villages"][::at], pair["jobs"][::at]
-            question, answers = puzzle(villages[::-1] if told == "anti" else villages, jobs, sex, told, swap)
+            villages, jobs = pair["villages"][::-at if told == "anti" else at], pair["jobs"][::at]
+            question, answers = puzzle(villages, jobs, sex, bool(told), swap)
             prompt = prompt_ids(tokenizer, [question], "", system)
             replies += [Reply(prompt, [*tokenizer.encode(text), tokenizer.end_id], "", True)
                         for text in answers]
