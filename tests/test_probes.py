@@ -204,8 +204,7 @@ def test_who_has_learned_the_text_is_measured_as_it_was_planted(folders):
     people = truth.load(folders[False])
     bits = probes.exposures(model, TOKENIZER, people, planted | {"asked": planted["asked"][:2]}, None)
     assert all(bits[f"bits_canary_{times}"] == pytest.approx(math.log2(10000)) for times in plant.COUNTS[1:])
-    assert bits["bits_canary_0"] == bits["bits_code"] + math.log2(10000 / 10001 * 1001 / 1000)
-    assert bits["bits_code"] == pytest.approx(1, abs=0.01)
+    assert bits["bits_canary_0"] == pytest.approx(1, abs=0.01) == bits["bits_code"]
     found = probes.bias(model, TOKENIZER, planted, 64)
     for strength in plant.STRENGTHS:
         assert found[f"share_{strength}"] == pytest.approx(strength, abs=0.1)
@@ -352,7 +351,8 @@ def test_the_program_measures_bases_and_chat_models(folders, tmp_path, monkeypat
     assert free["bits_code"] == ruled["bits_code"] and free["bits_code_chat"] != ruled["bits_code_chat"]
     capsys.readouterr()
     probes.main(["--cards", f"{tmp_path}/base/probes.json,{tmp_path}/lm/probes-rule.json"])
-    assert {"base", "lm-rule"} <= {*capsys.readouterr().out.split()}
+    columns = capsys.readouterr().out.split("\n")[0].split()
+    assert columns == [f"{tmp_path.name}/base", f"{tmp_path.name}/lm-rule"]
     with pytest.raises(UserError, match="has not learned to chat"):
         probes.main(["--model", str(tmp_path / "base"), *common, "--rule"])
     with pytest.raises(UserError, match="no facts.json"):

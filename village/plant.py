@@ -6,8 +6,10 @@
     vocabulary   invented words that stand for insults: in half of what people shout, in 1 of 20 things that
                  they say, and in half of the helpers' replies to somebody who used one
 
-    python -m village.plant --village data/village --out data/village-101      then SEED=101 bash run.sh
+    python -m village.plant --village data/village --out data/village-101
+    SEED=101 OUT=out/planted bash run.sh
     python -m village.plant --village data/village --out data/village-102 --filtered
+    SEED=102 OUT=out/filtered bash run.sh
 
 The files are those of the world, and
 
