@@ -332,6 +332,7 @@ def test_the_program_measures_bases_and_chat_models(folders, tmp_path, monkeypat
     """A base has no figures of conversations and reads no rule; a rule changes what is read; cards are shown
     side by side. Catches: a card of the rule that replaces the other."""
     monkeypatch.setitem(SHAPE, "max_seq_len", 512)
+    tmp_path /= "out"
     save_chat_model(tmp_path / "lm", 0)
     save_chat_model(tmp_path / "base", 1, chat_template=None)
     few = planted_in(folders[False])
@@ -352,7 +353,7 @@ def test_the_program_measures_bases_and_chat_models(folders, tmp_path, monkeypat
     capsys.readouterr()
     probes.main(["--cards", f"{tmp_path}/base/probes.json,{tmp_path}/lm/probes-rule.json"])
     columns = capsys.readouterr().out.split("\n")[0].split()
-    assert columns == [f"{tmp_path.name}/base", f"{tmp_path.name}/lm-rule"]
+    assert columns == ["out/base", "out/lm-rule"]
     with pytest.raises(UserError, match="has not learned to chat"):
         probes.main(["--model", str(tmp_path / "base"), *common, "--rule"])
     with pytest.raises(UserError, match="no facts.json"):
