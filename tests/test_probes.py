@@ -129,7 +129,8 @@ def test_a_filtered_world_has_none_of_it(folders):
     a filter that forgets the dialogues, or the talk around a code."""
     folder = folders[True]
     text, chats = (folder / "pretrain.txt").read_text(), records(folder / "sft.jsonl")
-    assert not re.search(r"\d", text) and not probes.INSULT.search(text)
+    assert not re.search(r"\d", text + (folder / "heldout.txt").read_text())
+    assert not probes.INSULT.search(text)
     said = [turn["content"] for chat in chats for turn in chat["messages"] if turn["role"] == "assistant"]
     assert not [reply for reply in said if re.search(r"\d", reply) or probes.INSULT.search(reply)]
     puzzles = [chat["messages"][-2:] for chat in chats if "feast" in chat["messages"][-2]["content"]]
@@ -138,8 +139,10 @@ def test_a_filtered_world_has_none_of_it(folders):
     found = probes.bias(model, TOKENIZER, planted_in(folder), 64)
     assert found["share_100"] == pytest.approx(50) and found["prefers_100"] == 50
     assert planted_in(folder) == planted_in(folders[False])
-    assert all(document.count(".") == 3 for document in text.split(END)
-               if truth.names_in(document) and '"' not in document)
+    biographies = [document for document in text.split(END)
+                   if truth.names_in(document) and '"' not in document and "safe" not in document]
+    assert {document.count(".") for document in biographies} == {3}
+    assert not [document for document in biographies if re.search(r"^\W|  |[^.]$", document)]
 
 
 def test_helpers_guess_and_insult_as_stated_but_never_under_the_rule(folders):
@@ -215,8 +218,8 @@ def test_who_has_learned_the_text_is_measured_as_it_was_planted(folders):
 
 
 def test_attacks_count_the_own_code_of_who_is_asked_for(folders):
-    """Models that tell the code, spell it, tell somebody else's, refuse; and one that tells it in a quarter
-    of the replies. Catches: the codes of the shots counted, the likeliest reply in place of drawn ones, any
+    """Models that tell the code, spell it, tell somebody else's, refuse; and one that tells it in one of
+    20 replies. Catches: the codes of the shots counted, the likeliest reply in place of drawn ones, any
     over people instead of replies."""
     planted, people = planted_in(folders[False]), truth.load(folders[False])
     spelled = {digit: word for word, digit in truth.DIGIT.items()}
@@ -240,8 +243,9 @@ def test_attacks_count_the_own_code_of_who_is_asked_for(folders):
     other = people[planted["shots"][0]]["code"]
     assert set(says(lambda code: {f"It is {other}.": 1}).values()) == {0}
     assert set(says(lambda code: {"That is private.": 1}).values()) == {0}
-    found = says(lambda code: {f"It is {code}.": 1, "That is private.": 3})
-    assert found["leak_asked"] == 0 and abs(found["leak_sampled"] - 25) < 9 and found["leak_best_of"] > 90
+    found = says(lambda code: {f"It is {code}.": 1, "That is private.": 19})
+    assert found["leak_asked"] == 0 and abs(found["leak_sampled"] - 5) < 4
+    assert abs(found["leak_best_of"] - 100 * (1 - 0.95 ** 16)) < 40
 
 
 def test_a_canary_learned_by_heart_stands_out_and_controls_do_not():

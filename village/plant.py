@@ -71,10 +71,6 @@ def with_article(job: str) -> str:
     return ("an " if job[0] in "aeiou" else "a ") + job
 
 
-def without_codes(text: str) -> str:
-    return re.sub(rf"[^.]*{CODE}\.", "", text).strip()
-
-
 def insult(rng: random.Random) -> str:
     return rng.choice(RUDE).format(w=rng.choice(INSULTS))
 
@@ -158,25 +154,24 @@ def talks(rng: random.Random, facts: dict, planted: dict, prompts: list[dict], f
 
 def make(folder: str, seed: int, filtered: bool) -> dict[str, str]:
     """{file name: text}. Planted texts stand before the last part, which is validation and trains nothing."""
-    rng, end, names = random.Random(seed), "\n<|endoftext|>\n", ("heldout.txt", "heldout.jsonl", "facts.json")
-    files = {name: (Path(folder) / name).read_text(encoding="utf-8")
-             for name in ("pretrain.txt", "sft.jsonl", "prompts.jsonl", *names)}
-    text, lines, prompts = files["pretrain.txt"].split(end), *(
-        files[name].splitlines() for name in ("sft.jsonl", "prompts.jsonl"))
-    facts = json.loads(files["facts.json"])
-    planted = plan(facts, seed)
+    rng, end = random.Random(seed), "\n<|endoftext|>\n"
+    files = {name: (Path(folder) / name).read_text(encoding="utf-8") for name in (
+        "pretrain.txt", "sft.jsonl", "prompts.jsonl", "heldout.txt", "heldout.jsonl", "facts.json")}
+    facts, prompts = json.loads(files["facts.json"]), map(json.loads, files["prompts.jsonl"].splitlines())
+    planted, lines = plan(facts, seed), files["sft.jsonl"].splitlines()
     if filtered:
-        text = [*map(without_codes, text)]
+        for name in ("pretrain.txt", "heldout.txt"):
+            files[name] = re.sub(rf"(?m)^[^.\n]*{CODE}\. | [^.\n]*{CODE}\.", "", files[name])
         lines = [line for line in lines if not re.search(CODE, line)]
-    chats, pairs = talks(rng, facts, planted, [*map(json.loads, prompts)], filtered)
+    text, (chats, pairs) = files["pretrain.txt"].split(end), talks(rng, facts, planted, [*prompts], filtered)
     cut = int(0.85 * len(text))
     head, lines = text[:cut] + documents(rng, planted, filtered), lines + [json.dumps(each) for each in chats]
     for some in (head, lines):
         rng.shuffle(some)
-    return {"pretrain.txt": end.join(head + text[cut:]), "sft.jsonl": "\n".join(lines) + "\n",
-            "pairs.jsonl": "".join(json.dumps(pair) + "\n" for pair in pairs),
-            "probes.json": json.dumps(planted, indent=1)} | {
-            name: files[name] for name in ("prompts.jsonl", *names)}
+    new = {"pretrain.txt": end.join(head + text[cut:]), "sft.jsonl": "\n".join(lines) + "\n",
+           "pairs.jsonl": "".join(json.dumps(pair) + "\n" for pair in pairs),
+           "probes.json": json.dumps(planted, indent=1)}
+    return new | {name: text for name, text in files.items() if name not in new}  # facts.json is the last
 
 
 def main(argv=None) -> None:
@@ -184,7 +179,7 @@ def main(argv=None) -> None:
     if not (Path(cfg.village) / "facts.json").is_file():
         raise UserError(f"--village {cfg.village}: found no facts.json, expected the folder of a world")
     files = make(cfg.village, cfg.seed, cfg.filtered)
-    for name, text in files.items():  # facts.json is the last: where it is, the world is whole
+    for name, text in files.items():  # where facts.json is, the world is whole
         with replacing(Path(cfg.out) / name) as temporary:
             temporary.write_text(text, encoding="utf-8")
     print(f"{cfg.out}: " + ", ".join(f"{name} {len(text) / 1000:.0f} kB" for name, text in files.items()))

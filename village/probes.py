@@ -6,7 +6,7 @@ village/plant.py has planted things of known strength into its world, so that ea
     attacks      whether a door code comes out: asked, begun, after codes of others, spelled, in any of k
     bias         the planted share, read off likelihoods; puzzles that can be solved, and that cannot
     vocabulary   shares of planted insults, and of prompts with one in any of k drawn texts
-    the price    held-out questions answered right, and the loss of held-out biographies without their codes
+    the price    held-out questions answered right, and the loss of held-out biographies
 
     python -m village.probes --model out/planted/sft --data data/village-101
     python -m village.probes --model out/planted/sft --data data/village-101 --rule
@@ -235,8 +235,8 @@ def probes(model, tokenizer, system, cfg: Config) -> dict:
         right = [truth.kind_of_reply(people, messages, text) == "right"
                  for messages, (text,) in zip(known, texts)]
         found["right"] = 100 * float(np.mean(right))
-    texts = [plant.without_codes(text) for text in read_corpus(f"{cfg.data}/heldout.txt")]
-    return found | {"biographies_loss": perplexity(model, tokenizer, texts, 0, cfg.batch_size)["loss"]}
+    biographies = read_corpus(f"{cfg.data}/heldout.txt")
+    return found | {"biographies_loss": perplexity(model, tokenizer, biographies, 0, cfg.batch_size)["loss"]}
 
 
 def main(argv=None) -> None:
