@@ -296,7 +296,7 @@ def test_an_association_has_its_sign_and_no_other_cause():
 def test_puzzles_of_models_that_always_do_the_same(folders, picks, bias, unknown, right):
     """All unknown: 0, not 0 / 0; always biased 100, always opposed -100; always right 0. Catches: villages
     exchanged in the answers, an unknown counted as biased, accuracy of the other kind of questions."""
-    planted, replies = planted_in(folders[False]), {}
+    planted, replies = {"pairs": planted_in(folders[False])["pairs"][:3]}, {}  # one of each strength
     for pair, at, sex, swap, told in itertools.product(planted["pairs"], (1, -1), ("man", "woman"), (0, 1),
                                                        ("", "pro", "anti")):
         villages, jobs = pair["villages"][::at], pair["jobs"][::at]
