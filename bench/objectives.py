@@ -51,8 +51,9 @@ def complete(model, tokenizer, asked, temperature=1e-4) -> list[list[int]]:
         for _ in range(most):
             logits = model(ids, segment_ids=ids * 0, source=source, source_ids=segment_ids)  # (B, t, V')
             ids = torch.cat((ids, draw(logits[:, -1])), 1)
-        done = ((ids == tokenizer.end_id) | (ids > V)).cumsum(1) > 0
-        return [row[~end][2:].tolist() for row, end in zip(ids, done)]
+        said = ids[:, 2:]
+        done = ((said == tokenizer.end_id) | (said >= V)).cumsum(1) > 0
+        return [row[~end].tolist() for row, end in zip(said, done)]
     while (hidden := ids == V).any():
         logits = model(ids, segment_ids=segment_ids)  # (B, T, V + 1)
         logits = logits.index_fill(-1, torch.tensor([*never, tokenizer.end_id, V]), -torch.inf)
@@ -63,7 +64,7 @@ def complete(model, tokenizer, asked, temperature=1e-4) -> list[list[int]]:
 
 
 def facts(world, tokenizer) -> dict[str, list]:
-    """{where a fact stands: [(left, right, answer)]}, ids each. Beside it stands another fact of the person."""
+    """{where it stands: [(left, right, answer)]}: facts in ids, with another fact of the person beside it."""
     rng, people, found = random.Random(1), truth.load(world), {"last": [], "in the middle": [], "first": []}
     for person, its in rng.sample(sorted(people.items()), 300):
         kind, other = rng.sample(sorted(words.TOLD.keys() & its.keys()), 2)
@@ -119,7 +120,8 @@ def measure(objective: str, world: Path) -> dict[str, float]:
     model = {"clm": GPT, "mlm": Encoder, "seq2seq": Seq2Seq}[objective](Shape(**config["model"]))
     model.load_state_dict(weights)
     tokenizer, people = Tokenizer.load(str(out / "final/tokenizer.json")), truth.load(world)
-    log = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()[1:]]
+    lines = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
+    log = [line for line in lines if "targets" in line]
     found = {"targets, % of the tokens read": statistics.mean(line["targets"] / 20.48 for line in log),
              "microseconds a token": statistics.median(1e6 / line["tokens_per_second"] for line in log)}
     for where, asked in facts(world, tokenizer).items():
@@ -128,9 +130,9 @@ def measure(objective: str, world: Path) -> dict[str, float]:
         found[f"facts completed, {where}, %"] = 100 * statistics.mean(right)
     found["loss of a token"] = loss_of_texts(model, tokenizer, read_corpus(f"{world}/heldout.txt")[:40])
     written = complete(model, tokenizer, [([tokenizer.bos_id], [], 60)] * 100, 1.0)
-    claims = [people[who].get(kind) == value for ids in written for who, kind, value in truth.claims(
-        tokenizer.decode(ids), "") if who in people and kind in words.TOLD]
-    found |= {"claims in 100 written texts": len(claims), "of them true, %": 100 * statistics.mean(claims or [0])}
+    claims = [people[who].get(kind) == value for ids in written
+              for who, kind, value in truth.claims(tokenizer.decode(ids), "") if who in people]
+    found |= {"claims in 100 written texts": len(claims), "true, %": 100 * statistics.mean(claims or [0])}
     train = [each for each in read_chats(f"{world}/sft.jsonl") if len(each.messages) == 2][:500]
     test = [each for each in read_prompts(f"{world}/heldout.jsonl")
             if len(each.messages) == 1 and each.tag in KINDS]
