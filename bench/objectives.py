@@ -7,6 +7,7 @@ It trains each objective in every village that is there, 5 minutes a run, with a
 the table of docs/objectives.md. What is there is not trained again.
 """
 import json
+import math
 import random
 import statistics
 import subprocess
@@ -16,7 +17,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from data import collate
+from data import IGNORE, collate
+from evaluate import perplexity
 from lib.checkpoint import load_final
 from lib.corpora import read_corpus
 from lib.program import start
@@ -80,18 +82,15 @@ def facts(world, tokenizer) -> dict[str, list]:
     return found
 
 
-def loss_of_texts(model, tokenizer, texts) -> float:
-    """Mean -log p of a token, given those before it (clm), or all others (mlm: the logarithm of the
-    pseudo-perplexity, Salazar et al. 2020). seq2seq has neither."""
+def pseudo_loss(model, tokenizer, texts) -> float:
+    """Mean -log p(token | all others); its exp is the pseudo-perplexity (Salazar et al. 2020, equation 2)."""
     losses = []
-    for text in texts if type(model) is not Seq2Seq else ():
-        ids = torch.tensor([tokenizer.bos_id, *tokenizer.encode(text)])[None]  # (1, T)
-        read, targets = ids[:, :-1], ids[:, 1:]
-        if type(model) is Encoder:  # row t hides token t + 1
-            hidden = torch.eye(ids.shape[1], dtype=torch.bool)[1:]  # (T - 1, T)
-            read, targets = ids.masked_fill(hidden, tokenizer.vocab_size), ids.masked_fill(~hidden, -100)
-        losses += (-model(read, targets)[targets >= 0]).tolist()
-    return statistics.mean(losses or [float("nan")])
+    for text in texts:
+        ids = torch.tensor([tokenizer.bos_id, *tokenizer.encode(text)])  # (T,)
+        hidden = torch.eye(len(ids), dtype=torch.bool)[1:]  # (T - 1, T): row t hides token t + 1
+        logp = model(ids.masked_fill(hidden, tokenizer.vocab_size), ids.masked_fill(~hidden, IGNORE))
+        losses += (-logp[hidden]).tolist()
+    return statistics.mean(losses)
 
 
 def kinds_told(model, tokenizer, train, test) -> dict[str, float]:
@@ -112,6 +111,7 @@ def kinds_told(model, tokenizer, train, test) -> dict[str, float]:
 
 @torch.no_grad()
 def measure(objective: str, world: Path) -> dict[str, float]:
+    """Train, unless it is done, and ask."""
     out = Path("out/objectives", world.name, objective)
     command = f"train_objectives.py --data {world}/pretrain.txt --objective {objective} --out {out} {FLAGS}"
     if not (out / "final").exists():
@@ -120,15 +120,18 @@ def measure(objective: str, world: Path) -> dict[str, float]:
     model = {"clm": GPT, "mlm": Encoder, "seq2seq": Seq2Seq}[objective](Shape(**config["model"]))
     model.load_state_dict(weights)
     tokenizer, people = Tokenizer.load(str(out / "final/tokenizer.json")), truth.load(world)
-    lines = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
-    log = [line for line in lines if "targets" in line]
+    lines = (out / "metrics.jsonl").read_text().splitlines()
+    log = [line for line in map(json.loads, lines) if "targets" in line]
     found = {"targets, % of the tokens read": statistics.mean(line["targets"] / 20.48 for line in log),
              "microseconds a token": statistics.median(1e6 / line["tokens_per_second"] for line in log)}
     for where, asked in facts(world, tokenizer).items():
         said = complete(model, tokenizer, [(left, right, len(answer)) for left, right, answer in asked])
         right = [ids[:len(answer)] == answer for ids, (*_, answer) in zip(said, asked)]
         found[f"facts completed, {where}, %"] = 100 * statistics.mean(right)
-    found["loss of a token"] = loss_of_texts(model, tokenizer, read_corpus(f"{world}/heldout.txt")[:40])
+    texts, found["loss of a token"] = read_corpus(f"{world}/heldout.txt")[:40], math.nan
+    if objective != "seq2seq":
+        found["loss of a token"] = pseudo_loss(model, tokenizer, texts) if objective == "mlm" else perplexity(
+            model, tokenizer, texts, 0, 16)["loss"]
     written = complete(model, tokenizer, [([tokenizer.bos_id], [], 60)] * 100, 1.0)
     claims = [people[who].get(kind) == value for ids in written
               for who, kind, value in truth.claims(tokenizer.decode(ids), "") if who in people]

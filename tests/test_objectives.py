@@ -80,14 +80,15 @@ def test_clm_is_pretraining(home, whole, monkeypatch):
     assert same_weights(whole["clm"], other) and load_model(str(whole["clm"]), head="lm")
 
 
-@pytest.mark.parametrize("model_class, objective", [(Encoder, "mlm"), (Seq2Seq, "seq2seq")])
-def test_packed_rows_equal_documents_alone(windows, model_class, objective):
+@pytest.mark.parametrize("model_class, objective, shape", [
+    (Encoder, "mlm", {}), (Seq2Seq, "seq2seq", {}), (Seq2Seq, "seq2seq", {"position": "learned"})])
+def test_packed_rows_equal_documents_alone(windows, model_class, objective, shape):
     """In float64 to 1e-12, tiled and packed is the same as naive and packed, gradients too; and as each
     document in a forward of its own, where nothing can leak."""
     batch = batch_of(objective, windows)
     results = []
     for attention in ("flash", "naive"):
-        model = filled(model_class, attention=attention)
+        model = filled(model_class, attention=attention, **shape)
         logp = model(**batch)
         results.append([logp, *torch.autograd.grad(logp.sum(), [*model.parameters()])])
     for a, b in zip(*results):
@@ -103,8 +104,9 @@ def test_packed_rows_equal_documents_alone(windows, model_class, objective):
 
 
 def test_cross_attention_by_hand():
-    """softmax(q k^T / sqrt(D)) v, head by head, over all of the memory's tokens of the same segment."""
-    config = Shape(vocab_size=9, n_embd=12, n_head=6, n_kv_head=3, qk_norm=False, bias=True)
+    """softmax(q k^T / sqrt(D)) v, head by head, over all of the memory's tokens of the same segment; queries
+    and keys have the length sqrt(D), here sqrt(2)."""
+    config = Shape(vocab_size=9, n_embd=12, n_head=6, n_kv_head=3, bias=True, norm_eps=0.0)
     cross, generator = CrossAttention(config).double(), torch.Generator().manual_seed(1)
     x, memory = (torch.randn(1, T, 12, generator=generator, dtype=torch.float64) for T in (5, 7))
     ids, memory_ids = torch.tensor([[0, 0, 1, 1, -1]]), torch.tensor([[0, 0, 0, 1, 1, 1, 1]])
@@ -113,7 +115,8 @@ def test_cross_attention_by_hand():
         q, k, v = (slice(2 * i, 2 * i + 2) for i in (h, 6 + h // 2, 9 + h // 2))
         for t in range(4):
             seen = memory[0, memory_ids[0] == ids[0, t]]
-            p = ((seen @ W[k].T + b[k]) @ (W[q] @ x[0, t] + b[q]) / math.sqrt(2)).softmax(0)
+            keys, query = seen @ W[k].T + b[k], W[q] @ x[0, t] + b[q]  # (seen, 2), (2,)
+            p = (keys @ query / keys.norm(dim=1) / query.norm() * math.sqrt(2)).softmax(0)
             out[t, 2 * h:2 * h + 2] = p @ (seen @ W[v].T + b[v])
     expected = out @ cross.proj.weight.T + cross.proj.bias
     torch.testing.assert_close(cross(x, ids, memory, memory_ids)[0], expected, rtol=1e-12, atol=1e-12)
@@ -141,6 +144,17 @@ def test_who_sees_whom(windows):
             if "source" in batch and name == "ids":
                 expected &= time >= place
             assert torch.equal(changed_by(model, batch, name, place), expected)
+
+
+def test_an_encoder_sees_both_sides(windows):
+    """Another token in the source changes what is said of all tokens of its document, and of no other."""
+    model, batch = filled(Seq2Seq), batch_of("seq2seq", windows)
+    source, ids = batch["source"][:1], batch["source_ids"][:1]
+    for place in (0, 5, 20):
+        other = source.clone()
+        other[0, place] = (other[0, place] + 1) % 256
+        changed = (model.encode(source, ids) != model.encode(other, ids)).any(-1)
+        assert torch.equal(changed, ids == ids[0, place])
 
 
 def test_only_the_hidden_is_predicted(windows):
@@ -211,6 +225,7 @@ def test_the_target_restores_the_source():
         document = [TOKENIZER.bos_id] * (n % 2) + document
         source, target = take_out(document, TOKENIZER, 0.15, 3.0, rng)
         assert target[0] == TOKENIZER.bos_id and target[-1] == TOKENIZER.end_id
+        assert not {*range(256, V)} & {*target[1:-1]}, "a special token was taken out"
         names = [i for i in source if i >= V]
         assert names == [i for i in target if i >= V] == [*range(V, V + len(names))]
         assert not target[1:-1] or target[1] == V
