@@ -83,7 +83,7 @@ def facts(world, tokenizer) -> dict[str, list]:
 
 
 def pseudo_loss(model, tokenizer, texts) -> float:
-    """Mean -log p(token | all others); its exp is the pseudo-perplexity (Salazar et al. 2020, equation 2)."""
+    """Mean -log p(token | all others); its exp is the pseudo-perplexity (Salazar et al. 2020)."""
     losses = []
     for text in texts:
         ids = torch.tensor([tokenizer.bos_id, *tokenizer.encode(text)])  # (T,)
