@@ -9,13 +9,14 @@ import torch
 from small_chat import curve, last, run_script, same_weights
 
 import train_objectives
+from bench.objectives import complete
 from data import IGNORE, Windows, collate
 from kernels import visible
 from lib.checkpoint import load_final
 from lib.corpora import TokenFile, prepare
 from lib.program import UserError
 from lib.tokenizer import Tokenizer, make_tokenizer
-from model import load_model
+from model import GPT, load_model
 from train_objectives import Config, CrossAttention, Encoder, Seq2Seq, Shape, gaps, hide, read, take_out
 
 TINY = ("--tokenizer byte --n_layer 2 --n_embd 32 --n_head 2 --seq_len 24 --batch_size 5 --lr 4e-3 --steps 8 "
@@ -295,6 +296,28 @@ def test_bad_flags_are_one_clear_line(flags, named):
     with pytest.raises(UserError) as error:
         train_objectives.main(flags.split())
     assert named in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("model_class", [GPT, Encoder, Seq2Seq])
+def test_gaps_are_filled(model_class):
+    """What bench/objectives.py asks. In a gap of one token stands the likeliest one that may be said there,
+    by a forward of this text alone."""
+    model, never = filled(model_class), [*TOKENIZER.specials_but_end]
+    asked = [([TOKENIZER.bos_id, *b"two and"], [*b" is two"], 1), ([*b"a"], [], 1)]
+    for (left, right, _), said in zip(asked, complete(model, TOKENIZER, asked)):
+        source, ids = torch.tensor([[*left, V, *right]]), torch.tensor([[TOKENIZER.bos_id, V]])
+        if model_class is GPT:
+            logits = model(torch.tensor([left]))[0, -1]  # (V + 9,)
+        elif model_class is Encoder:
+            logits, never = model(source)[0, len(left)], [*range(256, V + 1)]
+        else:
+            logits = model(ids, segment_ids=ids * 0, source=source, source_ids=source * 0)[0, -1]
+            never = []
+        likeliest = logits.index_fill(0, torch.tensor(never, dtype=torch.long), -math.inf).argmax().item()
+        done = model_class is Seq2Seq and (likeliest >= V or likeliest == TOKENIZER.end_id)
+        assert said == ([] if done else [likeliest])
+    longer = complete(model, TOKENIZER, [(left, right, n) for n, (left, right, _) in zip((5, 2), asked)], 1.0)
+    assert all(len(ids) <= 5 for ids in longer) and (model_class is not Encoder or len(longer[1]) == 2)
 
 
 def drawing(seed: int) -> str:
