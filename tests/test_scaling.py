@@ -232,7 +232,7 @@ def test_each_budget_has_five_sizes(quick, monkeypatch):
     with pytest.raises(ZeroDivisionError):
         scaling.measure_law(scaling.MeasureConfig(quick=quick), 1e9)
     sizes = [(scaling.family(width)[1], D) for width, D in runs]
-    for C in (C / 32**quick for C in scaling.BUDGETS):
+    for C in (C / 48**quick for C in scaling.BUDGETS):
         mine = [N for N, D in sizes if 6 * N * D == pytest.approx(C)]
         assert len(mine) >= 5 and min(mine) < scaling.CENTRE * (C / 1e12) ** 0.5 / 1.5 < max(mine) / 2.2
 

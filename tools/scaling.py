@@ -180,7 +180,7 @@ class MeasureConfig:
     data: str = ""  # as in train_pretrain.py; empty: PyTorch's own code, 46 MB
     out: str = "out/scaling"  # folder, with one for each text; what is done there is not done again
     only: Literal["all", "law", "rate", "epochs", "batch"] = "all"  # what to measure beside the law
-    quick: bool = False  # a 32nd of the FLOPs, and the law alone
+    quick: bool = False  # a 48th of the FLOPs, and the law alone
     jobs: int = 0  # runs at a time, each on one core; 0: one for each core
 
 
@@ -228,7 +228,7 @@ def train_all(cfg, what: str, runs: list[tuple]) -> np.ndarray:
 
 def measure_law(cfg: MeasureConfig, U: int) -> tuple[Law, list[str]]:
     """Curves of equal FLOPs, the law, and a prediction that is on the disk before its run begins."""
-    budgets, sizes = [C / 32**cfg.quick for C in BUDGETS], {x: family(x)[1] for x in WIDTHS}
+    budgets, sizes = [C / 48**cfg.quick for C in BUDGETS], {x: family(x)[1] for x in WIDTHS}
     grid = [(width, C / 6 / N) for C in budgets for width, N in sizes.items()
             if 1 / WITHIN < N / CENTRE / (C / 1e12) ** 0.5 < WITHIN]
     N, D = np.array([(sizes[width], D) for width, D in grid]).T
