@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The second command of the README: make .venv and run the tests, under 4 minutes on two CPU cores.
+# The second command of the README: make .venv and run the tests, under 5 minutes on two CPU cores.
 # `bash test.sh --all` adds the slow tests. Other arguments go to pytest: bash test.sh -k attention
 set -euo pipefail
 cd "$(dirname "$0")"
