@@ -67,7 +67,7 @@ def complete(model, tokenizer, asked, temperature=1e-4) -> list[list[int]]:
 def facts(world, tokenizer) -> dict[str, list]:
     """{where it stands: [(left, right, answer)]}: facts in ids, with another fact of the person beside it."""
     rng, people, found = random.Random(1), truth.load(world), {"last": [], "in the middle": [], "first": []}
-    for person, kind in [(person, kind) for person in people for kind in people[person] if kind != "code"]:
+    for person, kind in [(name, kind) for name, its in people.items() for kind in its if kind != "code"]:
         its, other = people[person], rng.choice([each for each in people[person] if each != kind])
         form = rng.choice([form for form in words.STATEMENTS[kind] if form.endswith("}.")])
         beside = fill(rng.choice(words.STATEMENTS[other]), person, its[other])
