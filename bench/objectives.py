@@ -133,6 +133,7 @@ def measure(objective: str, world: Path) -> dict[str, float]:
     if objective != "seq2seq":
         found["loss of a token"] = pseudo_loss(model, tokenizer, texts) if objective == "mlm" else perplexity(
             model, tokenizer, texts, 0, 16)["loss"]
+    torch.manual_seed(0)
     written = complete(model, tokenizer, [([tokenizer.bos_id], [], 60)] * 100, 1.0)
     claims = [100.0 * (people[who].get(kind) == value) for ids in written
               for who, kind, value in truth.claims(tokenizer.decode(ids), "") if who in people]
