@@ -133,10 +133,11 @@ def measure(objective: str, world: Path) -> dict[str, float]:
     if objective != "seq2seq":
         found["loss of a token"] = pseudo_loss(model, tokenizer, texts) if objective == "mlm" else perplexity(
             model, tokenizer, texts, 0, 16)["loss"]
+    torch.manual_seed(0)
     written = complete(model, tokenizer, [([tokenizer.bos_id], [], 60)] * 100, 1.0)
-    claims = [people[who].get(kind) == value for ids in written
+    claims = [100.0 * (people[who].get(kind) == value) for ids in written
               for who, kind, value in truth.claims(tokenizer.decode(ids), "") if who in people]
-    found |= {"claims in 100 written texts": len(claims), "true, %": 100 * statistics.mean(claims or [0])}
+    found |= {"claims in 100 written texts": len(claims), "true, %": statistics.mean(claims or [math.nan])}
     train = [each for each in read_chats(f"{world}/sft.jsonl") if len(each.messages) == 2][:500]
     test = [each for each in read_prompts(f"{world}/heldout.jsonl")
             if len(each.messages) == 1 and each.tag in KINDS]
