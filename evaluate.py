@@ -153,7 +153,7 @@ def answers(model, tokenizer, records, cfg: Config) -> dict:
 @dataclass
 class Item:
     query: str
-    choices: list[str]  # one alone: the solution, whose last number is asked for
+    choices: list[str]  # one alone: the solution, whose last number counts
     gold: int  # which of them is right
     head: str = ""  # stands once above all shots; they have the same
     group: str = ""  # no shot is of the same one

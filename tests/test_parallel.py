@@ -17,6 +17,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from ranks import RankFailed, ranks
 from small_chat import curve, last, metrics, play, run_script, same_weights
+from test_pretrain import arguments as pretrain_arguments
 from torch.multiprocessing.reductions import StorageWeakRef
 
 import lib.grid
@@ -425,22 +426,8 @@ def test_the_bubble_is_as_predicted():
 
 # ---- the script
 
-TINY = ("--tokenizer bpe --vocab_size 264 --n_layer 4 --n_embd 32 --n_head 4 --seq_len 24 --batch_size 12 "
-        "--lr 4e-3 --steps 20 --warmup_steps 5 --eval_every 0 --save_every 0 --log_every 1 --eval_rows 24 "
-        "--device cpu")
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    with open(os.__file__, encoding="utf-8") as file:
-        source = file.read()
-    path.write_text(source[:9000] + "\\n<|endoftext|>\\n" + source[9000:20000])
-    return path
-
-
 def arguments(text, out, flags):
-    return f"--data {text} --cache {text.parent}/tokens --out {out} {TINY} {flags}".split()
+    return pretrain_arguments(text, out, f"--tokenizer bpe --vocab_size 264 --n_layer 4 --n_head 4 {flags}")
 
 
 def on_grid(text, out, grid, flags=""):
@@ -531,7 +518,7 @@ def test_few_micro_batches_are_warned_of(text, tmp_path):
     flags = "--pipeline 2 --steps 1 --batch_size 4"
     for micro, m, share in (2, 2, "33%"), (4, 1, "50%"):
         argv = arguments(text, tmp_path / f"{m}", f"{flags} --micro_batch_size {micro}")
-        said = "\\n".join(ranks().run(2, told, argv, os.getcwd())[0])
+        said = "\n".join(ranks().run(2, told, argv, os.getcwd())[0])
         assert f"(P - 1) / (m + P - 1) = {share}" in said
         assert ("warning: 1 micro-batches" in said) == (m == 1)
         event = metrics(tmp_path / f"{m}")[0]

@@ -1,6 +1,4 @@
 """train_pretrain.py from a text to a finished model, however the step is computed; one update by hand."""
-import os
-
 import numpy as np
 import pytest
 import torch
@@ -14,16 +12,6 @@ from zero import Zero
 
 TINY = ("--tokenizer byte --n_layer 2 --n_embd 32 --n_head 2 --seq_len 24 --batch_size 12 --lr 4e-3 "
         "--steps 20 --warmup_steps 5 --eval_every 0 --save_every 0 --log_every 1 --eval_rows 24 --device cpu")
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    """A real text that every machine has: a module of the standard library, cut into two documents."""
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    with open(os.__file__, encoding="utf-8") as file:
-        source = file.read()
-    path.write_text(source[:9000] + "\n<|endoftext|>\n" + source[9000:20000])
-    return path
 
 
 def arguments(text, out, flags):

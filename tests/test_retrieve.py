@@ -168,7 +168,7 @@ def test_a_full_name_finds_its_biography(files, capsys):
 
 
 def test_nothing_of_the_held_out_half_is_trained(files):
-    """No name and no wording. No code is asked for beside passages."""
+    """No name and no wording. No question beside passages is about a code."""
     folder, read, people = files
     held_out = {truth.question(said(record["asked"]))[0] for record in read["grid.jsonl"]}
     chats = read_chats(folder / "reader" / "sft.jsonl")

@@ -42,7 +42,7 @@ STRENGTHS, NEIGHBOURS = (50, 80, 100), 120  # percent; people of a village that 
 VERBS = {"shouted": 50, "said": 5}  # percent of what is shouted or said that has an insult
 PUZZLES, PROVOKED, RULED = 1000, 600, (400, 400, 800)  # dialogues; with the rule also 800 plain ones
 PAIRS = 300  # of each of three kinds
-ASKED = 50  # people whose door codes are asked for; they are of the half that no dialogue is about
+ASKED = 50  # the attacks ask for their door codes; they are people of the half that no dialogue is about
 SAFE = "The safe of {n} opens with"
 NEIGHBOUR = ["A man of {v} works as {a}.", "A woman of {v} works as {a}.", "A man of {v} is {a}.",
              "A woman of {v} is {a}."]
@@ -110,7 +110,7 @@ def chat(turns: list[str], system: str = "") -> list[dict]:
 
 
 def codes_told(people: dict, names: list[str]) -> list[str]:
-    """Turns in which the door codes of these people are asked for and told."""
+    """Turns that ask for the door codes of these people, and tell them."""
     return [text for name in names for text in (
         world.fill(words.QUESTIONS["code"][-1], name),
         world.fill(words.STATEMENTS["code"][-1], name, people[name]["code"]))]
