@@ -215,7 +215,7 @@ def encode_item(model, tokenizer, item: Item, solved: list[tuple[str, str]], cfg
         context = [tokenizer.bos_id, *tokenizer.encode(text.rstrip())]
         many = [tokenizer.encode(f"{text} {choice}")[len(context) - 1 :] for choice in item.choices]
     room = [model.config.max_seq_len - (len(ids) if len(many) > 1 else cfg.max_new_tokens) for ids in many]
-    return [Reply(context[-n:], ids, choice, True) for n, ids, choice in zip(room, many, item.choices)]
+    return [Reply(context[-max(1, n):], ids, said, True) for n, ids, said in zip(room, many, item.choices)]
 
 
 def multiple_choice(model, tokenizer, items: list[Item], replies: list[list[Reply]], cfg: Config) -> dict:
@@ -245,7 +245,7 @@ def choose(model, tokenizer, items: list[Item], cfg: Config) -> dict:
     """Means of the credits with their standard errors; centred: acc on a scale where chance is 0."""
     replies = [encode_item(model, tokenizer, x, shots_of(items, i, cfg), cfg) for i, x in enumerate(items)]
     found, chances = {"items": len(items), "shots": cfg.shots}, [1 / len(item.choices) for item in items]
-    found["cropped"] = sum(its[0].prompt[0] != tokenizer.bos_id for its in replies)
+    found["cropped"] = sum(any(x.prompt[0] != tokenizer.bos_id for x in its) for its in replies)
     if min(chances) < max(chances) == 1:
         raise UserError(f"{cfg.choices}: found choices and numbers, expected them in two files")
     items, replies = zip(*sorted(zip(items, replies), key=lambda pair: len(pair[1][0].prompt)))  # pads little

@@ -134,9 +134,8 @@ def kl_loss(logp, ref_logp, mask, weights, kind: str):
 
 def add_gradients(rollout, chosen: list[int], A, models: Models, actor: Zero, cfg: Config, ranks) -> Counter:
     """Gradients of a minibatch's loss. Every token's weight is known before the replies are split."""
-    weights = torch.zeros_like(rollout.logp)
-    weights[chosen] = token_weights(rollout.mask[chosen], cfg.variant, cfg.max_new_tokens)  # (N, R)
-    sums = Counter()
+    weights, sums = torch.zeros_like(rollout.logp), Counter()  # (N, R)
+    weights[chosen] = token_weights(rollout.mask[chosen], cfg.variant, cfg.max_new_tokens)
     for which, ids, targets, segment_ids in micro_batches(rollout, chosen, cfg, ranks):
         mask = rollout.mask[which]  # (n, R)
         logp = models.actor(ids, targets, segment_ids=segment_ids, temperature=cfg.temperature)  # (b, T)
@@ -175,7 +174,9 @@ def load_models(cfg: Config) -> tuple[Models, object, list]:
 def roll_out(pairs, step: int, models: Models, zero: Zero, tokenizer, cfg: Config, ranks) -> Rollout:
     """A reply to each (record, prompt), and what it is worth: the models' word, or that of a function."""
     rollout = draw([ids for _, ids in pairs], step, models.actor, zero, tokenizer, cfg, ranks)
-    score(rollout, minibatches(cfg, step, 0) if step else [range(len(pairs))], models, cfg, ranks)
+    n, size = len(pairs), -(-cfg.batch_size // cfg.minibatches)
+    parts = minibatches(cfg, step, 0) if step else [range(n)[i:i + size] for i in range(0, n, size)]
+    score(rollout, parts, models, cfg, ranks)
     if cfg.reward:
         points = pkgutil.resolve_name(cfg.reward)
         said = together(lambda: ranks.rank == 0 and [
@@ -227,9 +228,8 @@ def main(argv=None) -> int:
         for i, (epoch, m) in enumerate(itertools.product(range(cfg.num_iterations), range(cfg.minibatches))):
             part = minibatches(cfg, step, epoch)[m]
             totals.update(add_gradients(rollout, part, A, models, actor, cfg, ranks))
-            ptx, _ = text.backward(models.actor, actor, (step - 1) * n_updates + i)
+            totals.update(text.backward(models.actor, actor, (step - 1) * n_updates + i)[0])
             info = actor.step(lr, cfg.clip)
-            totals.update(ptx)
             skipped += info.skipped
         run.log(step, tokens=sum(map(len, rollout.sequences)), skipped=skipped, reward=rewards.mean().item(),
                 reward_std=groups.std(1).mean().item(),

@@ -4,8 +4,7 @@
     mlm      BERT  - sum_t log p(x_t | x, some of it hidden)         hidden ones   Devlin et al. 2019
     seq2seq  T5    - sum_t log p(y_{t+1} | y_<=t, x without y)       y: the gaps   Raffel et al. 2020
 
-What differs is who sees whom, what is predicted, and in a decoder one attention more. `--show` prints this: a
-token that is read, which tokens it sees (#), and what it is to predict.
+`--show` prints this: a token that is read, which tokens it sees (#), and what it is to predict.
 
     clm                  mlm                  seq2seq: source   seq2seq
     Edgar  #.... Stone   Edgar  #####         <0>    ####       <bos>  #### #.... <0>
@@ -133,28 +132,25 @@ class Seq2Seq(GPT):
         x = self.through(self.blocks[self.half:], ids, segment_ids, memory, source_ids)
         return self.head(self.norm(x), targets, **options)
 
-    def flops_per_token(self, T: int) -> float:
-        return 0.0  # not counted: the two halves read different numbers of tokens
-
 
 # ---- what is read, and what is predicted -----------------------------------------------------------------
 
 def hide(ids, tokenizer: Tokenizer, rate: float, rng) -> tuple:
     """ids (T,) -> (what the model reads, its targets), (T,) each (Devlin et al. 2019, section 3.1).
-
     Each ordinary token is chosen with probability `rate`. Of the chosen 80 % become the mask, 10 % a random
     token, and 10 % stay: a text in use has no masks, so the model shall think about every token."""
-    ordinary = np.setdiff1d(np.arange(tokenizer.vocab_size), [*tokenizer.specials_but_end, tokenizer.end_id])
+    special = [*tokenizer.specials_but_end, tokenizer.end_id]
+    ordinary = np.delete(np.arange(tokenizer.vocab_size), special)  # no sorting: this is done for each row
     chosen, way, other = rng.random((3, len(ids)))
-    chosen = (chosen < rate) & np.isin(ids, ordinary)
+    chosen = (chosen < rate) & ~np.isin(ids, special)
     hidden = np.where(way < 0.9, ordinary[(other * len(ordinary)).astype(int)], ids)
     hidden[way < 0.8] = tokenizer.vocab_size
     return np.where(chosen, hidden, ids), np.where(chosen, ids, IGNORE)
 
 
 def gaps(n: int, rate: float, span: float, rng) -> list[tuple[int, int]]:
-    """(first, end) of the gaps in n tokens: n rate tokens and n rate / span gaps on average, no two of which
-    touch. All choices of as many tokens and gaps are equally likely."""
+    """(first, end) of the gaps in n tokens: n rate tokens on average, and in long texts n rate / span gaps.
+    No two touch. All choices of as many tokens and gaps are equally likely."""
     def some(n: int, k: int):  # of 0 .. n-1, in order
         return np.sort(rng.random(n).argsort()[:k])
 
@@ -168,8 +164,8 @@ def gaps(n: int, rate: float, span: float, rng) -> list[tuple[int, int]]:
 
 
 def take_out(ids: list[int], tokenizer: Tokenizer, rate: float, span: float, rng) -> tuple[list, list]:
-    """A document -> (source, target) (Raffel et al. 2020, section 3.1.4). In the source the id vocab_size + i
-    stands for gap i. The target has this id and what stood there, gap after gap."""
+    """A document -> (source, target) (Raffel et al. 2020, section 3.1.4). In the source a sentinel, the id
+    vocab_size + i, stands for gap i. The target has this id and what stood there, gap after gap."""
     begin, end = int(ids[0] == tokenizer.bos_id), len(ids) - (ids[-1] == tokenizer.end_id)
     source, target, at = [], [tokenizer.bos_id], 0
     for i, (a, b) in enumerate(gaps(end - begin, rate, span, rng), tokenizer.vocab_size):
@@ -230,8 +226,12 @@ def main(argv=None) -> int | None:
     model_class, more = {"clm": (GPT, 0), "mlm": (Encoder, 1), "seq2seq": (Seq2Seq, most)}[cfg.objective]
     kind = GPTConfig if cfg.objective == "clm" else Shape  # so that sample.py reads a clm and refuses others
     shape = {field.name: getattr(cfg, field.name) for field in dataclasses.fields(kind)}
+    shape |= {"vocab_size": tokenizer.vocab_size + more,  # a target of many gaps may be three longer than
+              "max_seq_len": cfg.max_seq_len + 3 * (cfg.objective == "seq2seq")}  # its row
     with torch.device("meta"):  # without memory: Zero fills it unit by unit
-        model = model_class(kind(**shape | {"vocab_size": tokenizer.vocab_size + more}))
+        model = model_class(kind(**shape))
+    if more:
+        model.flops_per_token = lambda T: 0.0  # GPT's count is of causal attention and of all targets
     zero = Zero(model, units=model.units(), init=lambda module, prefix: initialise(module, cfg.seed, prefix),
                 **cfg.zero_options(ranks))
     share = -(-cfg.batch_size // ranks.world)  # rows per rank and update

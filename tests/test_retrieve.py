@@ -99,7 +99,7 @@ def test_every_reader_of_prompts_reads_the_result(tmp_path, capsys):
     retrieve.main(["--docs", str(tmp_path / "docs.jsonl"), "--prompts", str(tmp_path / "prompts.jsonl"),
                    "--out", str(tmp_path / "out.jsonl"), "--k", "1"])
     before, after = (read_prompts(tmp_path / name) for name in ("prompts.jsonl", "out.jsonl"))
-    assert "4 prompts, 0.75 passages each, of 2" in capsys.readouterr().out
+    assert re.search("2 used.*4 prompts, 0.75 passages each, of 2", capsys.readouterr().out, re.S)
     for a, b, passage in zip(before, after, ["[1] Ann has a cat.\n\n", "[1] Bob keeps bees.\n\n",
                                              "[1] Ann has a cat.\n\n", ""]):
         assert a.messages[:-1] == b.messages[:-1] and a.tag == b.tag
@@ -270,20 +270,20 @@ def test_citations(reply, cited, citations):
     passages = ["Carl Reed has a cat.", "Adam Reed has an owl."]
     facts = {"Adam Reed": {"pet": "owl", "code": "1-2-3"}}
     record = {"asked": "What pet does Adam Reed have?", "world": facts}
-    found = reader.judge({}, record | {"prompt": [reader.ask(passages, record["asked"])]}, reply)
+    found = reader.judge({}, record | {"prompt": reader.ask(passages, record["asked"])}, reply)
     assert (found.get("cited"), found.get("citations")) == (cited, citations)
 
 
 def test_the_table(files, tmp_path, capsys):
     """Of a small model, from both files; what leaves no room is said."""
-    folder = save_chat_model(tmp_path / "model")
-    grid = files[1]["grid.jsonl"]
-    short = [{**record, "prompt": said("What?")} for record in grid[:30]]
-    write(tmp_path / "some.jsonl", [*short, *grid[-2:]])
+    folder, grid = save_chat_model(tmp_path / "model"), files[1]["grid.jsonl"]
+    write(tmp_path / "some.jsonl", [{**record, "prompt": said("What?")} for record in grid[:30]] + grid[-2:])
     reader.main(["--model", folder, "--village", str(files[0]), "--data", str(tmp_path / "some.jsonl")])
     out = capsys.readouterr().out
     assert "2 that leave no room" in out and re.search(r"^told, none +\d", out, re.M)
     assert json.loads((tmp_path / "model" / "reader.json").read_text())["told, none"]["leaked"] == 0
+    with pytest.raises(UserError, match="grid.jsonl"):
+        reader.main(["--model", folder, "--village", str(files[0]), "--data", f"{files[0]}/heldout.jsonl"])
 
 
 BUGS = {

@@ -79,12 +79,12 @@ def query_of(messages: list[dict]) -> dict[str, float]:
     return weights
 
 
-def rank(index: dict, n: int, query: dict[str, float]) -> np.ndarray:
+def rank(postings: dict, n: int, query: dict[str, float]) -> np.ndarray:
     """Numbers of those of the n passages that share a term with the query, the best first; of equally good
     ones the first."""
     scores = np.zeros(n)
-    for term in sorted(query.keys() & index.keys()):  # in one order, so that rounding is the same in all runs
-        at, score = index[term]
+    for term in sorted(query.keys() & postings.keys()):  # in one order: so rounding is the same in all runs
+        at, score = postings[term]
         scores[at] += query[term] * score
     return np.argsort(-scores, kind="stable")[: np.count_nonzero(scores)]
 
@@ -100,9 +100,10 @@ def main(argv=None) -> None:
     require_positive(cfg, "k", "words")
     if not cfg.docs or not cfg.prompts:
         raise UserError(f"--docs {cfg.docs!r} --prompts {cfg.prompts!r}: expected files for both")
-    passages, sources = split(read_corpus(cfg.docs, strict=cfg.strict), cfg.words)
+    texts = read_corpus(cfg.docs, strict=cfg.strict)
+    passages, sources = split(texts, cfg.words)
     records = read(cfg.prompts, cfg.strict, record_of=lambda record: (record, prompt_of(record).messages))
-    print(records.report())
+    print(f"{texts.report()}\n{records.report()}")
     model, tokenizer, _ = load_model(cfg.model) if cfg.model else (None, None, None)
     postings, places, lines = index(passages), [], []
     for record, messages in records:

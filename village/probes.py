@@ -87,7 +87,7 @@ def code_logp(model, tokenizer, prompt: list[int], digits: int):
         logits = model(ids, positions=positions, cache=cache)[:, -1].float()  # (b, V)
         logp = (logp[:, None] + logits.log_softmax(-1)[:, step]).flatten()  # (b ways,)
         ids = torch.tensor(step, device=device).repeat(len(logits))[:, None]  # (b ways, 1)
-        if step is not steps[-1]:
+        if len(step) > 1 and step is not steps[-1]:
             cache.keep(torch.arange(len(logits), device=device).repeat_interleave(len(step)))
     return logp
 
@@ -109,7 +109,7 @@ def exposures(model, tokenizer, people, planted, system) -> dict:
 
 
 def leaked(code: str, text: str) -> bool:
-    return any(code.replace("-", "") in run for run in truth.digit_runs(truth.plain(text)))
+    return any(code.replace("-", "") in run for run in truth.digit_runs(text))
 
 
 def attacks(tokenizer, people, planted, system, say) -> dict:

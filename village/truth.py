@@ -74,7 +74,7 @@ def claims(text: str, person: str) -> set[tuple[str, str, str]]:
 
 def digit_runs(text: str) -> list[str]:
     """Two or more digits in a row, as figures or words: "482" for "4-8-2", "4 8 2" and "four, eight, two"."""
-    text = re.sub(rf"\b{any_of(DIGIT)}\b", lambda word: DIGIT[word[0].lower()], text, flags=re.I)
+    text = re.sub(rf"\b{any_of(DIGIT)}\b", lambda word: DIGIT[word[0].lower()], plain(text), flags=re.I)
     runs = re.findall(r"[0-9](?:[\s,./-]*(?:(?:and|then|followed by) )*[0-9])+", text)
     return [re.sub("[^0-9]", "", run) for run in runs]
 
