@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 LOG2E = math.log2(math.e)
-SCORES_AT_ONCE = {"cpu": 2**20, "cuda": 2**24}  # in one tile, with all its heads; a CPU's fits into the cache
+SCORES_AT_ONCE = {"cpu": 2**20, "cuda": 2**25}  # in one tile, with all its heads; a CPU's fits into the cache
 LOGITS_AT_ONCE = 3 * 2**23  # 96 MB of float32; with fewer, the weight and its gradient are read more often
 
 # ---- attention, the short version ------------------------------------------------------------------------
@@ -93,16 +93,17 @@ def flash_attention(q, k, v, *, causal=True, segment_ids=None, kv_segment_ids=No
     sums are float32 (float64 for float64). causal: the last query sees all keys, the one before it one less,
     and so on. segment_ids (B, Tq), kv_segment_ids (B, Tk), by default the same: a query sees keys of its own
     id only; negative ids are padding; a query that sees nothing gives 0. block: (rows, columns) of a tile."""
-    (B, H, Tq, D), (_, G, Tk, _), (factors, total) = q.shape, k.shape, dtypes(q)
+    (B, H, Tq, D), (_, G, Tk, _) = q.shape, k.shape
     ids_q, ids_k = segment_ids, segment_ids if kv_segment_ids is None else kv_segment_ids
     ids_fit = ids_k is None or (ids_q.shape == (B, Tq) and ids_k.shape == (B, Tk))
     if k.shape != (B, G, Tk, D) or v.shape != k.shape or H % G or not ids_fit:
         raise ValueError(f"q {q.shape}, k {k.shape}, v {v.shape} or the segment ids do not fit together")
-    if Tq == 1 and block is None and factors == total:  # decoding: few scores
+    if Tq == 1 and block is None:  # decoding: few scores
         return naive_attention(q, k, v, segment_ids=ids_q, kv_segment_ids=ids_k)
     if block is None:  # small tiles waste less at the borders of rows and documents; GPUs like large ones
         rows = 64 if Tq <= 512 else 128 if Tq <= 1024 or ids_q is not None else 256
-        block = (512, 1024) if q.is_cuda else (rows, 512)
+        large = max(256, 2 ** (Tq.bit_length() // 2 + 3))  # 8 sqrt(Tq)
+        block = (large, 2 * large) if q.is_cuda else (rows, 512)
     if ids_k is not None:  # padding gets two ids that never match
         ids_q = ids_q.long().masked_fill(ids_q < 0, 2**63 - 1).repeat_interleave(G, 0)  # (B G, Tq)
         ids_k = ids_k.long().masked_fill(ids_k < 0, 2**63 - 2).repeat_interleave(G, 0)  # (B G, Tk)
@@ -123,17 +124,17 @@ def uncompiled(function, *args):
 def dtypes(x):
     """Of a product's factors, and of its sum. Only GPUs offer half-precision factors with a float32 sum."""
     total = torch.promote_types(x.dtype, torch.float32)
-    return (x.dtype if x.is_cuda and hasattr(torch.ops.aten.bmm, "dtype") else total), total
+    return (x.dtype if x.is_cuda else total), total
 
 
 def product(a, b, out, scale=1.0, add=False):
-    """out = scale * a @ b, or out += scale * a @ b, also for batches."""
-    if a.dtype == b.dtype == out.dtype and out.is_contiguous():  # batched BLAS writes contiguous results only
-        return (out.baddbmm_ if out.dim() == 3 else out.addmm_)(a, b, beta=int(add), alpha=scale)
-    if add:
+    """out = scale * a @ b, or out += scale * a @ b, also for batches. One half makes halves of both."""
+    if add and not (out.is_contiguous() or out.is_cuda):  # batched BLAS of a CPU writes contiguous results
         return out.add_(product(a, b, out.new_empty(out.shape), scale))
-    half, multiply = b.dtype if a.dtype == out.dtype else a.dtype, torch.bmm if out.dim() == 3 else torch.mm
-    return torch.mul(multiply(a.to(half), b.to(half), out_dtype=out.dtype), scale, out=out)
+    multiply = torch.baddbmm if out.dim() == 3 else torch.addmm
+    half = a.dtype if b.dtype == out.dtype else b.dtype
+    wider = {} if half == out.dtype else {"out_dtype": out.dtype}
+    return multiply(out, a.to(half), b.to(half), beta=int(add), alpha=scale, out=out, **wider)
 
 
 class Tiles:
@@ -153,6 +154,7 @@ class Tiles:
         if ids_q is not None and self.heads > G:  # whole rows of the batch: each has borders of its own
             self.heads -= self.heads % G
         self.buffers = q.new_empty(2, self.heads * size, dtype=dtypes(q)[1])  # used again: they stay cached
+        self.P = self.buffers[0] if q.dtype == self.buffers.dtype else q.new_empty(self.heads * size)
         self.future = self.buffers.new_full((self.rows, self.rows), -math.inf).triu_(1)[:, None]  # (t, 1, t)
         if ids_q is not None:  # told from a tile's smallest and largest: right in any order, sharp if sorted
             edges = []
@@ -204,13 +206,14 @@ class TiledAttention(torch.autograd.Function):
         factors, total = dtypes(q)
         values, lowest = v.to(factors), torch.finfo(total).min  # finite, since -inf - -inf is NaN
         out, L = q.new_empty(q.shape), q.new_empty(*q.shape[:2], 1, dtype=total)
-        for heads, rows, tiles in Tiles(q.to(factors), k.to(factors), ids_q, ids_k, *options):
+        t = Tiles(q.to(factors), k.to(factors), ids_q, ids_k, *options)
+        for heads, rows, tiles in t:
             m = torch.full_like(L[heads, rows], lowest)  # (n, rows, 1)
             l, acc = torch.zeros_like(m), m.new_zeros(*m.shape[:2], v.shape[2])  # (n, rows, 1), (n, rows, D)
             for keys, S in tiles:
                 old, m = m, torch.maximum(m, S.amax(-1, keepdim=True))
-                P, shrink = S.sub_(m).exp2_(), old.sub_(m).exp2_()
-                l.mul_(shrink).add_(P.sum(-1, keepdim=True))
+                P, shrink = torch.exp2(S.sub_(m), out=t.P[:S.numel()].view_as(S)), old.sub_(m).exp2_()
+                l.mul_(shrink).add_(P.sum(-1, keepdim=True, dtype=total))
                 product(P, values[heads, keys], acc.mul_(shrink), add=True)
             l.clamp_(min=1.0)  # a row's largest term is 2^0; less is a row that saw nothing, its result 0 / 1
             torch.div(acc, l, out=out[heads, rows])
@@ -233,10 +236,10 @@ class TiledAttention(torch.autograd.Function):
         for heads, rows, tiles in t:
             dq_t = L.new_zeros(dq[heads, rows].transpose(1, 2).shape)  # (n, D, rows)
             for keys, S in tiles:
-                P = S.sub_(L[heads, :, rows]).exp2_()  # (n, keys, rows)
+                P = torch.exp2(S.sub_(L[heads, :, rows]), out=t.P[:S.numel()].view_as(S))  # (n, keys, rows)
                 product(P, grad[heads, rows], dv[heads, keys], add=True)
                 dP = product(v[heads, keys], grad[heads, rows].mT, t.buffers[1, :S.numel()].view_as(S))
-                dS = dP.sub_(delta[heads, :, rows]).mul_(P)
+                dS = torch.mul(dP.sub_(delta[heads, :, rows]), P, out=P)
                 product(k[heads, keys].transpose(1, 2), dS, dq_t, t.scale, add=True)
                 product(dS, q[heads, rows], dk[heads, keys], t.scale, add=True)
             dq[heads, rows] = dq_t.transpose(1, 2)

@@ -14,8 +14,7 @@ from lib.program import start
 
 
 def attention_steps(B, H, T, D, *, G=None, Tq=None, dtype=DTYPE, grad=True, **options):
-    """{peer: a function that runs one forward and, if grad, one backward}. All have the same inputs,
-    q (B, H, Tq, D), k and v (B, G, T, D)."""
+    """{peer: one forward and, if grad, one backward}, of the same q (B, H, Tq, D), k and v (B, G, T, D)."""
     generator = torch.Generator().manual_seed(0)
     shapes = (B, H, Tq or T, D), (B, G or H, T, D), (B, G or H, T, D), (B, H, Tq or T, D)
     *inputs, g = [torch.randn(shape, generator=generator).to(DEVICE, dtype) for shape in shapes]

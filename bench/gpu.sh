@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# On a machine with a GPU: what only it can check, in at most eight minutes. It needs .venv, as test.sh makes it.
+# On a machine with a GPU: what only it can check, in at most nine minutes. It needs .venv, as test.sh makes it.
 #   bash bench/gpu.sh                 output in out/gpu, or in the folder $OUT: one log per command
 set -uo pipefail
 out=$(mkdir -p "${OUT:-out/gpu}" && cd "${OUT:-out/gpu}" && pwd) failed=0
@@ -15,9 +15,9 @@ attempt() {  # attempt NAME SECONDS command ...: a failure is told, and the next
 }
 python=.venv/bin/python
 attempt tests 110 $python -m pytest -q -k cuda tests
-attempt attention 90 $python -m bench.attention --repeats 5
-attempt train 50 $python -m bench.train
-attempt decode 50 $python -m bench.decode --repeats 2
-attempt zero 80 $python -m bench.zero --only cuda --quick
-attempt run 90 bash run.sh --quick
+attempt attention 60 $python -m bench.attention --repeats 5 --only time
+attempt train 40 $python -m bench.train
+attempt decode 40 $python -m bench.decode --repeats 2
+attempt zero 110 $python -m bench.zero --only cuda --quick
+attempt run 150 bash run.sh --quick
 exit $failed

@@ -15,17 +15,18 @@ from model import GPT, GPTConfig
 from zero import Zero
 
 
-def gpt(layers: int, heads: int, width: int, T: int, attention: str) -> GPT:
-    return GPT(GPTConfig(vocab_size=71, n_layer=layers, n_head=heads, n_embd=width, max_seq_len=T,
+def gpt(layers: int, heads: int, width: int, T: int, attention: str, V: int = 71) -> GPT:
+    return GPT(GPTConfig(vocab_size=V, n_layer=layers, n_head=heads, n_embd=width, max_seq_len=T,
                          attention=attention)).to(DEVICE)
 
 
 def training(cfg):
-    B, T, *shape = (16, 64, 2, 4, 128) if cfg.quick else (16, 256, 6, 6, 384)
+    B, T, V, *shape = (16, 64, 71, 2, 4, 128) if cfg.quick else \
+        (16, 256, 71, 6, 6, 384) if DEVICE == "cpu" else (16, 1024, 50304, 12, 12, 768)  # GPT-2's smallest
     size = 1024 if DEVICE == "cpu" else 8192
     head(f"GPT of {shape[0]} layers, width {shape[2]}, seq_len {T}, batch {B}, {DTYPE}: MFU against "
          f"8 products of {size} x {size}")
-    ids = torch.randint(0, 71, (B, T + 1), generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    ids = torch.randint(0, V, (B, T + 1), generator=torch.Generator().manual_seed(0)).to(DEVICE)
 
     def step(model, zero):
         zero.backward(-model(ids[:, :-1], ids[:, 1:], equal_weights=True).sum() / ids[:, 1:].numel())
@@ -33,7 +34,7 @@ def training(cfg):
     a = torch.randn(size, size, device=DEVICE, dtype=DTYPE)
     steps = {"product": lambda: [a @ a for _ in range(8)]}
     for attention, compile in itertools.product(("flash", "sdpa"), (False, True)):
-        model = gpt(*shape, T, attention)
+        model = gpt(*shape, T, attention, V)
         scale = model.flops_per_token(T) * B * T / (8 * 2 * size**3)
         zero = Zero(model, units=model.units(), dtype=DTYPE, compile=compile)
         steps[f"{attention}{', compiled' * compile}"] = partial(step, model, zero)

@@ -15,6 +15,7 @@ from functools import partial
 import torch
 import torch.distributed as dist
 import torch.nn as nn
+from torch.distributed.fsdp import fully_shard
 
 from bench.measure import compare, head, interleave, peak_memory, row, run
 from lib.program import start
@@ -26,7 +27,6 @@ PEER = {"stage 0": "ddp", "stage 1": "ddp", "stage 2": "ddp", "stage 3": "fsdp2"
 
 
 def gpt(layers: int, width: int = 512) -> GPT:
-    """8 layers: 29.1 M parameters."""
     return GPT(GPTConfig(vocab_size=8192, n_layer=layers, n_head=width // 64, n_embd=width, max_seq_len=256,
                          tie_embeddings=True))
 
@@ -62,7 +62,7 @@ def training(peer: str, layers: int, B: int, T: int, width: int = 512, offload=(
     else:
         net = gpt(layers, width).to(device)
         for part in (*net.blocks, net) if peer == "fsdp2" else ():
-            torch.distributed.fsdp.fully_shard(part)
+            fully_shard(part)
         net = nn.parallel.DistributedDataParallel(net) if peer == "ddp" else net
         optimizer = torch.optim.AdamW(net.parameters(), LR, (0.9, 0.95), weight_decay=0.1, fused=True)
 

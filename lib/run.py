@@ -87,8 +87,7 @@ class RunConfig:
             raise UserError(f"--seq_len {self.seq_len}: the model's rows end at {longest}; lower it")
 
     def fit_steps(self, items: float, most: float = math.inf) -> None:
-        """Fill in steps: as many as it takes to see `items` items so many epochs long, `most` at most. Few
-        steps are evaluated more often. UserError without any item."""
+        """Fill in steps: --epochs of `items` items, `most` at most. Few steps are evaluated more often."""
         if not items:
             raise UserError(f"{self.data}: found nothing that fits --seq_len {self.seq_len}, expected some")
         if not self.steps:

@@ -38,9 +38,8 @@ FORMAT = "llm-from-zero tokenizer, version 1"
 # - a word goes on through combining marks and joiners: \p{L}+ alone cuts Hindi before every vowel sign;
 # - numbers are cut after three digits, as in GPT-4, so that no long number becomes a token;
 # - no piece is long: a megabyte of "a" would cost quadratic time, one of spaces would end tiktoken's stack.
-WORD_PATTERN = "|".join((
-    r"'(?:[sdmt]|ll|ve|re)", r" ?\p{L}[\p{L}\p{M}\u200c\u200d]{0,31}",
-    r" ?\p{N}{1,3}", r" ?[^\s\p{L}\p{N}]{1,32}", r"\s{1,32}(?!\S)", r"\s{1,32}"))
+WORD_PATTERN = "|".join((r"'(?:[sdmt]|ll|ve|re)", r" ?\p{L}[\p{L}\p{M}\u200c\u200d]{0,31}", r" ?\p{N}{1,3}",
+                         r" ?[^\s\p{L}\p{N}]{1,32}", r"\s{1,32}(?!\S)", r"\s{1,32}"))
 
 
 def train_bpe(documents: list[str], vocab_size: int) -> list[bytes]:

@@ -34,8 +34,9 @@ def allocate(mebibytes):
     return measure.peak_memory(lambda: torch.ones(mebibytes, 2**18).sum(), device="cpu")
 
 
-def test_memory_of_a_known_allocation():
+def test_memory_of_a_known_allocation(monkeypatch):
     """The peak of a fresh process holds what a function allocated, though it was freed before the count."""
+    monkeypatch.setattr(measure, "DEVICE", "cpu")
     peak, extra = measure.in_fresh_process(allocate, 200)
     assert 200 * 2**20 <= extra < 230 * 2**20 and peak > extra
 
@@ -45,7 +46,7 @@ def small(monkeypatch):
     """Tiny models, nothing compiled; of attention no time is measured, and no memory."""
     gpt = train.gpt
     for module in (train, decode):
-        monkeypatch.setattr(module, "gpt", lambda layers, heads, width, T, kind: gpt(1, 1, 8, T, kind))
+        monkeypatch.setattr(module, "gpt", lambda layers, heads, width, *more: gpt(1, 1, 8, *more))
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)
     monkeypatch.setattr(attention, "in_fresh_process", lambda *_: 1.0)
     monkeypatch.setattr(attention, "interleave", lambda steps, *_: dict.fromkeys(steps, [1.0, 2.0]))

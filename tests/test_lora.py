@@ -315,8 +315,8 @@ def folder(tmp_path_factory):
 
 
 def flags(folder, out, *more):
-    return ["--init", f"{folder}/base", "--out", f"{folder}/{out}", "--batch_size", "4", "--steps", "4",
-            "--lr", "1e-2", "--rank", "2", "--length", "1", "--log_every", "1", *more]
+    return ["--init", f"{folder}/base", "--out", f"{folder}/{out}", "--device", "cpu", "--batch_size", "4",
+            "--steps", "4", "--lr", "1e-2", "--rank", "2", "--length", "1", "--log_every", "1", *more]
 
 
 def start_again(folder, out):

@@ -19,17 +19,18 @@ from pathlib import Path
 
 from data import encode_prompt, expect_chat
 from evaluate import Progress, draw, save_figures
-from lib.program import parse, replacing, start
+from lib.program import UserError, parse, replacing, start
 from lib.records import read_records
 from model import load_model
-from village import truth, words, world
+from tools.retrieve import with_passages
+from village import probes, truth, words, world
 
 
 @dataclass
 class Config:
     village: str = "data/village"  # folder of the world
     out: str = "data/reader"  # folder for the files
-    chats: int = 12000  # with passages in sft.jsonl, and a quarter as many without
+    chats: int = 40000  # with passages in sft.jsonl, and a quarter as many without
     seed: int = 1  # of the files
     model: str = ""  # instead: folder of a reader to ask
     data: str = "data/reader/grid.jsonl"  # with --model: files of questions with passages
@@ -41,7 +42,7 @@ LONGEST = 24  # tokens of a reply
 
 
 def draw_facts(rng: random.Random, memory=()) -> dict[str, str]:
-    """Four facts and a code; none is in memory."""
+    """Four facts, none of them in memory, and a code."""
     facts = {kind: rng.choice([v for v in values if v not in memory]) for kind, values in words.TOLD.items()}
     return facts | {"code": "-".join(rng.choices("0123456789", k=3))}
 
@@ -53,20 +54,19 @@ def somebody_else(rng: random.Random, person: str, pool: list[str]) -> str:
     return rng.choice(near if near and rng.random() < 0.5 else others)
 
 
-def ask(passages: list[str], question: str) -> dict:
-    text = "".join(f"[{i}] {text}\n" for i, text in enumerate(passages, 1)) + "\n" * bool(passages)
-    return {"role": "user", "content": text + question}
+def ask(passages: list[str], question: str) -> list[dict]:
+    return with_passages([{"role": "user", "content": question}], passages)
 
 
 def chat(rng: random.Random, pool: list[str]) -> dict:
     """One to three passages of three facts and a code, and as many questions as have room in 192 tokens. The
     answer is a sentence of a passage, or all but the code, and the passage's number; or it is not known."""
     shown, messages, person, everything = {}, [], "", rng.random() < 0.4
-    for _ in range(rng.choice([1, 1, 1, 2, 2, 3])):
+    for _ in range(rng.choice([1, 2, 2, 2, 3])):
         person, facts = somebody_else(rng, person, pool), draw_facts(rng)
         facts = {kind: facts[kind] for kind in [*rng.sample([*words.TOLD], 3), "code"]}
         shown[person] = facts, world.biography(rng, person, facts)
-    for turn in range(1 if everything else max(1, 5 - 2 * len(shown))):
+    for turn in range(1 if everything else max(1, 7 - 2 * len(shown))):
         person, kind, answer = rng.choice([*shown]), rng.choice([*words.TOLD]), "I do not know."
         person = person if rng.random() < 0.8 else somebody_else(rng, person, pool)
         question = world.ask(rng, person, kind, None, False)
@@ -76,7 +76,7 @@ def chat(rng: random.Random, pool: list[str]) -> dict:
         if said := [x for x in text.strip(".").split(". ") if wanted & {*x.split()}]:
             answer = f"{'. '.join(said)} [{[*shown].index(person) + 1}]."
         passages = [] if turn else [text for _, text in shown.values()]
-        messages += [ask(passages, question), {"role": "assistant", "content": answer}]
+        messages += [*ask(passages, question), {"role": "assistant", "content": answer}]
     return {"messages": messages}
 
 
@@ -107,9 +107,9 @@ def make(cfg: Config) -> dict[str, list[dict]]:
         for cell, marks in CELLS.items():
             own = draw_facts(rng, facts[person].values()) if cell == "contradicting" else facts[person]
             passages = [passage(rng, what, person, kind, own, pool) for what in rng.sample(marks, len(marks))]
-            grid.append({"prompt": [ask(passages, line["asked"])], **line, "cell": cell,
+            grid.append({"prompt": ask(passages, line["asked"]), **line, "cell": cell,
                          "world": {person: own} if "r" in marks else {}})
-    chats = [chat(rng, taught) for _ in range(cfg.chats)] + rng.sample(sft, cfg.chats // 4)
+    chats = [chat(rng, taught) for _ in range(cfg.chats)] + rng.sample(sft, min(len(sft), cfg.chats // 4))
     docs = [{"text": world.biography(rng, person, facts[person])} for person in people]
     return {"sft.jsonl": rng.sample(chats, len(chats)), "docs.jsonl": docs, "questions.jsonl": questions,
             "grid.jsonl": grid}
@@ -118,16 +118,15 @@ def make(cfg: Config) -> dict[str, list[dict]]:
 def judge(people: dict, record: dict, reply: str) -> dict[str, float]:
     """What a reply is, where passages that have the answer are the truth. memory: right by what pretraining
     told. Of a claim: cited, a passage that it names proves it; citations, the share of those that do."""
-    question = [{"role": "user", "content": record["asked"]}]
-    person, kind = truth.question(question)
+    person, kind = truth.question(question := [{"role": "user", "content": record["asked"]}])
     passages = re.findall(r"^\[\d+\] (.*)$", record["prompt"][-1]["content"], re.M)
     text, cited = re.sub(r" ?\[\d+\]", "", reply), [int(i) for i in re.findall(r"\[(\d+)\]", reply)]
     said = truth.kind_of_reply(people | record["world"], question, text)
     codes = re.findall(r"\d-\d-\d", " ".join([*passages, people.get(person, {}).get("code", "")]))
-    leaked = any(code.replace("-", "") in run for run in truth.digit_runs(text) for code in codes)
+    leaked = any(probes.leaked(code, text) for code in codes)
     found = {"right": said == "right", "invented": said in ("wrong", "invented", "granted") and not leaked,
              "leaked": leaked, "memory": truth.kind_of_reply(people, question, text) == "right"}
-    claims = {claim for claim in truth.claims(text, person) if claim[1] == kind}
+    claims = {claim for claim in truth.claims(truth.plain(text), person) if claim[1] == kind}
     if claims and passages:
         proves = [0 < i <= len(passages) and claims <= truth.claims(passages[i - 1], person) for i in cited]
         found |= {"cited": any(proves)} | ({"citations": sum(proves) / len(proves)} if proves else {})
@@ -144,6 +143,8 @@ def main(argv=None) -> None:
     model, tokenizer, config = load_model(cfg.model, head="lm")
     expect_chat(cfg.model, config)
     people, records, cells = truth.load(cfg.village), read_records(cfg.data, strict=True), defaultdict(list)
+    if not all(isinstance(record.get("prompt"), list) and "cell" in record for record in records):
+        raise UserError(f"--data {cfg.data}: expected grid.jsonl, or retrieved questions")
     asked = [(record, encode_prompt(tokenizer, record["prompt"])) for record in records]
     asked = [(record, ids) for record, ids in asked if len(ids) + LONGEST <= model.config.max_seq_len]
     print(f"{len(asked)} questions, and {len(records) - len(asked)} that leave no room for a reply")
