@@ -102,7 +102,7 @@ def flash_attention(q, k, v, *, causal=True, segment_ids=None, kv_segment_ids=No
         return naive_attention(q, k, v, segment_ids=ids_q, kv_segment_ids=ids_k)
     if block is None:  # small tiles waste less at the borders of rows and documents; GPUs like large ones
         rows = 64 if Tq <= 512 else 128 if Tq <= 1024 or ids_q is not None else 256
-        large = max(256, 2 ** (Tq.bit_length() // 2 + 3))  # 8 sqrt(Tq)
+        large = max(256, 2 ** ((Tq * G // H).bit_length() // 2 + 3))  # of one head about 8 sqrt(Tq)
         block = (large, 2 * large) if q.is_cuda else (rows, 512)
     if ids_k is not None:  # padding gets two ids that never match
         ids_q = ids_q.long().masked_fill(ids_q < 0, 2**63 - 1).repeat_interleave(G, 0)  # (B G, Tq)
@@ -128,8 +128,8 @@ def dtypes(x):
 
 
 def product(a, b, out, scale=1.0, add=False):
-    """out = scale * a @ b, or out += scale * a @ b, also for batches. One half makes halves of both."""
-    if add and not (out.is_contiguous() or out.is_cuda):  # batched BLAS of a CPU writes contiguous results
+    """out = scale * a @ b, or out += scale * a @ b, also for batches. If one factor is a half, both are."""
+    if add and not (out.is_contiguous() or out.is_cuda):  # a CPU's batched BLAS is slow there
         return out.add_(product(a, b, out.new_empty(out.shape), scale))
     multiply = torch.baddbmm if out.dim() == 3 else torch.addmm
     half = a.dtype if b.dtype == out.dtype else b.dtype
@@ -153,7 +153,7 @@ class Tiles:
         self.heads = max(1, min(len(k), SCORES_AT_ONCE[q.device.type] // size))  # in one tile
         if ids_q is not None and self.heads > G:  # whole rows of the batch: each has borders of its own
             self.heads -= self.heads % G
-        self.buffers = q.new_empty(2, self.heads * size, dtype=dtypes(q)[1])  # used again: they stay cached
+        self.buffers = q.new_empty(1 + keys_first, self.heads * size, dtype=dtypes(q)[1])  # cached
         self.P = self.buffers[0] if q.dtype == self.buffers.dtype else q.new_empty(self.heads * size)
         self.future = self.buffers.new_full((self.rows, self.rows), -math.inf).triu_(1)[:, None]  # (t, 1, t)
         if ids_q is not None:  # told from a tile's smallest and largest: right in any order, sharp if sorted

@@ -50,7 +50,7 @@ class Config(RunConfig, DeltaConfig):  # the flags that all stages share are in 
 
 
 def ranked_pairs(group_sizes: list[int]) -> torch.Tensor:
-    """(2, pairs): the better and the worse of every pair in a group, numbered through all, best first."""
+    """(2, pairs): the better and the worse of every pair in a group. Of all replies, the best first."""
     starts = itertools.accumulate([0, *group_sizes])
     pairs = [(start + i, start + j) for start, K in zip(starts, group_sizes)
              for i, j in itertools.combinations(range(K), 2)]

@@ -45,7 +45,7 @@ def sft_loss(logp):
 
 @torch.no_grad()
 def evaluate(model, chats: Conversations, rows: int, ranks) -> dict:
-    """Mean loss per trained token, and the share that is the model's first guess. rows: of one forward."""
+    """Mean loss per trained token, and how many are the model's first guess; `rows` rows at a time."""
     if not len(chats):
         return {}
     items = []  # (conversations, 3): of each its loss, its right guesses, its trained tokens

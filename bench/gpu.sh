@@ -14,7 +14,7 @@ attempt() {  # attempt NAME SECONDS command ...: a failure is told, and the next
     tail -n 3 "$out/$name.log"
 }
 python=.venv/bin/python
-attempt tests 110 $python -m pytest -q -k cuda tests
+attempt tests 110 $python -m pytest -q tests/test_cuda.py
 attempt attention 60 $python -m bench.attention --repeats 5 --only time
 attempt train 40 $python -m bench.train
 attempt decode 40 $python -m bench.decode --repeats 2

@@ -21,8 +21,9 @@ def gpt(layers: int, heads: int, width: int, T: int, attention: str, V: int = 71
 
 
 def training(cfg):
-    B, T, V, *shape = (16, 64, 71, 2, 4, 128) if cfg.quick else \
-        (16, 256, 71, 6, 6, 384) if DEVICE == "cpu" else (16, 1024, 50304, 12, 12, 768)  # GPT-2's smallest
+    shapes = {"quick": (16, 64, 71, 2, 4, 128), "cpu": (16, 256, 71, 6, 6, 384),
+              "cuda": (16, 1024, 50304, 12, 12, 768)}  # GPT-2's smallest
+    B, T, V, *shape = shapes["quick" if cfg.quick else DEVICE]
     size = 1024 if DEVICE == "cpu" else 8192
     head(f"GPT of {shape[0]} layers, width {shape[2]}, seq_len {T}, batch {B}, {DTYPE}: MFU against "
          f"8 products of {size} x {size}")

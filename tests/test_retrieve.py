@@ -268,9 +268,9 @@ def test_oracles_score_what_they_know(files):
 def test_citations(reply, cited, citations):
     """A named passage proves the claim, or not; who names all is less exact."""
     passages = ["Carl Reed has a cat.", "Adam Reed has an owl."]
-    facts = {"Adam Reed": {"pet": "owl", "code": "1-2-3"}}
-    record = {"asked": "What pet does Adam Reed have?", "world": facts}
-    found = reader.judge({}, record | {"prompt": reader.ask(passages, record["asked"])}, reply)
+    asked, facts = "What pet does Adam Reed have?", {"Adam Reed": {"pet": "owl", "code": "1-2-3"}}
+    assert (prompt := reader.ask(passages, asked)) == retrieve.with_passages(said(asked), passages)
+    found = reader.judge({}, {"asked": asked, "world": facts, "prompt": prompt}, reply)
     assert (found.get("cited"), found.get("citations")) == (cited, citations)
 
 

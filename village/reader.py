@@ -22,7 +22,6 @@ from evaluate import Progress, draw, save_figures
 from lib.program import UserError, parse, replacing, start
 from lib.records import read_records
 from model import load_model
-from tools.retrieve import with_passages
 from village import probes, truth, words, world
 
 
@@ -55,7 +54,8 @@ def somebody_else(rng: random.Random, person: str, pool: list[str]) -> str:
 
 
 def ask(passages: list[str], question: str) -> list[dict]:
-    return with_passages([{"role": "user", "content": question}], passages)
+    numbered = "".join(f"[{i}] {text}\n" for i, text in enumerate(passages, 1)) + "\n" * bool(passages)
+    return [{"role": "user", "content": numbered + question}]  # as tools/retrieve.py does it
 
 
 def chat(rng: random.Random, pool: list[str]) -> dict:
