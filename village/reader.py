@@ -59,24 +59,24 @@ def ask(passages: list[str], question: str) -> list[dict]:
 
 
 def chat(rng: random.Random, pool: list[str]) -> dict:
-    """One to three passages of three facts and a code, and as many questions as have room in 192 tokens. The
-    answer is a sentence of a passage, or all but the code, and the passage's number; or it is not known."""
-    shown, messages, person, everything = {}, [], "", rng.random() < 0.4
-    for _ in range(rng.choice([1, 2, 2, 2, 3])):
+    """One to three passages of three facts and a code, and as many questions as have room in 192 tokens. All
+    answers repeat the question, then say what a passage says, or that it is not known: so this is decided
+    where the person and the kind stand close by, and where the value has to be found."""
+    shown, messages, person = {}, [], ""
+    for _ in range(rng.choice([1, 1, 2, 2, 3])):
         person, facts = somebody_else(rng, person, pool), draw_facts(rng)
         facts = {kind: facts[kind] for kind in [*rng.sample([*words.TOLD], 3), "code"]}
         shown[person] = facts, world.biography(rng, person, facts)
-    for turn in range(1 if everything else max(1, 7 - 2 * len(shown))):
-        person, kind, answer = rng.choice([*shown]), rng.choice([*words.TOLD]), "I do not know."
-        person = person if rng.random() < 0.8 else somebody_else(rng, person, pool)
-        question = world.ask(rng, person, kind, None, False)
-        question = f"What do you know about {person}?" if everything else question
-        facts, text = shown.get(person, ({}, ""))
-        wanted = {facts[k] for k in facts if k == kind or everything and k != "code"}
-        if said := [x for x in text.strip(".").split(". ") if wanted & {*x.split()}]:
-            answer = f"{'. '.join(said)} [{[*shown].index(person) + 1}]."
+    for turn in range([4, 2, 1][len(shown) - 1]):
+        person, kind, answer = rng.choice([*shown]), rng.choice([*words.TOLD]), "not known."
+        person = person if rng.random() < 0.7 else somebody_else(rng, person, pool)
+        if value := shown.get(person, ({},))[0].get(kind):
+            said = "{v}" if kind in ("town", "food") else "{a}"  # Whitby, plums; an owl, a miller
+            answer = f"{said} [{[*shown].index(person) + 1}]."
+        answer = world.fill(f"The {words.WORD[kind]} of {{n}} is {answer}", person, value or "")
         passages = [] if turn else [text for _, text in shown.values()]
-        messages += [*ask(passages, question), {"role": "assistant", "content": answer}]
+        messages += [*ask(passages, world.ask(rng, person, kind, None, False)),
+                     {"role": "assistant", "content": answer}]
     return {"messages": messages}
 
 
