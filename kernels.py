@@ -129,7 +129,7 @@ def dtypes(x):
 
 def product(a, b, out, scale=1.0, add=False):
     """out = scale * a @ b, or out += scale * a @ b, also for batches. If one factor is a half, both are."""
-    if add and not (out.is_contiguous() or out.is_cuda):  # a CPU's batched BLAS is slow there
+    if add and not (out.is_contiguous() or out.is_cuda):  # a CPU's BLAS writes them slowly
         return out.add_(product(a, b, out.new_empty(out.shape), scale))
     multiply = torch.baddbmm if out.dim() == 3 else torch.addmm
     half = a.dtype if b.dtype == out.dtype else b.dtype
@@ -153,8 +153,8 @@ class Tiles:
         self.heads = max(1, min(len(k), SCORES_AT_ONCE[q.device.type] // size))  # in one tile
         if ids_q is not None and self.heads > G:  # whole rows of the batch: each has borders of its own
             self.heads -= self.heads % G
-        self.buffers = q.new_empty(1 + keys_first, self.heads * size, dtype=dtypes(q)[1])  # cached
-        self.P = self.buffers[0] if q.dtype == self.buffers.dtype else q.new_empty(self.heads * size)
+        self.buffers = q.new_empty(1 + keys_first, self.heads * size, dtype=dtypes(q)[1])  # S, dP: reused
+        self.P = self.buffers[0] if q.dtype == self.buffers.dtype else q.new_empty(self.heads * size)  # 2^S
         self.future = self.buffers.new_full((self.rows, self.rows), -math.inf).triu_(1)[:, None]  # (t, 1, t)
         if ids_q is not None:  # told from a tile's smallest and largest: right in any order, sharp if sorted
             edges = []

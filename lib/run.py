@@ -87,7 +87,7 @@ class RunConfig:
             raise UserError(f"--seq_len {self.seq_len}: the model's rows end at {longest}; lower it")
 
     def fit_steps(self, items: float, most: float = math.inf) -> None:
-        """Fill in steps: --epochs of `items` items, `most` at most. A UserError if there are no items."""
+        """Fill in steps (--epochs of `items`, `most` at most) and eval_every. UserError without any item."""
         if not items:
             raise UserError(f"{self.data}: found nothing that fits --seq_len {self.seq_len}, expected some")
         if not self.steps:
