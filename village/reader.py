@@ -60,7 +60,7 @@ def ask(passages: list[str], question: str) -> list[dict]:
 
 def chat(rng: random.Random, pool: list[str]) -> dict:
     """One to three passages of three facts and a code, and four, two or one questions: nearly always within
-    192 tokens. All answers repeat the question, then say what a passage says, or that it is not known: this is
+    192 tokens. All answers repeat the question, then say what a passage says, or that it is not known: it is
     decided where person and kind stand close by, and where the value has to be found."""
     shown, messages, person = {}, [], ""
     for _ in range(rng.choice([1, 1, 2, 2, 3])):
